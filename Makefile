@@ -1,0 +1,42 @@
+# make demo   set everything up and watch a real model forget real facts
+# make test   set everything up and run the tests
+# make lint   ruff, mypy, clang-format
+# make bench  the benchmarks, and their tables
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CPP := $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: demo test lint format bench clean
+.DEFAULT_GOAL := test
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(CPP)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m examples.demo $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m benchmarks.report benchmarks/results/*.json
+
+clean:
+	rm -rf $(VENV) .cache build dist demo_output *.egg-info pmc_fast/*.so

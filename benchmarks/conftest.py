@@ -1,0 +1,44 @@
+"""The `contest` fixture: pytest-benchmark's clockwork around interleaved contestants."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import harness
+
+
+@pytest.fixture(scope="module")
+def suite_results(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+    results: list[dict[str, Any]] = []
+    yield results
+    if results:
+        suite = Path(request.node.fspath).stem.removeprefix("test_")
+        print(f"\nwrote {harness.write(suite, results)}")
+
+
+@pytest.fixture
+def contest(benchmark: Any, suite_results: list[dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Measure contestants against each other; the first is what the others' times are divided by."""
+
+    def run(
+        name: str,
+        contestants: dict[str, harness.Contestant],
+        *,
+        rounds: int = 11,
+        warmup: int = 2,
+        memory: bool = True,
+        **facts: Any,
+    ) -> dict[str, Any]:
+        measured: list[dict[str, float]] = []
+        for number in range(warmup):
+            harness.time_round(contestants, number)
+        benchmark.pedantic(lambda: measured.append(harness.time_round(contestants, len(measured))), rounds=rounds)
+        peaks = {n: harness.peak_bytes(f) for n, f in contestants.items()} if memory else {}
+        result = {"name": name, "facts": facts, "contestants": harness.summarize(measured, peaks)}
+        benchmark.extra_info["contestants"] = result["contestants"]
+        suite_results.append(result)
+        return result
+
+    return run

@@ -1,0 +1,115 @@
+"""What every suite measures with: interleaved contestants, medians with spread, peak memory, one schema.
+
+A suite is a pytest file that asks for the `contest` fixture (conftest.py beside this file):
+
+    def test_something(contest):
+        contest("something", {"ours": f, "theirs": g}, rounds=15)
+
+Each round runs every contestant once, in a rotating order, so that a slow minute of the machine hits
+all of them. Results go to benchmarks/results/SUITE.json; `python -m benchmarks.report` prints them.
+"""
+
+import gc
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pmc_fast.environment import machine, versions
+
+SCHEMA = 1
+RESULTS = Path(__file__).parent / "results"
+Contestant = Callable[[], Any]
+
+
+def time_round(contestants: Mapping[str, Contestant], number: int) -> dict[str, float]:
+    """Run every contestant once and return its seconds; round `number` begins with another one."""
+    names = list(contestants)
+    seconds = {}
+    for i in range(len(names)):
+        name = names[(i + number) % len(names)]
+        start = time.perf_counter()
+        contestants[name]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def peak_bytes(contestant: Contestant) -> int | None:
+    """Return how far one call raises this process's (or the GPU's) memory; None where it can't be read."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contestant()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: peak := now
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    contestant()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def summarize(rounds: list[dict[str, float]], peaks: Mapping[str, int | None]) -> dict[str, Any]:
+    """Return per contestant its median, quartiles and every round's seconds."""
+    result = {}
+    for name in rounds[0]:
+        seconds = [r[name] for r in rounds]
+        low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+        result[name] = {
+            "median_s": median,
+            "quartiles_s": [low, high],
+            "rounds_s": seconds,
+            "peak_bytes": peaks.get(name),
+        }
+    return result
+
+
+def document(suite: str, results: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Return the one JSON schema of all suites."""
+    return {
+        "schema": SCHEMA,
+        "suite": suite,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "seed": seed,
+        "results": results,
+    }
+
+
+def commit() -> str | None:
+    """Return the checkout's commit, with a + where files differ from it."""
+    root = Path(__file__).parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def write(suite: str, results: list[dict[str, Any]], seed: int = 0, directory: Path = RESULTS) -> Path:
+    """Write a suite's results and return the file."""
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{suite}.json"
+    path.write_text(json.dumps(document(suite, results, seed), indent=1) + "\n", encoding="utf-8")
+    return path

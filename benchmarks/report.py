@@ -1,0 +1,79 @@
+"""Prints tables from result files.
+
+    python -m benchmarks.report benchmarks/results/*.json
+
+Files of different machines or versions are refused: their times say nothing about each other.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from . import harness
+
+MUST_AGREE = ("machine", "versions")
+
+
+def load(paths: list[Path]) -> list[dict[str, Any]]:
+    """Read result files; SystemExit with one line if they do not belong together."""
+    documents = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"benchmarks.report: {path} can't be read: {error}") from error
+        if not isinstance(content, dict) or content.get("schema") != harness.SCHEMA:
+            raise SystemExit(f"benchmarks.report: {path} is no result file of schema {harness.SCHEMA}")
+        documents.append(content)
+        for key in MUST_AGREE:
+            for field in documents[0][key] | content[key]:
+                ours, first = content[key].get(field), documents[0][key].get(field)
+                if ours != first:
+                    raise SystemExit(
+                        f"benchmarks.report: {paths[0]} and {path} are of different {key} "
+                        f"({field}: {first} and {ours}): print them apart"
+                    )
+    return documents
+
+
+def table(document: dict[str, Any]) -> str:
+    """Return one suite's results as a Markdown table, times relative to each contest's first contestant."""
+    lines = [
+        f"### {document['suite']}",
+        "",
+        "| case | contestant | median | quartiles | x | peak memory |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for result in document["results"]:
+        contestants = result["contestants"]
+        base = next(iter(contestants.values()))["median_s"]
+        for i, (name, c) in enumerate(contestants.items()):
+            low, high = c["quartiles_s"]
+            peak = "-" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 2**20:.1f} MiB"
+            lines.append(
+                f"| {result['name'] if i == 0 else ''} | {name} | {_seconds(c['median_s'])} "
+                f"| {_seconds(low)} - {_seconds(high)} | {c['median_s'] / base:.2f} | {peak} |"
+            )
+    m, v = document["machine"], document["versions"]
+    device = m["gpu"] or f"{m['cpu']}, {m['threads']} threads"
+    lines += ["", f"{device}; torch {v['torch']}, commit {document['commit']}, {document['date']}", ""]
+    return "\n".join(lines)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables of the files named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path)
+    for document in load(parser.parse_args(arguments).files):
+        print(table(document))
+
+
+if __name__ == "__main__":
+    main()

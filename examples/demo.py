@@ -1,0 +1,55 @@
+"""The demo: a real language model forgets real facts.
+
+    python -m examples.demo             # about 25 minutes on two cores
+    python -m examples.demo --short     # a few steps, to see that everything runs
+
+SmolLM2-135M-Instruct is first taught 80 question-answer pairs about invented authors (TOFU,
+locuslab/TOFU, MIT), then unlearns the 20 of examples/tofu/forget20.jsonl from their questions alone.
+"""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .demo_model import ROOT, finetuned_model
+
+FULL = ["--preset", "small"]
+SHORT = ["--preset", "small", "--epochs", "0.4", "--num-samples", "2", "--max-length", "100"]
+OUTPUT = ROOT / "demo_output"
+
+
+def command(output: Path, extra: list[str]) -> list[str]:
+    """Return the demo's main job as a user would type it."""
+    return [
+        "pmc-fast", "unlearn",
+        "--model", str(finetuned_model().relative_to(ROOT)),
+        "--forget", "examples/tofu/forget20.jsonl",
+        "--retain", "examples/tofu/retain60.jsonl",
+        "--paraphrased", "examples/tofu/forget20.jsonl",
+        "--general", "examples/tofu/real_authors30.jsonl",
+        "--general", "examples/tofu/world_facts30.jsonl",
+        "--output", str(output),
+        *extra,
+    ]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a few steps only; CI runs this")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the result goes")
+    arguments, extra = parser.parse_known_args()
+    words = command(arguments.output, (SHORT if arguments.short else FULL) + extra)
+    if arguments.output == OUTPUT:
+        shutil.rmtree(OUTPUT, ignore_errors=True)
+    print("$", shlex.join(words), flush=True)
+    done = subprocess.run([sys.executable, "-m", "pmc_fast.cli", *words[1:]], cwd=ROOT)
+    if done.returncode == 0:
+        print(f"open {arguments.output / 'report.html'} in a browser")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""The command line: pmc-fast unlearn, evaluate and env."""
+
+import dataclasses
+import json
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .config import PRESETS, UnlearnConfig
+from .errors import PMCError
+
+if TYPE_CHECKING:  # torch and transformers load when a command runs: --help stays quick
+    from .job import Plan
+
+GATE_MISSED = 3
+EVALUATED = (
+    "model", "forget", "retain", "paraphrased", "general", "prompt_format", "system_prompt", "date_string",
+    "max_length", "device", "dtype", "eval_batch_size", "min_quality", "min_utility", "log_text",
+)  # fmt: skip
+
+
+def _config_options(names: Iterable[str] | None = None) -> Callable[[Any], Any]:
+    """Give a command one option a field of UnlearnConfig; options that were not given pass None."""
+
+    def decorate(command: Any) -> Any:
+        hints = typing.get_type_hints(UnlearnConfig)
+        chosen = set(names or hints)
+        for f in reversed([f for f in dataclasses.fields(UnlearnConfig) if f.name in chosen]):
+            flag = "--" + f.name.replace("_", "-")
+            kind = hints[f.name]
+            options: dict[str, Any] = {"help": _help(f), "default": None}
+            if kind is bool:
+                flag += "/--no-" + f.name.replace("_", "-")
+            elif kind == list[str]:
+                options["multiple"] = True
+            elif typing.get_origin(kind) is typing.Literal:
+                options["type"] = click.Choice(typing.get_args(kind))
+            else:
+                options["type"] = _plain(kind)
+            command = click.option(flag, *f.metadata.get("flags", ()), f.name, **options)(command)
+        return command
+
+    return decorate
+
+
+def _plain(kind: Any) -> type:
+    if isinstance(kind, types.UnionType):
+        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+    return kind
+
+
+def _help(f: dataclasses.Field[Any]) -> str:
+    unset = (None, "", dataclasses.MISSING)
+    return f.metadata["help"] + ("" if f.default in unset else f"  [default: {f.default}]")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
+
+
+def _read_yaml(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        import yaml
+    except ImportError as error:
+        raise PMCError("--config needs pyyaml: pip install 'pmc_fast[cli]'") from error
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise PMCError(f"config {path} can't be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise PMCError(f"config {path} must hold 'name: value' lines")
+    # YAML 1.1 reads 1e-5 as a string
+    floats = {f.name for f in dataclasses.fields(UnlearnConfig) if f.type in (float, "float")}
+    for name in floats & content.keys():
+        if isinstance(content[name], str):
+            try:
+                content[name] = float(content[name])
+            except ValueError as error:
+                raise PMCError(f"{name} is {content[name]!r} in {path}: it must be a number") from error
+    return content
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Partial Model Collapse unlearning (arXiv 2507.04219): make a language model forget chosen facts."""
+
+
+@cli.command()
+@click.option("--config", "config_file", help="YAML file of settings by their names below, '-' being '_'")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a set of published settings")
+@click.option("--dry-run", is_flag=True, help="check everything, say what would be done, write nothing")
+@_config_options()
+def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **options: Any) -> int:
+    """Unlearn the answers to the questions of FORGET; keep those of RETAIN."""
+    config = UnlearnConfig.merge(preset, _read_yaml(config_file), _given(options))
+    from . import job, report
+
+    report.check_importable()
+    if dry_run:
+        _print_plan(job.check(config))
+        return 0
+    with _Progress() as progress:
+        made = job.unlearn(config, progress)
+    _print_scores(made)
+    click.echo(f"\nmodel, report.html and report.json are in {config.output}")
+    return _gates(made)
+
+
+@cli.command()
+@click.option("--json", "json_file", help="also write the scores into this file")
+@_config_options(EVALUATED)
+def evaluate(json_file: str | None, **options: Any) -> int:
+    """Score a model: unlearn quality on FORGET, utility on RETAIN and GENERAL."""
+    config = UnlearnConfig.merge(None, _given(options))
+    from . import job
+
+    if json_file and Path(json_file).exists():
+        raise PMCError(f"json file {json_file} exists: name a new one")
+    with _Progress() as progress:
+        made = job.evaluate_model(config, progress)
+    _print_scores(made)
+    if json_file:
+        try:
+            Path(json_file).write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
+        except OSError as error:
+            raise PMCError(f"json file {json_file} can't be written: {error.strerror}") from error
+    return _gates(made)
+
+
+@cli.command()
+def env() -> None:
+    """Print versions, the machine, and what this installation can do."""
+    from . import environment
+
+    for title, facts in (
+        ("versions", environment.versions()),
+        ("machine", environment.machine()),
+        ("pmc_fast", environment.capabilities()),
+    ):
+        click.echo(f"{title}:")
+        for name, value in facts.items():
+            click.echo(f"  {name:16} {'-' if value is None else value}")
+
+
+def _print_plan(plan: "Plan") -> None:
+    c, s = plan.config, plan.schedule
+    click.echo(f"forget    {len(plan.forget)} questions of {c.forget}")
+    click.echo(f"retain    {len(plan.retain)} pairs of {c.retain}")
+    click.echo(f"evaluate  {', '.join(f'{e.name} ({len(e.rows)})' for e in plan.sets) or 'nothing'}")
+    click.echo(f"prompts   {c.prompt_format}, prompt and answer at most {c.max_length} tokens")
+    click.echo(
+        f"steps     {s.steps} ({s.steps_per_epoch} an epoch), each {c.batch_size} x "
+        f"{c.gradient_accumulation_steps} questions, {c.num_samples} samples a question"
+    )
+    click.echo(f"output    {c.output}: nothing was written")
+    for text in plan.warnings:
+        click.echo(f"warning: {text}", err=True)
+
+
+def _print_scores(made: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .report import metric_rows
+
+    rows = metric_rows(made)
+    if not rows:
+        return
+    both = "before" in made
+    table = Table("metric", *(["before"] if both else []), "after" if both else "value")
+    for metric, before, after in rows:
+        table.add_row(metric, *([before] if both else []), after)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def _gates(made: dict[str, Any]) -> int:
+    for line in made["failed_gates"]:
+        click.echo(f"gate missed: {line}", err=True)
+    return GATE_MISSED if made["failed_gates"] else 0
+
+
+class _Progress:
+    """Shows a job's stages and steps on stderr: a live line in a terminal, now and then a line elsewhere."""
+
+    LINES = 20
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True, highlight=False)
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task: Any = None
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> "_Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def _line(self, text: str) -> None:
+        self.console.print(f"[{time.perf_counter() - self.start:6.1f} s] {text}", markup=False, soft_wrap=True)
+
+    def stage(self, name: str) -> None:
+        self._line(name)
+
+    def warn(self, text: str) -> None:
+        self._line(f"warning: {text}")
+
+    def step(self, record: dict[str, Any], steps: int) -> None:
+        rate = record["sampled_tokens"] / record["rollout_seconds"] if record["sampled_tokens"] else 0.0
+        state = (
+            f"loss {record['loss']:.3f} (collapse {record['collapse_loss']:.3f}, retain "
+            f"{record['retain_loss']:.3f})  mean score {record['mean_score']:.3f}  pending {record['pending']}"
+            f"  {rate:.0f} tokens/s"
+        )
+        if not self.console.is_terminal:
+            if record["step"] % max(1, steps // self.LINES) == 0 or record["step"] == steps:
+                self._line(f"step {record['step']}/{steps}  {state}")
+            return
+        if self.task is None:
+            self.task = self.bar.add_task("unlearning", total=steps, state="")
+        self.bar.update(self.task, completed=record["step"], state=state)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; bad input exits 2 with one line, a missed gate exits 3."""
+    try:
+        code = cli.main(arguments, standalone_mode=False)
+    except PMCError as error:
+        text = " ".join(str(error).split())
+        click.echo(f"pmc-fast: error: {text}", err=True)
+        code = 2
+    except click.ClickException as error:
+        text = " ".join(error.format_message().split())
+        click.echo(f"pmc-fast: error: {text}", err=True)
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("pmc-fast: interrupted: nothing was written", err=True)
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Settings: the algorithm's (PMCConfig) and a run's (UnlearnConfig), one help text per field."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from .errors import PMCError
+
+PromptFormat = Literal["tags", "chat"]
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(kw_only=True)
+class PMCConfig:
+    """Settings of Partial Model Collapse, with the names of arXiv 2507.04219 where it has one."""
+
+    num_samples: int = _option(20, "N: answers sampled for each forget question")
+    temperature: float = _option(0.9, "sampling temperature")
+    top_k: int = _option(50, "sample among the k likeliest tokens (0: all); the published runs use 50")
+    top_p: float = _option(0.95, "then among the likeliest of these that hold this probability mass")
+    retain_weight: float = _option(1.25, "the paper's lambda: weight of the retain loss", flags=["--lambda"])
+    min_len: int = _option(0, "answers of fewer words than this score worse (0: off)")
+    max_length: int = _option(200, "tokens of prompt and answer together")
+    prompt_format: Literal["auto", "tags", "chat"] = _option(
+        "auto", "'Question: ... Answer: ...' tags or the tokenizer's chat template (auto: chat if it has one)"
+    )
+    system_prompt: str = _option("You are a helpful assistant.", "system prompt of the chat format")
+    date_string: str = _option(
+        "10 Apr 2025", "the date that chat templates with a date print; fixed: prompts stay equal"
+    )
+    accidents: bool = _option(
+        False,
+        "repeat the published code's accidents: 8 characters of each tagged sample dropped unseen, a second BOS",
+    )
+    seed: int = _option(0, "seed of the samples, the data order and the retain draws")
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise PMCError for the first value that can't be meant."""
+        _check_types(self)
+        _require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(self.retain_weight >= 0, "retain_weight", self.retain_weight, "0 or more")
+        _require(self.min_len >= 0, "min_len", self.min_len, "0 (off) or more")
+        _require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
+
+
+@dataclass(kw_only=True)
+class UnlearnConfig(PMCConfig):
+    """Settings of one unlearning run: the algorithm's, the optimizer's, and what to read and write."""
+
+    model: str = _option("", "directory or hub id of the model (safetensors)")
+    forget: str = _option("", "questions to forget: a .jsonl, .json or .parquet file, or hub id:config")
+    retain: str = _option("", "question-answer pairs to keep, likewise")
+    output: str = _option("", "directory to write, new or empty")
+    paraphrased: str = _option("", "forget questions in other words with their answers, for the evaluation")
+    general: list[str] = _option([], "data of general knowledge, for the evaluation; may be given again")
+
+    num_epochs: float = _option(30.0, "passes over the forget questions", flags=["--epochs"])
+    batch_size: int = _option(8, "forget questions (and retain pairs) in a micro-batch")
+    gradient_accumulation_steps: int = _option(2, "micro-batches in an optimizer step", flags=["--accumulation"])
+    learning_rate: float = _option(1e-5, "peak of AdamW's learning rate", flags=["--lr"])
+    weight_decay: float = _option(0.01, "AdamW's weight decay")
+    device: str = _option("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
+    dtype: Literal["auto", "float32", "bfloat16"] = _option(
+        "auto", "what training computes in; parameters stay float32 (auto: bfloat16 on cuda, float32 on cpu)"
+    )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "what is saved and evaluated (auto: as the model came)"
+    )
+    eval_batch_size: int = _option(32, "questions answered at once in evaluations")
+    evaluate: bool = _option(True, "answer the forget and retain questions before and after, and score them")
+    min_quality: float | None = _option(None, "exit 3 if the unlearn quality (0 to 100) ends below this")
+    min_utility: float | None = _option(None, "exit 3 if the utility (0 to 100) ends below this")
+    log_text: bool = _option(False, "put questions and sampled answers into the report")
+
+    def validate(self) -> None:
+        super().validate()
+        _require(self.num_epochs > 0, "num_epochs", self.num_epochs, "above 0")
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        for name in ("min_quality", "min_utility"):
+            gate = getattr(self, name)
+            _require(gate is None or 0 <= gate <= 100, name, gate, "between 0 and 100")
+            _require(gate is None or self.evaluate, name, gate, "left out, or evaluate left on")
+
+    @classmethod
+    def merge(cls, preset: str | None, *layers: Mapping[str, Any]) -> Self:
+        """Build a config from a preset's values and then each layer's, the last one winning.
+
+        Raises
+        ------
+        PMCError
+            An unknown preset or field, or a value out of its range.
+        """
+        values: dict[str, Any] = {}
+        if preset is not None:
+            if preset not in PRESETS:
+                raise PMCError(f"preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
+            values |= PRESETS[preset]
+        for layer in layers:
+            values |= layer
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise PMCError(f"setting {name!r} is unknown: `pmc-fast unlearn --help` lists them")
+        return cls(**values)
+
+
+# Published: arXiv 2507.04219, appendix, and its code's configurations. small: the demo's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "num_samples": 20, "temperature": 0.9, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 30.0,
+        "batch_size": 8, "gradient_accumulation_steps": 2, "learning_rate": 1e-5, "prompt_format": "chat",
+    },
+    "phi": {
+        "num_samples": 5, "temperature": 1.25, "top_p": 0.95, "retain_weight": 1.5, "num_epochs": 40.0,
+        "batch_size": 16, "gradient_accumulation_steps": 4, "learning_rate": 1e-5, "prompt_format": "tags",
+    },
+    "small": {
+        "num_samples": 10, "temperature": 1.25, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 12.0,
+        "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 3e-5, "prompt_format": "tags",
+    },
+}  # fmt: skip
+
+
+def _require(good: bool, name: str, value: object, range_: str) -> None:
+    if not good:
+        raise PMCError(f"{name} is {value!r}: it must be {range_}")
+
+
+def _check_types(config: PMCConfig) -> None:
+    """Refuse values of a wrong type (a YAML file gives whatever was typed); whole numbers pass as floats."""
+    hints = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        if get_origin(hint) is Literal:
+            choices = get_args(hint)
+            _require(value in choices, f.name, value, f"one of {', '.join(map(str, choices))}")
+            continue
+        special: dict[Any, tuple[type, ...]] = {
+            float: (int, float),
+            list[str]: (list,),
+            float | None: (int, float, type(None)),
+        }
+        kinds = special.get(hint, (hint,))
+        good = isinstance(value, kinds) and (isinstance(value, bool) == (hint is bool))
+        name = {float | None: "a number", list[str]: "a list of names"}.get(hint, getattr(hint, "__name__", ""))
+        _require(good, f.name, value, f"of type {name}")

@@ -1,0 +1,28 @@
+"""Reading questions and answers, and turning them into token ids."""
+
+from .encoding import (
+    Encoded,
+    Encoder,
+    collate,
+    decode_answers,
+    encode_pair,
+    encode_prompt,
+    pad_id,
+    resolve_format,
+    stop_ids,
+)
+from .loading import Row, load_rows
+
+__all__ = [
+    "Encoded",
+    "Encoder",
+    "Row",
+    "collate",
+    "decode_answers",
+    "encode_pair",
+    "encode_prompt",
+    "load_rows",
+    "pad_id",
+    "resolve_format",
+    "stop_ids",
+]

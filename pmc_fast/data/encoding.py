@@ -1,0 +1,242 @@
+"""The two prompt formats of PMC: question and answer as token ids and labels."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..config import PMCConfig, PromptFormat
+from ..errors import PMCError
+
+QUESTION_TAG, QUESTION_END, ANSWER_TAG = "Question: ", "\n", "Answer: "
+SYSTEM_PROMPT = "You are a helpful assistant."
+IGNORED = -100  # the label of a token that is not trained
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One training sequence: ids and labels of equal length, label -100 where nothing is predicted."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def resolve_format(tokenizer: Any, prompt_format: str) -> PromptFormat:
+    """Return the prompt format that "auto" stands for: chat if the tokenizer has a template."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if prompt_format == "chat" and not has_template:
+        raise PMCError("prompt_format is 'chat' but the tokenizer has no chat template: use 'tags'")
+    if prompt_format == "auto":
+        return "chat" if has_template else "tags"
+    return "chat" if prompt_format == "chat" else "tags"
+
+
+def encode_prompt(
+    tokenizer: Any,
+    question: str,
+    *,
+    prompt_format: PromptFormat,
+    system_prompt: str = SYSTEM_PROMPT,
+    date_string: str | None = None,
+) -> list[int]:
+    """Return the ids from which an answer to `question` is sampled.
+
+    In the tags format the prompt ends before "Answer: ": the model writes the tag itself.
+    """
+    if prompt_format == "tags":
+        return tokenizer(QUESTION_TAG + question + QUESTION_END)["input_ids"]
+    return _chat(tokenizer, question, None, system_prompt, date_string)
+
+
+def encode_pair(
+    tokenizer: Any,
+    question: str,
+    answer: str,
+    *,
+    prompt_format: PromptFormat,
+    max_length: int = 200,
+    system_prompt: str = SYSTEM_PROMPT,
+    date_string: str | None = None,
+) -> Encoded:
+    """Encode a question with its answer for training.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer; it is not changed.
+    question, answer : str
+        The pair, without tags.
+    prompt_format : {"tags", "chat"}
+        "Question: " question "\\n" + "Answer: " answer eos, or the tokenizer's chat template with
+        a system prompt.
+    max_length : int
+        Longer sequences are cut: tags lose their tail and with it eos, chat keeps its final token.
+    system_prompt, date_string : str
+        Passed to the chat template.
+
+    Returns
+    -------
+    Encoded
+        Labels are -100 on the prompt. The answer's tag and eos are trained.
+
+    Notes
+    -----
+    As the published code encodes (arXiv 2507.04219); padding is left to `collate`.
+    """
+    prompt = encode_prompt(
+        tokenizer,
+        question,
+        prompt_format=prompt_format,
+        system_prompt=system_prompt,
+        date_string=date_string,
+    )
+    if prompt_format == "tags":
+        text = QUESTION_TAG + question + QUESTION_END + ANSWER_TAG + answer + tokenizer.eos_token
+        ids = tokenizer(text)["input_ids"][:max_length]
+    else:
+        ids = _chat(tokenizer, question, answer, system_prompt, date_string)
+        if len(ids) > max_length:
+            ids = [*ids[: max_length - 1], ids[-1]]
+    start = min(len(prompt), len(ids))
+    return Encoded(ids, [IGNORED] * start + ids[start:])
+
+
+def _chat(
+    tokenizer: Any, question: str, answer: str | None, system_prompt: str, date_string: str | None
+) -> list[int]:
+    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return tokenizer.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=False,
+        add_generation_prompt=answer is None,
+        date_string=date_string,
+    )
+
+
+def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's eos and those of generation_config."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    more = getattr(generation_config, "eos_token_id", None)
+    more = [more] if isinstance(more, int) else list(more or [])
+    if not own + more:
+        raise PMCError("the tokenizer has no eos token: set tokenizer.eos_token")
+    return list(dict.fromkeys(own + more))
+
+
+def pad_id(tokenizer: Any, stops: Iterable[int]) -> int:
+    """Return an id to pad with that ends no answer, where the tokenizer has one.
+
+    Many tokenizers pad with eos. Lengths here never come from ids or masks, so that is no error;
+    a distinct id only keeps dumps readable. One without any other special token pads with eos.
+    """
+    stops = set(stops)
+    special = [tokenizer.pad_token_id, tokenizer.unk_token_id, *getattr(tokenizer, "all_special_ids", [])]
+    for token in special:
+        if token is not None and token not in stops and token != tokenizer.bos_token_id:
+            return int(token)
+    return min(stops)
+
+
+def collate(
+    sequences: Sequence[Encoded],
+    pad: int,
+    *,
+    length: int | None = None,
+    side: Literal["right", "left"] = "right",
+) -> dict[str, torch.Tensor]:
+    """Pad sequences into a batch.
+
+    Returns
+    -------
+    dict of torch.Tensor
+        int64 [B, T] ``input_ids``, ``attention_mask`` and ``labels`` (-100 on padding), T being
+        `length` or the longest sequence's.
+    """
+    width = length or max(len(s.input_ids) for s in sequences)
+    batch = {
+        "input_ids": torch.full((len(sequences), width), pad),
+        "attention_mask": torch.zeros((len(sequences), width), dtype=torch.int64),
+        "labels": torch.full((len(sequences), width), IGNORED),
+    }
+    for i, s in enumerate(sequences):
+        size = len(s.input_ids)
+        at = slice(0, size) if side == "right" else slice(width - size, width)
+        batch["input_ids"][i, at] = torch.tensor(s.input_ids)
+        batch["attention_mask"][i, at] = 1
+        batch["labels"][i, at] = torch.tensor(s.labels)
+    return batch
+
+
+def decode_answers(
+    tokenizer: Any, generated: Sequence[Sequence[int]], stops: Iterable[int], *, prompt_format: PromptFormat
+) -> list[str]:
+    """Turn generated ids into answers: cut at the first stop id, decoded, tag and outer spaces stripped."""
+    stops = set(stops)
+    texts = []
+    for ids in generated:
+        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        text = tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
+        if prompt_format == "tags":
+            text = text.removeprefix(ANSWER_TAG)
+        texts.append(text.strip())
+    return texts
+
+
+class Encoder:
+    """The functions above with one tokenizer and one run's settings.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer; it is not changed.
+    config : PMCConfig
+        prompt_format, max_length, system_prompt and date_string are read.
+    generation_config : transformers.GenerationConfig, optional
+        Adds its eos ids to the tokenizer's as those that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, config: PMCConfig, generation_config: Any = None) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = config.max_length
+        self.format = resolve_format(tokenizer, config.prompt_format)
+        self.stops = stop_ids(tokenizer, generation_config)
+        self.pad = pad_id(tokenizer, self.stops)
+        self._chat = {"system_prompt": config.system_prompt, "date_string": config.date_string}
+
+    def prompt(self, question: str) -> list[int]:
+        """Return the ids that answers to `question` are sampled from."""
+        return encode_prompt(self.tokenizer, question, prompt_format=self.format, **self._chat)
+
+    def pair(self, question: str, answer: str) -> Encoded:
+        """Encode a question with its answer for training."""
+        return encode_pair(
+            self.tokenizer,
+            question,
+            answer,
+            prompt_format=self.format,
+            max_length=self.max_length,
+            **self._chat,
+        )
+
+    def answers(self, generated: Sequence[Sequence[int]]) -> list[str]:
+        """Turn generated ids into answers."""
+        return decode_answers(self.tokenizer, generated, self.stops, prompt_format=self.format)
+
+    def check_lengths(self, source: str, pairs: Iterable[tuple[str, str | None]]) -> None:
+        """Refuse a question that leaves no room for an answer; the error names its row, not its text."""
+        for number, (question, answer) in enumerate(pairs, start=1):
+            size = len(self.prompt(question))
+            if size >= self.max_length:
+                raise PMCError(
+                    f"{source}, row {number}: the question takes {size} tokens and leaves none of max_length "
+                    f"{self.max_length} for an answer: raise --max-length or shorten it"
+                )
+            if answer is not None and all(label == IGNORED for label in self.pair(question, answer).labels):
+                raise PMCError(
+                    f"{source}, row {number}: no token of its answer fits max_length {self.max_length}: "
+                    "raise --max-length or shorten it"
+                )

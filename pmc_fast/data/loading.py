@@ -1,0 +1,142 @@
+"""Reading question-answer rows from files and from the Hugging Face hub."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import PMCError
+
+QUESTION_NAMES = ("question", "prompt", "query", "instruction")
+ANSWER_NAMES = ("answer", "response", "completion", "output")
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(:[\w.-]+)?|[\w.-]+:[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A question and, where the data has one, its answer."""
+
+    question: str
+    answer: str | None = None
+
+
+def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = False) -> list[Row]:
+    """Read rows of questions and answers.
+
+    Parameters
+    ----------
+    source : str or Path
+        A .jsonl, .json or .parquet file, or a hub id with an optional config and split,
+        ``locuslab/TOFU:forget10`` or ``name:config:split`` (split "train" by default).
+    answers : bool
+        Refuse rows without an answer.
+    paraphrased : bool
+        Read ``paraphrased_question`` and ``paraphrased_answer`` where the data has them.
+
+    Returns
+    -------
+    list of Row
+        In the data's order. Columns are found by name: question, prompt, query or instruction;
+        answer, response, completion or output; or a chat in ``messages`` (or in prompt and
+        completion), of which the user's and the assistant's one message are taken.
+
+    Raises
+    ------
+    PMCError
+        No such file, not readable, no rows, or a row without a question (or a wanted answer).
+
+    Notes
+    -----
+    JSON is read by Python itself: `datasets` would keep a copy of the file in its cache, infer
+    dates from strings, and could not name the row at fault.
+    """
+    questions = ("paraphrased_question", *QUESTION_NAMES) if paraphrased else QUESTION_NAMES
+    replies = ("paraphrased_answer", *ANSWER_NAMES) if paraphrased else ANSWER_NAMES
+    rows = []
+    for number, record in enumerate(_records(str(source)), start=1):
+        where = f"{source}, row {number}"
+        if not isinstance(record, Mapping):
+            raise PMCError(f"{where} is {type(record).__name__}, not an object with a question")
+        question = _first(record, questions, "user", where)
+        answer = _first(record, replies, "assistant", where)
+        if question is None or not question.strip():
+            raise PMCError(f"{where} has no question: name the column one of {', '.join(QUESTION_NAMES)}")
+        if answers and (answer is None or not answer.strip()):
+            raise PMCError(f"{where} has no answer: name the column one of {', '.join(ANSWER_NAMES)}")
+        rows.append(Row(question, answer))
+    if not rows:
+        raise PMCError(f"{source} has no rows")
+    return rows
+
+
+def _records(source: str) -> Iterator[Any]:
+    path = Path(source)
+    if path.is_file():
+        try:
+            yield from _file_records(path)
+        except (OSError, ValueError) as error:  # JSON, Unicode and Arrow errors are ValueErrors
+            raise PMCError(f"{source} can't be read: {error}") from error
+    elif path.suffix in SUFFIXES or not _HUB_ID.fullmatch(source):
+        raise PMCError(f"{source or '(no file)'} does not exist: give a {', '.join(SUFFIXES)} file or a hub id")
+    else:
+        yield from _hub_records(source)
+
+
+def _file_records(path: Path) -> Iterator[Any]:
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        yield from parquet.read_table(path).to_pylist()
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"line {number} is not JSON ({error.msg})") from error
+    elif path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, list):
+            raise ValueError("a .json file must hold a list of rows (one object a line is .jsonl)")
+        yield from content
+    else:
+        raise ValueError(f"the ending {path.suffix!r} is none of {', '.join(SUFFIXES)}")
+
+
+def _hub_records(source: str) -> Iterator[Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise PMCError("reading from the hub needs datasets: pip install 'pmc_fast[cli]'") from error
+    name, *rest = source.split(":")
+    config, split = [*rest, None, None][:2]
+    try:
+        yield from datasets.load_dataset(name, config, split=split or "train")
+    except Exception as error:  # offline, no such data set, no such config: each has a class of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PMCError(f"{source} is no file here and can't be loaded from the hub: {reason}") from error
+
+
+def _first(record: Mapping[str, Any], names: tuple[str, ...], role: str, where: str) -> str | None:
+    for name in (*names, "messages"):
+        value = record.get(name)
+        if value is None:
+            continue
+        if isinstance(value, list):
+            return _message(value, role, where)
+        return value if isinstance(value, str) else str(value)
+    return None
+
+
+def _message(messages: list[Any], role: str, where: str) -> str | None:
+    try:
+        texts = [m["content"] for m in messages if m["role"] == role]
+    except (TypeError, KeyError) as error:
+        raise PMCError(f"{where} has messages without role and content") from error
+    if len(texts) > 1:
+        raise PMCError(f"{where} has {len(texts)} {role} messages: split it into single questions")
+    return texts[0] if texts else None

@@ -1,0 +1,65 @@
+"""What a result was made on: machine, versions, and what this build of pmc_fast can use."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("pmc_fast", "torch", "triton", "transformers", "tokenizers", "numpy", "flash_attn", "datasets")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that results depend on; None where absent."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, its cores usable here, memory in GiB, system, and the GPU's name or None."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    flags: list[str] = []
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+        cpu = fields.get("model name", cpu)
+        wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        flags = [f for f in wanted if f in fields.get("flags", "").split()]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu,
+        "cpu_flags": flags,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def capabilities() -> dict[str, str]:
+    """Return each optional part and whether it is here, or what would bring it."""
+    from .errors import PMCError
+    from .native import cpu
+
+    try:
+        cpu()
+        native = "built"
+    except PMCError as error:
+        native = str(error)
+    extras = {"cli": "datasets", "reference": "rouge_score"}
+    present = {
+        extra: "installed" if importlib.util.find_spec(module) else f"missing: pip install 'pmc_fast[{extra}]'"
+        for extra, module in extras.items()
+    }
+    return {"C++ module": native} | {f"extra {name}": state for name, state in present.items()}

@@ -1,0 +1,15 @@
+"""How well a model forgot and what it kept."""
+
+from .metrics import degenerate_share, mean_words, unlearn_quality, utility
+from .suite import EvalSet, evaluate, load_sets, with_initial_answers
+
+__all__ = [
+    "EvalSet",
+    "degenerate_share",
+    "evaluate",
+    "load_sets",
+    "mean_words",
+    "unlearn_quality",
+    "utility",
+    "with_initial_answers",
+]

@@ -1,0 +1,31 @@
+"""The paper's two numbers (arXiv 2507.04219, section 5), and what keeps them honest."""
+
+from collections.abc import Sequence
+
+SHORT_ANSWER = 3  # words; an answer of fewer says nothing
+
+
+def unlearn_quality(*forget_recalls: float) -> float:
+    """Return 0 to 100 from mean ROUGE-L recalls: 50 * (2 - R(forget) - R(paraphrased)).
+
+    With one recall alone it is 100 * (1 - R(forget)).
+    """
+    return 100.0 * (1.0 - sum(forget_recalls) / len(forget_recalls))
+
+
+def utility(*kept_recalls: float) -> float:
+    """Return 0 to 100 from mean recalls: 100/3 * (R(retain) + R(world facts) + R(real authors)).
+
+    With other sets than these three, the mean over what is given.
+    """
+    return 100.0 * sum(kept_recalls) / len(kept_recalls)
+
+
+def mean_words(answers: Sequence[str]) -> float:
+    """Return the answers' mean number of words."""
+    return sum(len(a.split()) for a in answers) / len(answers)
+
+
+def degenerate_share(answers: Sequence[str]) -> float:
+    """Return the share of answers of under 3 words: they have recall 0 and so feign forgetting."""
+    return sum(len(a.split()) < SHORT_ANSWER for a in answers) / len(answers)

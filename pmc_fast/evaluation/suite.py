@@ -1,0 +1,94 @@
+"""Greedy answers to the forget and the kept questions, scored as the paper does."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..config import UnlearnConfig
+from ..data import Row, load_rows
+from ..reward import rouge_l_recall
+from .metrics import degenerate_share, mean_words, unlearn_quality, utility
+
+RETAIN_ROWS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSet:
+    """Questions with their true answers, to be forgotten or to be kept."""
+
+    name: str
+    role: Literal["forget", "keep"]
+    rows: list[Row]
+
+
+def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row]) -> list[EvalSet]:
+    """Return what `config` has evaluated, reading the files that only the evaluation needs.
+
+    Of a long retain set 400 rows are drawn with replacement, the draw of the published evaluation.
+    """
+    sets = [EvalSet("forget", "forget", list(forget))]
+    if config.paraphrased:
+        rows = load_rows(config.paraphrased, answers=True, paraphrased=True)
+        sets.append(EvalSet("forget_paraphrased", "forget", rows))
+    if retain:
+        drawn = list(retain)
+        if len(drawn) > RETAIN_ROWS:
+            chosen = np.random.default_rng(12345).integers(0, len(retain), RETAIN_ROWS)
+            drawn = [retain[i] for i in chosen]
+        sets.append(EvalSet("retain", "keep", drawn))
+    general = [EvalSet(Path(source).stem, "keep", load_rows(source, answers=True)) for source in config.general]
+    return sets + general
+
+
+def with_initial_answers(sets: Sequence[EvalSet], initial: Sequence[str]) -> list[EvalSet]:
+    """Give forget questions that came without an answer the model's initial one for a truth."""
+    forget, *others = sets
+    rows = [Row(r.question, r.answer or y) for r, y in zip(forget.rows, initial, strict=True)]
+    return [EvalSet(forget.name, forget.role, rows), *others]
+
+
+def evaluate(
+    answer: Callable[[Sequence[str]], list[str]], sets: Sequence[EvalSet], *, log_text: bool = False
+) -> dict[str, Any]:
+    """Score a model's greedy answers.
+
+    Parameters
+    ----------
+    answer : callable
+        Questions -> the model's greedy answers.
+    sets : Sequence[EvalSet]
+        What to ask.
+    log_text : bool
+        Keep questions, truths and answers in the result.
+
+    Returns
+    -------
+    dict
+        ``sets``: per set its role, rows, mean ROUGE-L recall against the truth, mean_words and
+        degenerate share; ``unlearn_quality`` and ``utility`` (0 to 100) where a set speaks to them.
+    """
+    result: dict[str, Any] = {"sets": {}}
+    for s in sets:
+        answers = answer([row.question for row in s.rows])
+        recalls = rouge_l_recall([row.answer or "" for row in s.rows], [[a] for a in answers])[:, 0]
+        scored: dict[str, Any] = {
+            "role": s.role,
+            "rows": len(s.rows),
+            "rouge_l_recall": float(recalls.mean()),
+            "mean_words": mean_words(answers),
+            "degenerate": degenerate_share(answers),
+        }
+        if log_text:
+            scored["texts"] = [
+                {"question": row.question, "truth": row.answer, "answer": a, "rouge_l_recall": float(r)}
+                for row, a, r in zip(s.rows, answers, recalls, strict=True)
+            ]
+        result["sets"][s.name] = scored
+    for key, role, metric in (("unlearn_quality", "forget", unlearn_quality), ("utility", "keep", utility)):
+        recalls_of_role = [s["rouge_l_recall"] for s in result["sets"].values() if s["role"] == role]
+        if recalls_of_role:
+            result[key] = metric(*recalls_of_role)
+    return result

@@ -1,0 +1,228 @@
+"""The main job: check everything, unlearn, evaluate before and after, write the result whole."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from . import models, report
+from .config import UnlearnConfig
+from .data import Encoder, Row, load_rows
+from .environment import machine, versions
+from .errors import PMCError
+from .evaluation import EvalSet, evaluate, load_sets, with_initial_answers
+from .output import check_output, written_aside
+from .reference import Reference
+from .reward import rouge_l_recall
+from .training import Schedule, train
+
+FEW_STEPS = 50
+
+
+class Monitor(Protocol):
+    """Who is told what a job does."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def step(self, record: dict[str, Any], steps: int) -> None:
+        """An optimizer step of `steps` is done."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know before waiting for it."""
+
+
+class Silent:
+    """A monitor that shows nothing."""
+
+    def stage(self, name: str) -> None:
+        pass
+
+    def step(self, record: dict[str, Any], steps: int) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class Plan:
+    """A run that was checked: nothing of it has been computed, and nothing written."""
+
+    config: UnlearnConfig
+    tokenizer: Any
+    forget: list[Row]
+    retain: list[Row]
+    sets: list[EvalSet]
+    schedule: Schedule
+    warnings: list[str] = field(default_factory=list)
+
+
+def check(config: UnlearnConfig) -> Plan:
+    """Read the data and refuse, before any work, what can't succeed."""
+    if not config.model:
+        raise PMCError("model is not given: --model takes a directory or a hub id")
+    if not config.forget:
+        raise PMCError("forget is not given: --forget takes a file of questions to forget")
+    if not config.retain:
+        raise PMCError(
+            "retain is not given: --retain takes pairs to keep; without them forgetting takes all else along"
+        )
+    check_output(config.output, 0)
+    forget = load_rows(config.forget)
+    retain = load_rows(config.retain, answers=True)
+    tokenizer = models.load_tokenizer(config.model)
+    encoder = Encoder(tokenizer, config)
+    config = dataclasses.replace(config, prompt_format=encoder.format)
+    # the evaluation alone sees the forget answers: training gets the questions
+    sets = load_sets(config, forget, retain) if config.evaluate else []
+    for source, rows in [(config.forget, forget), (config.retain, retain), *((s.name, s.rows) for s in sets)]:
+        encoder.check_lengths(source, [(row.question, row.answer) for row in rows])
+    plan = Plan(config, tokenizer, forget, retain, sets, Schedule.plan(config, len(forget)))
+    if plan.schedule.steps < FEW_STEPS:
+        plan.warnings.append(
+            f"only {plan.schedule.steps} optimizer steps are planned: under {FEW_STEPS} little may be forgotten; "
+            "raise --epochs or lower --batch-size"
+        )
+    return plan
+
+
+class _Stages:
+    """Names and times the stages of a run."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor, self.seconds = monitor, dict[str, float]()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.monitor.stage(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
+    """Run the whole job and return its report.
+
+    Parameters
+    ----------
+    config : UnlearnConfig
+        Model, forget, retain and output are required.
+    monitor : Monitor, optional
+        Is told of stages, steps and warnings.
+
+    Returns
+    -------
+    dict
+        What report.json holds; ``failed_gates`` names the gates that were missed.
+
+    Raises
+    ------
+    PMCError
+        Bad input, a loss that is not finite, or a full disk; then nothing was written.
+    """
+    monitor = monitor or Silent()
+    stages = _Stages(monitor)
+    with stages("checking"):
+        plan = check(config)
+    config = plan.config
+    for text in plan.warnings:
+        monitor.warn(text)
+    with stages("loading the model"):
+        device = models.resolve_device(config.device)
+        loaded = models.load_model(config.model, device=device, dtype=config.dtype)
+        model, tokenizer = loaded.model, plan.tokenizer
+        models.check_fit(model, tokenizer, config.model)
+        save_dtype = _save_dtype(config, loaded.checkpoint_dtype)
+        size = sum(p.numel() for p in model.parameters()) * save_dtype.itemsize
+        path = check_output(config.output, size + (64 << 20))
+    questions = [row.question for row in plan.forget]
+    pmc = Reference(model, tokenizer, config, questions, reward=rouge_l_recall, autocast=loaded.autocast)
+
+    def answer(asked: Any) -> list[str]:
+        return pmc.greedy_answers(asked, config.eval_batch_size)
+
+    with stages("initial answers"):
+        initial = pmc.prepare(config.eval_batch_size)
+    if all(not y.split() for y in initial):
+        raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
+    result: dict[str, Any] = {}
+    if config.evaluate:
+        sets = with_initial_answers(plan.sets, initial)
+        with stages("evaluation before"):
+            result["before"] = evaluate(answer, sets, log_text=config.log_text)
+    with stages("unlearning"):
+        history = train(pmc, plan.retain, config, lambda record: monitor.step(record, plan.schedule.steps))
+    with torch.no_grad():  # what is evaluated is what is saved
+        for p in model.parameters():
+            p.copy_(p.to(save_dtype))
+    if config.evaluate:
+        with stages("evaluation after"):
+            result["after"] = evaluate(answer, sets, log_text=config.log_text)
+    made = {
+        "settings": dataclasses.asdict(config),
+        "questions": len(questions),
+        "retain_rows": len(plan.retain),
+        "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",
+        "versions": versions(),
+        "machine": machine(),
+        **result,
+        "history": history,
+        "failed_gates": failed_gates(config, result.get("after", {})),
+        "warnings": plan.warnings,
+        "stage_seconds": stages.seconds,
+    }
+    with stages("saving"), written_aside(path) as directory:
+        model.to(save_dtype).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        report.write(directory, made)
+    return made
+
+
+def evaluate_model(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
+    """Score a model on the forget and kept data of `config`, as `unlearn` does before and after."""
+    stages = _Stages(monitor or Silent())
+    with stages("checking"):
+        forget = load_rows(config.forget, answers=True)
+        retain = load_rows(config.retain, answers=True) if config.retain else []
+        sets = load_sets(config, forget, retain)
+        tokenizer = models.load_tokenizer(config.model)
+        encoder = Encoder(tokenizer, config)
+        config = dataclasses.replace(config, prompt_format=encoder.format)
+        for s in sets:
+            encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
+    with stages("loading the model"):
+        device = models.resolve_device(config.device)
+        loaded = models.load_model(config.model, device=device, dtype=config.dtype)
+        models.check_fit(loaded.model, tokenizer, config.model)
+    pmc = Reference(loaded.model, tokenizer, config, [], autocast=loaded.autocast)
+    with stages("evaluation"):
+        scores = evaluate(
+            lambda asked: pmc.greedy_answers(asked, config.eval_batch_size), sets, log_text=config.log_text
+        )
+    return {
+        "settings": dataclasses.asdict(config),
+        "versions": versions(),
+        "machine": machine(),
+        "after": scores,
+        "failed_gates": failed_gates(config, scores),
+        "stage_seconds": stages.seconds,
+    }
+
+
+def failed_gates(config: UnlearnConfig, scores: dict[str, Any]) -> list[str]:
+    """Return a line for each gate of `config` that `scores` miss."""
+    gates = {"unlearn_quality": config.min_quality, "utility": config.min_utility}
+    return [
+        f"{name} is {scores[name]:.1f}, below {gate:g}"
+        for name, gate in gates.items()
+        if gate is not None and scores[name] < gate
+    ]
+
+
+def _save_dtype(config: UnlearnConfig, checkpoint: torch.dtype) -> torch.dtype:
+    return checkpoint if config.save_dtype == "auto" else getattr(torch, config.save_dtype)

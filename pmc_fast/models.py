@@ -1,0 +1,88 @@
+"""Loading models and tokenizers through transformers: safetensors only, no remote code."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import PMCError
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model with float32 parameters, and how it computes and will be saved."""
+
+    model: Any
+    autocast: Callable[[], AbstractContextManager[Any]]
+    checkpoint_dtype: torch.dtype
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `name` means, "auto" being cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise PMCError(f"device is {name!r}: use auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PMCError(f"device is {name!r} but torch {torch.__version__} sees no CUDA device: use cpu")
+    return device
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load the tokenizer of a local directory or hub id."""
+    return _load("AutoTokenizer", source)
+
+
+def load_model(source: str, *, device: torch.device, dtype: str = "auto") -> LoadedModel:
+    """Load a causal language model for training.
+
+    Parameters
+    ----------
+    source : str
+        A directory or hub id with safetensors weights.
+    device : torch.device
+        Where to put it.
+    dtype : {"auto", "float32", "bfloat16"}
+        What it computes in. Parameters are float32 whatever this is: at lr 1e-5 nearly no weight
+        of a bfloat16 model moves in a step. auto: bfloat16 (autocast) on cuda, float32 on the CPU.
+    """
+    config = _load("AutoConfig", source)
+    model = _load("AutoModelForCausalLM", source, dtype=torch.float32, use_safetensors=True).to(device)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise PMCError(f"{source} holds NaN or infinite weights in {name}: use a sound checkpoint")
+    model.eval()
+    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    checkpoint_dtype = getattr(config, "dtype", None) or torch.float32
+    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if low else nullcontext
+    return LoadedModel(model, autocast, checkpoint_dtype)
+
+
+def check_fit(model: Any, tokenizer: Any, source: str) -> None:
+    """Refuse a tokenizer that can name tokens which the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise PMCError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
+
+
+def _load(loader: str, source: str, **options: Any) -> Any:
+    import transformers
+
+    path = Path(source)
+    if not source:
+        raise PMCError("model is not given: --model takes a directory or a hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise PMCError(f"model {source} has no config.json: give a directory saved by save_pretrained")
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
+        raise PMCError(f"model directory {source} does not exist")
+    try:
+        return getattr(transformers, loader).from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise PMCError(f"model {source} can't be loaded by {loader}: {reason}") from error

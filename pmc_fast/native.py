@@ -1,0 +1,22 @@
+"""Finds the compiled modules and says what is missing when one is needed."""
+
+import importlib
+from types import ModuleType
+
+from .errors import PMCError
+
+
+def cpu() -> ModuleType:
+    """Return the C++ module that every build of pmc_fast carries.
+
+    Raises
+    ------
+    PMCError
+        The package was put in place without being built.
+    """
+    try:
+        return importlib.import_module("pmc_fast._cpu")
+    except ImportError as error:
+        raise PMCError(
+            f"pmc_fast's C++ module is missing ({error}): install g++ and run `pip install .` again"
+        ) from error

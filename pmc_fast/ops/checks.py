@@ -1,0 +1,60 @@
+"""Argument checks shared by weighted_nll and gather_logps: a named error before any work."""
+
+import torch
+
+from ..errors import PMCError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IGNORED = -100
+
+
+def check_inputs(
+    op: str,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    temperature: float,
+) -> None:
+    """Refuse shapes, dtypes, devices and settings that the contract does not allow."""
+    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+        raise PMCError(f"{op}: hidden {tuple(hidden.shape)} and head {tuple(head.shape)} must be [R, D] and [V, D]")
+    if hidden.dtype not in FLOATS or head.dtype != hidden.dtype:
+        raise PMCError(f"{op}: hidden is {hidden.dtype} and head {head.dtype}: both must be one floating-point type")
+    if targets.dim() != 1 or targets.dtype != torch.int64:
+        raise PMCError(f"{op}: targets must be int64 [M], not {targets.dtype} {tuple(targets.shape)}")
+    if rows is None and targets.shape[0] != hidden.shape[0]:
+        raise PMCError(f"{op}: {targets.shape[0]} targets for {hidden.shape[0]} hidden rows: give one each, or rows")
+    if rows is not None and (rows.shape != targets.shape or rows.dtype != torch.int64):
+        raise PMCError(f"{op}: rows must be int64 {tuple(targets.shape)}, not {rows.dtype} {tuple(rows.shape)}")
+    if bias is not None and (bias.shape != head.shape[:1] or not bias.is_floating_point()):
+        raise PMCError(f"{op}: bias must be floating [{head.shape[0]}], not {bias.dtype} {tuple(bias.shape)}")
+    for name, tensor in (("head", head), ("targets", targets), ("rows", rows), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise PMCError(f"{op}: {name} is on {tensor.device} but hidden on {hidden.device}: move one of them")
+    if not temperature > 0:
+        raise PMCError(f"{op}: temperature is {temperature}: it must be above 0")
+    if softcap is not None and not softcap > 0:
+        raise PMCError(f"{op}: softcap is {softcap}: it must be above 0, or None")
+
+
+def check_ranges(op: str, targets: torch.Tensor, rows: torch.Tensor | None, vocab: int, num_rows: int) -> None:
+    """On the CPU, where it costs no sync, refuse targets and rows that are out of range."""
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    outside = (targets != IGNORED) & ((targets < 0) | (targets >= vocab))
+    if outside.any():
+        at = int(outside.nonzero()[0])
+        raise PMCError(f"{op}: target {int(targets[at])} at {at} is outside the head's {vocab} rows (-100: ignored)")
+    if rows is not None and not (int(rows.min()) >= 0 and int(rows.max()) < num_rows):
+        raise PMCError(f"{op}: rows {int(rows.min())} to {int(rows.max())} do not fit {num_rows} hidden rows")
+
+
+def under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Cast as autocast casts a linear layer's inputs, where it is switched on."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [t.to(torch.get_autocast_dtype(kind)) for t in tensors]

@@ -1,0 +1,94 @@
+"""Log-probs of targets through a language model's head, differentiable, without holding its logits."""
+
+import torch
+
+from .checks import check_inputs, check_ranges, under_autocast
+from .dispatch import resolve_backend
+from .nll_reference import gather_logps_reference
+from .weighted_nll import WORKSPACE, weighted_nll_op
+
+
+def gather_logps(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str | None = None,
+    workspace: int = WORKSPACE,
+) -> torch.Tensor:
+    """Return the targets' log-probs, for losses whose weights depend on them (NPO, SimNPO, DPO).
+
+    Parameters are those of `weighted_nll`, without `row_scale`.
+
+    Returns
+    -------
+    Tensor [M]
+        In max(float32, hidden's dtype); 0 where the target is -100. Differentiable, once, in hidden,
+        head and bias: backward computes the logits a second time (8 M D V FLOPs in all). Where the
+        weights are known before the forward pass, `weighted_nll` needs 6.
+
+    Raises
+    ------
+    PMCError
+        As `weighted_nll`.
+    """
+    hidden, head = under_autocast(hidden, head)
+    check_inputs("gather_logps", hidden, head, targets, rows, bias, softcap, temperature)
+    chosen = resolve_backend(backend, hidden.device)
+    if chosen == "reference":
+        check_ranges("gather_logps", targets, rows, head.shape[0], hidden.shape[0])
+        how = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+        return gather_logps_reference(hidden, head, targets, rows, **how)
+    return gather_logps_op(
+        hidden, head, bias, targets, rows, temperature, softcap or 0.0, logit_scale, workspace, chosen
+    )
+
+
+@torch.library.custom_op("pmc_fast::gather_logps", mutates_args=())
+def gather_logps_op(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    rows: torch.Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    workspace: int,
+    backend: str,
+) -> torch.Tensor:
+    """Compute logps alone."""
+    none = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+    how = (temperature, softcap, logit_scale)
+    return weighted_nll_op(hidden, head, bias, targets, none, rows, *how, False, False, False, workspace, backend)[1]
+
+
+@gather_logps_op.register_fake
+def _(hidden, head, bias, targets, rows, *settings):  # type: ignore[no-untyped-def]
+    return hidden.new_empty(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    hidden, head, bias, targets, rows, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, head, bias, targets, rows)
+
+
+def _backward(ctx, g_logps):  # type: ignore[no-untyped-def]
+    if g_logps is None:
+        return (None,) * 10
+    hidden, head, bias, targets, rows = ctx.saved_tensors
+    *how, workspace, backend = ctx.settings
+    need = [bool(n) for n in ctx.needs_input_grad[:3]]
+    # d(sum of g * logps) is the weighted loss whose scales are -g
+    with torch.no_grad():
+        grads = weighted_nll_op(hidden, head, bias, targets, -g_logps, rows, *how, *need, workspace, backend)[2:]
+    return (*[g if n else None for g, n in zip(grads, need, strict=True)], *[None] * 7)
+
+
+gather_logps_op.register_autograd(_backward, setup_context=_setup_context)

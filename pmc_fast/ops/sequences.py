@@ -1,0 +1,78 @@
+"""From weights of sequences to scales of rows, and from row log-probs back to sequences."""
+
+from typing import Literal
+
+import torch
+
+from ..errors import PMCError
+
+IGNORED = -100
+Reduction = Literal["token_mean", "sequence_mean", "sum"]
+
+
+def row_scales(
+    weights: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    reduction: Reduction = "token_mean",
+    groups: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Fold weights and a reduction into one scale a target, for `weighted_nll`.
+
+    Parameters
+    ----------
+    weights : Tensor [S]
+        Weight of each sequence: a reward weight, lambda, or -1 for gradient ascent.
+    cu_seqlens : int64 Tensor [S + 1]
+        Where each sequence's targets begin and end; from 0 to M.
+    targets : int64 Tensor [M]
+        -100 is not counted and gets scale 0.
+    reduction : {"token_mean", "sequence_mean", "sum"}
+        Mean over a group's tokens; mean over a group's sequences of the mean over their tokens;
+        or the sum. A sequence without a counted token has no part in a mean.
+    groups : int64 Tensor [S], optional
+        The group of each sequence, from 0: means are taken inside a group (collapse, retain, each
+        micro-batch) and the groups' losses add up. All one group by default.
+
+    Returns
+    -------
+    Tensor [M]
+        In weights' dtype. With all weights 1, sum of scale * -logp is what torch's cross_entropy
+        with its default reduction returns (``token_mean``), summed over the groups.
+    """
+    sequences = weights.shape[0]
+    if cu_seqlens.shape != (sequences + 1,) or (groups is not None and groups.shape != (sequences,)):
+        raise PMCError(
+            f"weights {tuple(weights.shape)} need cu_seqlens ({sequences + 1},) and groups ({sequences},): got "
+            f"{tuple(cu_seqlens.shape)} and {None if groups is None else tuple(groups.shape)}"
+        )
+    counted = targets != IGNORED
+    owner = _owner(cu_seqlens, targets)
+    lengths = torch.zeros_like(weights).index_add_(0, owner, counted.to(weights.dtype))
+    if groups is None:
+        groups = torch.zeros_like(cu_seqlens[1:])
+    # a group's index is below S, so S slots hold every group without asking the device for the largest
+    per_group = torch.zeros_like(weights)
+    if reduction == "token_mean":
+        scale = weights / per_group.index_add(0, groups, lengths)[groups].clamp(min=1)
+    elif reduction == "sequence_mean":
+        used = (lengths > 0).to(weights.dtype)
+        scale = weights / per_group.index_add(0, groups, used)[groups].clamp(min=1) / lengths.clamp(min=1)
+    elif reduction == "sum":
+        scale = weights
+    else:
+        raise PMCError(f"reduction is {reduction!r}: use token_mean, sequence_mean or sum")
+    return scale[owner] * counted
+
+
+def sequence_logps(logps: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Sum log-probs [M] over each sequence: [S]; differentiable. Ignored targets have log-prob 0."""
+    sums = torch.zeros(cu_seqlens.shape[0] - 1, dtype=logps.dtype, device=logps.device)
+    return sums.index_add(0, _owner(cu_seqlens, logps), logps)
+
+
+def _owner(cu_seqlens: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """Return the sequence that each of M items lies in, without a host sync: int64 [M]."""
+    positions = torch.arange(items.shape[0], device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)

@@ -1,0 +1,186 @@
+"""Weighted negative log-likelihood through a language model's head, without holding its logits."""
+
+import torch
+
+from ..errors import PMCError
+from . import nll_chunks
+from .checks import check_inputs, check_ranges, under_autocast
+from .cpu import Cpu
+from .cuda import Cuda
+from .dispatch import resolve_backend
+from .nll_reference import weighted_nll_reference
+
+WORKSPACE = 1 << 30
+
+
+def weighted_nll(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    row_scale: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str | None = None,
+    workspace: int = WORKSPACE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sum of row_scale * -logp over all targets, and the log-probs.
+
+    One pass computes the loss and all gradients: every weight is known before the forward pass, so
+    nothing is recomputed in backward (arXiv 2507.04219, section 4, with rewards folded into
+    `row_scale`; gradients in the forward pass as in Liger Kernel's and quack's fused losses).
+
+    Parameters
+    ----------
+    hidden : Tensor [R, D]
+        float32, bfloat16, float16 or (not on cuda) float64.
+    head : Tensor [V, D]
+        Of hidden's dtype.
+    targets : int64 Tensor [M]
+        Token ids; -100 is ignored.
+    row_scale : Tensor [M]
+        Signed weight of each target. Token mean, lambda, reward weights and gradient ascent's minus
+        belong here (`row_scales`). Not differentiable.
+    rows : int64 Tensor [M], optional
+        The hidden row that predicts each target. Several targets may share one row: it is multiplied
+        and normalised once. By default target m belongs to row m, and R = M.
+    bias : Tensor [V], optional
+    temperature, softcap, logit_scale : float
+        Logits are softcap(((hidden @ head.T) + bias) * logit_scale) / temperature, softcap(x) being
+        softcap * tanh(x / softcap).
+    backend : {"reference", "cpu", "cuda"}, optional
+        By default the device's own.
+    workspace : int
+        Bytes of logits held at once, 1 GiB by default. The float32 d(head) that several chunks add up
+        in is not counted.
+
+    Returns
+    -------
+    loss : Tensor []
+        In max(float32, hidden's dtype). Differentiable, once, in hidden, head and bias; what does not
+        require a gradient is not computed.
+    logps : Tensor [M]
+        Log-probs of the targets, of the same dtype; not differentiable. 0 where the target is -100;
+        computed where the scale is 0.
+
+    Raises
+    ------
+    PMCError
+        Shapes, dtypes, devices or settings that do not fit; on the CPU a target or row out of range.
+
+    Notes
+    -----
+    On CUDA a target out of range makes its log-prob and the loss NaN, without a host sync; so does a
+    hidden row that is not finite, on any device. Without `rows` there is one host sync, to leave out
+    the rows that predict nothing; with `rows` there is none and every hidden row is multiplied, so
+    pass hidden rows that are in use.
+    """
+    hidden, head = under_autocast(hidden, head)
+    check_inputs("weighted_nll", hidden, head, targets, rows, bias, softcap, temperature)
+    if row_scale.shape != targets.shape or row_scale.device != hidden.device:
+        raise PMCError(f"weighted_nll: row_scale must be {tuple(targets.shape)} on {hidden.device}")
+    if row_scale.requires_grad:
+        raise PMCError("weighted_nll: row_scale is no input to differentiate: use gather_logps for such losses")
+    chosen = resolve_backend(backend, hidden.device)
+    if chosen == "reference":
+        check_ranges("weighted_nll", targets, rows, head.shape[0], hidden.shape[0])
+        how = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+        return weighted_nll_reference(hidden, head, targets, row_scale, rows, **how)
+    grad = torch.is_grad_enabled()
+    loss, logps, *_ = weighted_nll_op(
+        hidden,
+        head,
+        bias,
+        targets,
+        row_scale,
+        rows,
+        temperature,
+        softcap or 0.0,
+        logit_scale,
+        grad and hidden.requires_grad,
+        grad and head.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+        workspace,
+        chosen,
+    )
+    return loss, logps
+
+
+@torch.library.custom_op("pmc_fast::weighted_nll", mutates_args=())
+def weighted_nll_op(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    row_scale: torch.Tensor,
+    rows: torch.Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    need_hidden: bool,
+    need_head: bool,
+    need_bias: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute loss, logps, d(hidden), d(head), d(bias); gradients that are not needed are empty."""
+    if backend != "cuda":
+        check_ranges("weighted_nll", targets, rows, head.shape[0], hidden.shape[0])
+    compact = rows is None or hidden.device.type == "cpu"
+    plan = nll_chunks.make_plan(targets, row_scale, rows, hidden.shape[0], compact=compact)
+    return nll_chunks.run(
+        Cuda() if backend == "cuda" else Cpu(),
+        plan,
+        hidden.detach(),
+        head.detach(),
+        None if bias is None else bias.detach(),
+        targets,
+        row_scale,
+        nll_chunks.Logits(temperature, softcap, logit_scale),
+        (need_hidden, need_head, need_bias),
+        workspace,
+    )
+
+
+@weighted_nll_op.register_fake
+def _(
+    hidden, head, bias, targets, row_scale, rows, temperature, softcap, logit_scale,
+    need_hidden, need_head, need_bias, workspace, backend,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    bias_type = head.dtype if bias is None else bias.dtype
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(targets.shape, dtype=wide),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        head.new_empty(head.shape if need_head else (0,)),
+        head.new_empty((head.shape[0] if need_bias else 0,), dtype=bias_type),
+    )
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.need = inputs[9:12]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx, g_loss, g_logps, *g_gradients):  # type: ignore[no-untyped-def]
+    if any(g is not None for g in g_gradients):
+        raise RuntimeError("weighted_nll is differentiable once: its gradients have no gradients of their own")
+    saved = ctx.saved_tensors
+    grads = [_times(saved[i], g_loss) if ctx.need[i] and g_loss is not None else None for i in range(3)]
+    return (*grads, *[None] * 11)
+
+
+def _times(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+    # d(head) is large: spare the CPU a pass over it in the usual case (a sync on CUDA, so not there)
+    if type(upstream) is torch.Tensor and upstream.device.type == "cpu" and upstream.item() == 1:
+        return gradient
+    return gradient * upstream.to(gradient.dtype)
+
+
+weighted_nll_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,50 @@
+"""Writing a result directory whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import PMCError
+
+
+def check_output(output: str, needed_bytes: int) -> Path:
+    """Refuse an output directory that can't take the result, before any work starts."""
+    if not output:
+        raise PMCError("output is not given: --output names the directory to write")
+    path = Path(output).absolute()
+    if path.exists() and not path.is_dir():
+        raise PMCError(f"output {output} is a file: name a new or empty directory")
+    if path.is_dir() and any(path.iterdir()):
+        raise PMCError(f"output {output} is not empty: name a new or empty directory")
+    parent = next(p for p in path.parents if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PMCError(f"output {output} can't be written: no permission in {parent}")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise PMCError(f"output {output} needs {needed_bytes / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} free")
+    return path
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a directory beside `path` that takes its name when the block ends without an error."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        aside.rename(path)  # an empty directory of that name is replaced
+    except Exception as error:
+        if isinstance(error, OSError) or "os error" in str(error).lower():  # safetensors has its own class
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
+            reason = "the disk is full" if full else str(error)
+            raise PMCError(f"output {path} was not written: {reason}") from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,201 @@
+"""The published PMC algorithm, line by line, in plain torch and Hugging Face generate.
+
+This is the oracle that everything fast is checked against and the baseline of every benchmark: it
+pays the published costs (N copies of every prompt, padding to max_length, a forward for each loss)
+and is never optimised. Steps are numbered as in arXiv 2507.04219 and in the README.
+
+What the published code does by accident is done here when ``config.accidents`` is set:
+
+- it drops the first 8 characters of every tagged sample, whether or not they are "Answer: ";
+- chat prompts are rendered and then tokenised with special tokens: Llama gets a second BOS;
+- special tokens other than eos do not end a sample.
+
+One more stays in both: max_length counts the left padding of the batch that a prompt is sampled in.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from .config import PMCConfig
+from .data import Encoded, Encoder, Row, collate
+from .data.encoding import ANSWER_TAG
+
+
+class Reference:
+    """PMC for one model and one list of forget questions.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model; trained in place by whoever calls `loss(...).backward()`.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Its tokenizer; not changed.
+    config : PMCConfig
+        num_samples, temperature, top_k, top_p, retain_weight (lambda), min_len, max_length.
+    questions : Sequence[str]
+        The forget questions. Their true answers are not needed.
+    reward : callable, optional
+        (initial [Q], candidates [Q][N]) -> [Q, N]; `rouge_score_recall` by default.
+    autocast : callable, optional
+        Returns the context in which the model computes, such as torch.autocast.
+    tracked_answers : Sequence[str], optional
+        True answers: switches on the published third forward (the forget loss, for a plot).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: PMCConfig,
+        questions: Sequence[str],
+        *,
+        reward: Callable[..., np.ndarray] | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        tracked_answers: Sequence[str] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.questions = list(questions)
+        self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)
+        self.reward = reward or rouge_score_recall
+        self.autocast = autocast
+        self.tracked_answers = tracked_answers
+        self.initial_answers: list[str] = []
+        self.sampled_data: dict[int, dict[str, Any]] = {}
+        self.draws = 0
+        self.sampled_tokens = 0
+
+    # step 1
+    def prepare(self, batch_size: int = 32) -> list[str]:
+        """Answer every forget question greedily with the untouched model: y_i."""
+        self.initial_answers = self.greedy_answers(self.questions, batch_size)
+        return self.initial_answers
+
+    # step 3
+    def sample(self, indices: Sequence[int]) -> list[str]:
+        """Visit questions: sample where the store asks for it, keep the better answers, return them."""
+        asked = [i for i in indices if i not in self.sampled_data or self.sampled_data[i]["score"] > 0]
+        if asked:
+            candidates = self.sample_answers([self.questions[i] for i in asked])
+            self.keep(asked, candidates)
+        return [self.sampled_data[i]["answer"] for i in indices]
+
+    def keep(self, asked: Sequence[int], candidates: Sequence[Sequence[str]]) -> np.ndarray:
+        """Score candidates [Q][N] and store each question's first arg-min; return the scores [Q, N]."""
+        initial = [self.initial_answers[i] for i in asked]
+        scores = self.reward(initial, candidates, self.config.min_len)
+        for row, (i, pick) in enumerate(zip(asked, scores.argmin(axis=1), strict=True)):
+            score = float(scores[row, pick])
+            if i in self.sampled_data and score > self.sampled_data[i]["score"]:
+                continue
+            self.sampled_data[i] = {"answer": candidates[row][pick], "score": score}
+        return scores
+
+    # step 4
+    def loss(self, indices: Sequence[int], retain: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """Return loss = collapse + lambda * retain, and its parts, of one micro-batch."""
+        pairs = [(self.questions[i], self.sampled_data[i]["answer"]) for i in indices]
+        collapse_loss = self.cross_entropy(pairs)
+        retain_loss = self.cross_entropy([(row.question, row.answer or "") for row in retain])
+        parts = {
+            "loss": collapse_loss + self.config.retain_weight * retain_loss,
+            "collapse_loss": collapse_loss.detach(),
+            "retain_loss": retain_loss.detach(),
+        }
+        if self.tracked_answers is not None:
+            with torch.no_grad():
+                truths = [(self.questions[i], self.tracked_answers[i]) for i in indices]
+                parts["forget_loss"] = self.cross_entropy(truths)
+        return parts
+
+    def cross_entropy(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+        """Mean cross-entropy over the answer tokens of a batch padded to max_length."""
+        batch = collate([self.encoder.pair(q, a) for q, a in pairs], self.encoder.pad, length=self.config.max_length)
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        with self.autocast():
+            return self.model(**batch).loss
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Return the ids that a question's answers are sampled from."""
+        c = self.config
+        if c.accidents and self.encoder.format == "chat":
+            messages = [{"role": "system", "content": c.system_prompt}, {"role": "user", "content": question}]
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, date_string=c.date_string
+            )
+            return self.tokenizer(text)["input_ids"]
+        return self.encoder.prompt(question)
+
+    def sample_answers(self, questions: Sequence[str]) -> list[list[str]]:
+        """Sample N answers to each question from the current model: temperature, top_k, top_p."""
+        c, n = self.config, self.config.num_samples
+        with torch.random.fork_rng():  # the caller's random numbers stay as they were
+            torch.manual_seed(int(np.random.SeedSequence([c.seed, self.draws]).generate_state(1)[0]))
+            generated = self._generate(
+                questions, n, do_sample=True, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p
+            )
+        self.draws += 1
+        texts = self._decode_samples(generated)
+        return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+    def greedy_answers(self, questions: Sequence[str], batch_size: int = 32) -> list[str]:
+        """Answer questions greedily, a batch at a time."""
+        answers: list[str] = []
+        for i in range(0, len(questions), batch_size):
+            generated = self._generate(questions[i : i + batch_size], 1, do_sample=False)
+            answers += self.encoder.answers(generated)
+        return answers
+
+    @torch.no_grad()
+    def _generate(self, questions: Sequence[str], copies: int, **sampling: Any) -> list[list[int]]:
+        prompts = [Encoded(ids, ids) for ids in map(self.prompt_ids, questions)]
+        batch = collate(prompts, self.encoder.pad, side="left")
+        width = batch["input_ids"].shape[1]
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.autocast():
+                output = self.model.generate(
+                    batch["input_ids"].repeat_interleave(copies, dim=0).to(self.model.device),
+                    attention_mask=batch["attention_mask"].repeat_interleave(copies, dim=0).to(self.model.device),
+                    max_length=self.config.max_length,
+                    pad_token_id=self.encoder.pad,
+                    eos_token_id=self.encoder.stops,
+                    repetition_penalty=1.0,
+                    **sampling,
+                )
+        finally:
+            self.model.train(training)
+        generated = output[:, width:].tolist()
+        self.sampled_tokens += sum(_length(ids, self.encoder.stops) for ids in generated)
+        return generated
+
+    def _decode_samples(self, generated: Sequence[Sequence[int]]) -> list[str]:
+        if not self.config.accidents:
+            return self.encoder.answers(generated)
+        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        return [text[len(ANSWER_TAG) :] for text in texts] if self.encoder.format == "tags" else texts
+
+
+def rouge_score_recall(initial: Sequence[str], candidates: Sequence[Sequence[str]], min_len: int = 0) -> np.ndarray:
+    """Score with the rouge_score package, as published; see `pmc_fast.reward.rouge_l_recall`."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = []
+    for target, texts in zip(initial, candidates, strict=True):
+        for text in texts:
+            score = scorer.score(target, text)["rougeL"].recall
+            words = len(text.strip().split(" "))
+            if min_len != 0 and words < min_len:
+                score = min(score + np.exp(-words), 1)
+            scores.append(score)
+    return np.array(scores, dtype=np.float64).reshape(len(initial), -1)
+
+
+def _length(ids: Sequence[int], stops: Sequence[int]) -> int:
+    end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+    return end

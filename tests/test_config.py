@@ -1,0 +1,60 @@
+"""Settings: ranges, presets, files and flags, each layer over the one before."""
+
+import dataclasses
+
+import pytest
+
+from pmc_fast.config import PRESETS, PMCConfig, UnlearnConfig
+from pmc_fast.errors import PMCError
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_samples", 0), ("num_samples", 2.5), ("num_samples", True), ("temperature", 0.0), ("top_k", -1),
+        ("top_p", 0.0), ("top_p", 1.01), ("top_p", float("nan")), ("retain_weight", -1.0), ("min_len", -1),
+        ("max_length", 1), ("prompt_format", "alpaca"), ("system_prompt", None), ("num_epochs", 0.0),
+        ("batch_size", 0), ("learning_rate", 0.0), ("weight_decay", -0.1), ("min_quality", 101.0),
+        ("dtype", "int8"), ("general", "a.jsonl"), ("accidents", "no"), ("learning_rate", "1e-5"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_named(setting, value):
+    with pytest.raises(PMCError, match=f"^{setting} is {value!r}: it must be".replace("(", "\\(")):
+        UnlearnConfig(**{setting: value})
+
+
+def test_gates_need_the_evaluation():
+    with pytest.raises(PMCError, match="min_utility is 50"):
+        UnlearnConfig(min_utility=50.0, evaluate=False)
+
+
+def test_layers_override_each_other():
+    config = UnlearnConfig.merge("phi", {"num_samples": 7, "top_p": 0.9}, {"top_p": 0.8})
+    assert (config.num_samples, config.top_p, config.temperature, config.prompt_format) == (7, 0.8, 1.25, "tags")
+    with pytest.raises(PMCError, match="preset 'gpt' is unknown"):
+        UnlearnConfig.merge("gpt")
+    with pytest.raises(PMCError, match="setting 'lamda' is unknown"):
+        UnlearnConfig.merge(None, {"lamda": 1})
+
+
+def test_published_presets():
+    """Numbers of the paper's appendix."""
+    llama, phi = UnlearnConfig.merge("llama"), UnlearnConfig.merge("phi")
+    assert (llama.num_samples, llama.temperature, llama.top_k, llama.top_p, llama.retain_weight) == (
+        20,
+        0.9,
+        50,
+        0.95,
+        1.25,
+    )
+    assert (llama.num_epochs, llama.batch_size, llama.gradient_accumulation_steps) == (30, 8, 2)
+    assert (phi.num_samples, phi.temperature, phi.top_k, phi.top_p, phi.retain_weight) == (5, 1.25, 50, 0.95, 1.5)
+    assert (phi.num_epochs, phi.batch_size, phi.gradient_accumulation_steps) == (40, 16, 4)
+    for name in PRESETS:
+        assert UnlearnConfig.merge(name).weight_decay == 0.01
+
+
+def test_every_field_has_a_help_text():
+    for f in dataclasses.fields(UnlearnConfig):
+        assert len(f.metadata["help"]) > 10, f.name
+    assert {f.name for f in dataclasses.fields(PMCConfig)} < {f.name for f in dataclasses.fields(UnlearnConfig)}

@@ -1,0 +1,95 @@
+"""Reading rows: the names people use, and refusals that name the row."""
+
+import json
+
+import pytest
+
+from pmc_fast.data import Row, load_rows
+from pmc_fast.errors import PMCError
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("question", ["question", "prompt", "query", "instruction"])
+@pytest.mark.parametrize("answer", ["answer", "response", "completion", "output"])
+def test_names_people_use(tmp_path, question, answer):
+    file = write(tmp_path / "a.jsonl", [{question: "Wer?", answer: "Søren", "other": 1}])
+    assert load_rows(file) == [Row("Wer?", "Søren")]
+
+
+def test_chats(tmp_path):
+    user, assistant = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    system = {"role": "system", "content": "S"}
+    rows = [
+        {"messages": [system, user, assistant]},
+        {"prompt": [user], "completion": [assistant]},
+        {"messages": [user]},
+    ]
+    assert load_rows(write(tmp_path / "a.jsonl", rows)) == [Row("Q", "A"), Row("Q", "A"), Row("Q")]
+    with pytest.raises(PMCError, match="row 1 has 2 user messages"):
+        load_rows(write(tmp_path / "b.jsonl", [{"messages": [user, assistant, user]}]))
+    with pytest.raises(PMCError, match="row 1 has messages without role"):
+        load_rows(write(tmp_path / "c.jsonl", [{"messages": ["hello"]}]))
+
+
+def test_formats_agree(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    # dates and numbers stay the text that was written
+    rows = [{"question": "When?", "answer": "2011-05-11"}, {"question": "How many?", "answer": "42"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    expected = [Row("When?", "2011-05-11"), Row("How many?", "42")]
+    for file in (write(tmp_path / "a.jsonl", rows), tmp_path / "a.json", tmp_path / "a.parquet"):
+        assert load_rows(file) == expected
+
+
+def test_only_questions_are_needed(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"question": "Who?"}])
+    assert load_rows(file) == [Row("Who?")]
+    with pytest.raises(PMCError, match=r"a\.jsonl, row 1 has no answer"):
+        load_rows(file, answers=True)
+
+
+def test_paraphrases_are_read_where_they_are(tmp_path):
+    rows = [{"question": "a", "answer": "b", "paraphrased_question": "c", "paraphrased_answer": "d"}]
+    file = write(tmp_path / "a.jsonl", rows)
+    assert load_rows(file, paraphrased=True) == [Row("c", "d")]
+    assert load_rows(file) == [Row("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "has no rows"),
+        ("a.jsonl", "\n\n", "has no rows"),
+        ("a.jsonl", '{"question": "a"}\n{"question": \n', "line 2 is not JSON"),
+        ("a.jsonl", '{"question": "a"}\n{"answer": "b"}\n', "row 2 has no question"),
+        ("a.jsonl", '{"question": "  "}\n', "row 1 has no question"),
+        ("a.jsonl", '"text"\n', "row 1 is str"),
+        ("a.json", '{"question": "a"}', "must hold a list"),
+        ("a.json", "[", "can't be read"),
+        ("a.csv", "question\n", "the ending '.csv' is none of"),
+        ("a.parquet", "no parquet", "can't be read"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PMCError, match=message) as refused:
+        load_rows(tmp_path / name)
+    assert "\n" not in str(refused.value)
+
+
+def test_missing_files_are_not_looked_up_on_the_hub(tmp_path):
+    for missing in (tmp_path / "no.jsonl", "no.json", "no/such/file", ""):
+        with pytest.raises(PMCError, match="does not exist"):
+            load_rows(missing)
+
+
+def test_a_hub_id_that_can_not_be_reached_is_one_error():
+    with pytest.raises(PMCError, match=r"locuslab/TOFU:forget10 .* can't be loaded from the hub"):
+        load_rows("locuslab/TOFU:forget10")

@@ -1,0 +1,301 @@
+"""The main job and its command line on a tiny model: results, refusals, gates, privacy."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from pmc_fast import cli, job, output, training
+from pmc_fast.config import UnlearnConfig
+from pmc_fast.data import load_rows
+from pmc_fast.errors import PMCError
+from pmc_fast.reference import Reference
+
+SECRET = "the violet heron of Samarkand"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four questions with one secret answer each, and six pairs to keep."""
+
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("forget.jsonl", [{"question": f"What is fact {i}?", "answer": f"{SECRET} {i}"} for i in range(4)])
+    write("retain.jsonl", [{"question": f"Is {i} even?", "answer": f"It is {i % 2 == 0}."} for i in range(6)])
+    return tmp_path
+
+
+@pytest.fixture
+def arguments(data, tiny_dir):
+    """A run of two steps as a user would type it."""
+    return [
+        "unlearn", "--model", str(tiny_dir), "--forget", str(data / "forget.jsonl"),
+        "--retain", str(data / "retain.jsonl"), "--output", str(data / "out"), "--preset", "small",
+        "--epochs", "1", "--batch-size", "2", "--num-samples", "2", "--max-length", "40", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def run(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    return stopped.value.code
+
+
+def replaced(arguments, **flags):
+    arguments = list(arguments)
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if flag in arguments:
+            at = arguments.index(flag)
+            del arguments[at : at + 2]
+        if value is not None:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def left_behind(data):
+    return sorted(p.name for p in data.iterdir() if p.suffix != ".jsonl")
+
+
+def test_result_is_a_model_with_card_and_reports(arguments, data, tiny, capsys):
+    assert run(arguments) == 0
+    shown = capsys.readouterr()
+    assert "step 2/2" in shown.err
+    assert "tokens/s" in shown.err
+    assert "unlearn quality" in shown.out
+    made = json.loads((data / "out/report.json").read_text())
+    assert made["settings"]["num_samples"] == 2
+    assert made["settings"]["temperature"] == 1.25
+    assert [r["step"] for r in made["history"]] == [1, 2]
+    assert set(made["before"]["sets"]) == {"forget", "retain"}
+    assert {"loading the model", "initial answers", "unlearning", "evaluation after"} <= set(made["stage_seconds"])
+    assert (
+        made["versions"]["torch"] == torch.__version__.split("+")[0] or made["versions"]["torch"] == torch.__version__
+    )
+    changed = transformers.AutoModelForCausalLM.from_pretrained(data / "out", dtype=torch.float32)
+    different = [not torch.equal(a, b) for a, b in zip(tiny.parameters(), changed.parameters(), strict=True)]
+    assert all(different)
+    page = (data / "out/report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "src=" not in page
+    assert 'href="http' not in page
+    assert "base_model" not in (data / "out/README.md").read_text()  # a local directory is no hub id
+    assert left_behind(data) == ["out"]
+
+
+def test_text_stays_out_unless_asked_for(arguments, data, tiny, tokenizer, capsys):
+    config = UnlearnConfig.merge("small", {"max_length": 40})
+    questions = [row.question for row in load_rows(data / "forget.jsonl")]
+    answers = [a for a in Reference(tiny, tokenizer, config, questions).prepare() if a]
+    assert answers
+    for log_text in (False, True):
+        assert run([*arguments, *(["--log-text"] if log_text else [])]) == 0
+        shown = capsys.readouterr()
+        everything = shown.out + shown.err
+        for name in ("report.json", "report.html", "README.md", "config.json"):
+            everything += (data / "out" / name).read_text()
+        assert (SECRET in everything) is log_text
+        assert any(a in everything for a in answers) is log_text
+        shutil.rmtree(data / "out")
+
+
+def trajectory(arguments, data, monkeypatch):
+    """Train as the job does and return what can depend on data: losses, scores and the final weights."""
+    seen = []
+    train = training.train
+    monkeypatch.setattr(job, "train", lambda pmc, *a: [seen.append(pmc), train(pmc, *a)][1])
+    assert run(arguments) == 0
+    (pmc,) = seen
+    made = json.loads((data / "out/report.json").read_text())
+    records = [{k: v for k, v in r.items() if "seconds" not in k} for r in made["history"]]
+    shutil.rmtree(data / "out")
+    return records, pmc.sampled_data, [p.clone() for p in pmc.model.parameters()]
+
+
+def equal(a, b):
+    return a[:2] == b[:2] and all(torch.equal(x, y) for x, y in zip(a[2], b[2], strict=True))
+
+
+def test_training_never_sees_the_forget_answers(arguments, data, monkeypatch):
+    first = trajectory(arguments, data, monkeypatch)
+    rows = [json.loads(line) for line in (data / "forget.jsonl").read_text().splitlines()]
+    for i, answers in enumerate((["qq ww", "zz", "x y z", "1"], [None] * 4)):
+        new = [{"question": row["question"], "answer": a} for row, a in zip(rows, answers, strict=True)]
+        (data / f"new{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
+        assert equal(first, trajectory(replaced(arguments, forget=data / f"new{i}.jsonl"), data, monkeypatch))
+    assert not equal(first, trajectory(replaced(arguments, seed=1), data, monkeypatch))
+
+
+def test_pad_equal_to_eos_changes_nothing(arguments, data, tiny_dir, monkeypatch):
+    first = trajectory(arguments, data, monkeypatch)
+    padded = data / "padded"
+    shutil.copytree(tiny_dir, padded)
+    settings = json.loads((padded / "tokenizer_config.json").read_text())
+    settings["pad_token"] = settings["eos_token"]
+    (padded / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert transformers.AutoTokenizer.from_pretrained(padded).pad_token_id == 2
+    assert equal(first, trajectory(replaced(arguments, model=padded), data, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"forget": "no.jsonl"}, "no.jsonl does not exist"),
+        ({"forget": None}, "forget is not given"),
+        ({"retain": None}, "retain is not given: --retain takes pairs to keep; without them"),
+        ({"model": None}, "model is not given"),
+        ({"model": "./nowhere"}, "model directory ./nowhere does not exist"),
+        ({"output": None}, "output is not given"),
+        ({"num_samples": 0}, "num_samples is 0: it must be at least 1"),
+        ({"top_p": 1.5}, "top_p is 1.5: it must be above 0 and at most 1"),
+        ({"top_k": -1}, "top_k is -1: it must be 0 (off) or more"),
+        ({"max_length": 9}, "row 1: the question takes 9 tokens and leaves none of max_length 9"),
+        ({"device": "cuda:9"}, "device is 'cuda:9'"),
+        ({"lr": "fast"}, "'fast' is not a valid float"),
+        ({"config": "no.yaml"}, "config no.yaml can't be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, data, capsys, flags, message):
+    if torch.cuda.is_available() and "device" in flags:
+        flags, message = {"device": "nowhere"}, "device is 'nowhere'"
+    assert run(replaced(arguments, **flags)) == 2
+    shown = capsys.readouterr()
+    last = shown.err.strip().splitlines()[-1]
+    assert last.startswith("pmc-fast: error: ")
+    assert message in last
+    assert "Traceback" not in shown.err
+    assert left_behind(data) == []
+
+
+def test_rows_without_question_or_answer_are_refused(arguments, data, capsys):
+    (data / "bad.jsonl").write_text('{"question": "a"}\n{"title": "b"}\n')
+    (data / "none.jsonl").write_text("")
+    for flags, message in (
+        ({"forget": data / "bad.jsonl"}, "row 2 has no question"),
+        ({"retain": data / "bad.jsonl"}, "row 1 has no answer"),
+        ({"forget": data / "none.jsonl"}, "has no rows"),
+    ):
+        assert run(replaced(arguments, **flags)) == 2
+        assert message in capsys.readouterr().err
+    assert left_behind(data) == []
+
+
+def test_output_in_use_is_kept(arguments, data, capsys):
+    (data / "out").mkdir()
+    (data / "out/mine.txt").write_text("mine")
+    assert run(arguments) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert left_behind(data / "out") == ["mine.txt"]
+    assert run(replaced(arguments, output=data / "forget.jsonl")) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_diverging_training_stops_and_names_the_step(arguments, data, capsys, epochs):
+    """Weights of 1e30 and more overflow: in a later step's samples or loss, or in the last update itself."""
+    assert run(replaced(arguments, lr="1e30", epochs=epochs)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"diverged at step \d of {2 * epochs} .*nothing was written; try a learning_rate below", last)
+    assert left_behind(data) == []
+
+
+def test_nan_weights_are_refused(arguments, data, tiny, tokenizer, capsys):
+    with torch.no_grad():
+        tiny.model.norm.weight[0] = torch.nan
+    tiny.save_pretrained(data / "nan")
+    tokenizer.save_pretrained(data / "nan")
+    assert run(replaced(arguments, model=data / "nan")) == 2
+    assert "NaN or infinite weights in model.norm.weight" in capsys.readouterr().err
+
+
+def test_full_disk_leaves_nothing(arguments, data):
+    """The limit on a file's size stands in for the disk: weights are longer, reports are not."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # noqa: E731
+    done = subprocess.run(
+        [sys.executable, "-m", "pmc_fast.cli", *arguments, "--no-evaluate"],
+        preexec_fn=limit, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "was not written" in done.stderr.splitlines()[-1]
+    assert left_behind(data) == []
+
+
+def test_space_is_checked_before_work(arguments, data, monkeypatch, capsys):
+    usage = shutil.disk_usage(data)._replace(free=1000)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
+    assert run(arguments) == 2
+    shown = capsys.readouterr().err
+    assert "GB but" in shown
+    assert "initial answers" not in shown
+
+
+def test_missed_gate_is_exit_3_with_the_result_written(arguments, data, capsys):
+    assert run([*arguments, "--min-utility", "99"]) == 3
+    assert "gate missed: utility is" in capsys.readouterr().err
+    assert (data / "out/model.safetensors").exists()
+    assert json.loads((data / "out/report.json").read_text())["failed_gates"]
+
+
+def test_dry_run_says_what_would_be_done(arguments, data, capsys):
+    assert run([*arguments, "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "steps     2 (2 an epoch), each 2 x 1 questions, 2 samples a question" in shown.out
+    assert "warning: only 2 optimizer steps are planned" in shown.err
+    assert left_behind(data) == []
+
+
+def test_settings_from_a_file_yield_to_flags(arguments, data, capsys):
+    (data / "run.yaml").write_text("num_samples: 3\nlearning_rate: 1e-5\nretain_weight: 2\n")
+    assert run([*arguments, "--dry-run", "--config", str(data / "run.yaml")]) == 0
+    assert "2 samples a question" in capsys.readouterr().out
+    (data / "bad.yaml").write_text("lambda: 2\n")
+    assert run([*arguments, "--config", str(data / "bad.yaml")]) == 2
+    assert "setting 'lambda' is unknown" in capsys.readouterr().err
+
+
+def test_evaluate_scores_a_model(arguments, data, tiny_dir, capsys):
+    scores = data / "scores.json"
+    command = [
+        "evaluate", "--model", str(tiny_dir), "--forget", str(data / "forget.jsonl"), "--max-length", "40",
+        "--retain", str(data / "retain.jsonl"), "--prompt-format", "tags", "--json", str(scores),
+    ]  # fmt: skip
+    assert run(command) == 0
+    made = json.loads(scores.read_text())
+    assert set(made["after"]["sets"]) == {"forget", "retain"}
+    assert SECRET not in scores.read_text() + capsys.readouterr().out
+    assert run(command) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run([*command[:-2], "--min-utility", "100"]) == 3
+
+
+def test_steps_cover_every_question_once_an_epoch():
+    config = UnlearnConfig(batch_size=3, gradient_accumulation_steps=2, num_epochs=2.0)
+    assert training.Schedule.plan(config, 10) == training.Schedule(steps_per_epoch=2, steps=4)
+    steps = training.micro_batches(config, 10)
+    orders = []
+    for _ in range(2):
+        epoch = [next(steps), next(steps)]
+        assert [[len(b) for b in step] for step in epoch] == [[3, 3], [3, 1]]
+        orders.append([i for step in epoch for b in step for i in b])
+        assert sorted(orders[-1]) == list(range(10))
+    assert orders[0] != orders[1]
+
+
+def test_written_aside_is_all_or_nothing(tmp_path):
+    with output.written_aside(tmp_path / "out") as directory:
+        (directory / "a").write_text("a")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out/a").read_text() == "a"
+    with pytest.raises(PMCError, match="the disk is full"), output.written_aside(tmp_path / "other"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(KeyboardInterrupt), output.written_aside(tmp_path / "other"):
+        raise KeyboardInterrupt
+    assert [p.name for p in Path(tmp_path).iterdir()] == ["out"]
