@@ -2,6 +2,7 @@
 # make test   set everything up and run the tests
 # make lint   ruff, mypy, clang-format
 # make bench  the benchmarks, and their tables
+# make kernels-report   registers, shared memory and spills of every kernel
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench kernels-report clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(CPP)
@@ -37,6 +38,9 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.report benchmarks/results/*.json
+
+kernels-report: $(INSTALLED)
+	$(BIN)/python -m benchmarks.kernels
 
 clean:
 	rm -rf $(VENV) .cache build dist demo_output *.egg-info pmc_fast/*.so

@@ -47,6 +47,8 @@ def table(document: dict[str, Any]) -> str:
     ]
     for result in document["results"]:
         contestants = result["contestants"]
+        if not contestants:
+            continue
         base = next(iter(contestants.values()))["median_s"]
         for i, (name, c) in enumerate(contestants.items()):
             low, high = c["quartiles_s"]

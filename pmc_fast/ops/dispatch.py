@@ -6,7 +6,7 @@ import torch
 
 from ..errors import PMCError
 
-Backend = Literal["reference", "cpu", "cuda"]
+Backend = Literal["reference", "cpu", "cuda", "fused"]
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> Backend:
@@ -25,8 +25,8 @@ def resolve_backend(backend: str | None, device: torch.device) -> Backend:
         return "reference"
     if backend == "cpu" and device.type == "cpu":
         return "cpu"
-    if backend == "cuda" and (device.type == "cuda" or triton_interprets()):
-        return "cuda"
+    if backend in ("cuda", "fused") and (device.type == "cuda" or triton_interprets()):
+        return "cuda" if backend == "cuda" else "fused"
     raise PMCError(f"backend {backend!r} can't serve tensors on {device}: use reference, cpu or cuda to match")
 
 

@@ -2,10 +2,11 @@
 
 import torch
 
-from .checks import check_inputs, check_ranges, under_autocast
+from ..errors import PMCError
+from .checks import IGNORED, check_inputs, check_ranges, under_autocast
 from .dispatch import resolve_backend
 from .nll_reference import gather_logps_reference
-from .weighted_nll import WORKSPACE, weighted_nll_op
+from .weighted_nll import WORKSPACE, refuse_second_derivative, weighted_nll_op
 
 
 def gather_logps(
@@ -23,7 +24,9 @@ def gather_logps(
 ) -> torch.Tensor:
     """Return the targets' log-probs, for losses whose weights depend on them (NPO, SimNPO, DPO).
 
-    Parameters are those of `weighted_nll`, without `row_scale`.
+    Parameters are those of `weighted_nll`, without `row_scale`; `backend` may also be "fused": one
+    Triton kernel that multiplies and normalises without ever storing a logit, for log-probs without
+    gradients. It is opt-in: its speed was not measured on a card yet (`python -m benchmarks.gpu`).
 
     Returns
     -------
@@ -42,11 +45,52 @@ def gather_logps(
     chosen = resolve_backend(backend, hidden.device)
     if chosen == "reference":
         check_ranges("gather_logps", targets, rows, head.shape[0], hidden.shape[0])
-        how = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-        return gather_logps_reference(hidden, head, targets, rows, **how)
+        return gather_logps_reference(
+            hidden,
+            head,
+            targets,
+            rows,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )
+    if chosen == "fused":
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, head, bias)):
+            raise PMCError("gather_logps: backend 'fused' has no gradients: use cuda, or torch.no_grad()")
+        return _fused(hidden, head, targets, rows, bias, temperature, softcap, logit_scale)
     return gather_logps_op(
         hidden, head, bias, targets, rows, temperature, softcap or 0.0, logit_scale, workspace, chosen
     )
+
+
+def _fused(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> torch.Tensor:
+    from ..kernels.logps_fused import row_logsumexp
+
+    if hidden.dtype == torch.float64:
+        raise PMCError("gather_logps: backend 'fused' takes float32, bfloat16 or float16, not float64")
+    hidden, head = hidden.contiguous(), head.contiguous()
+    log_sum = row_logsumexp(hidden, head, bias, temperature, softcap or 0.0, logit_scale)
+    counted = targets != IGNORED
+    inside = (targets >= 0) & (targets < head.shape[0])
+    token = torch.where(inside, targets, 0)
+    if rows is not None:
+        hidden, log_sum = hidden[rows], log_sum[rows]
+    z = (hidden.float() * head[token].float()).sum(-1)
+    z = (z if bias is None else z + bias[token].float()) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    logps = torch.where(inside, z / temperature - log_sum, torch.nan)
+    return torch.where(counted, logps, 0.0)
 
 
 @torch.library.custom_op("pmc_fast::gather_logps", mutates_args=())
@@ -80,14 +124,14 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, g_logps):  # type: ignore[no-untyped-def]
+    refuse_second_derivative("gather_logps")
     if g_logps is None:
         return (None,) * 10
     hidden, head, bias, targets, rows = ctx.saved_tensors
     *how, workspace, backend = ctx.settings
     need = [bool(n) for n in ctx.needs_input_grad[:3]]
     # d(sum of g * logps) is the weighted loss whose scales are -g
-    with torch.no_grad():
-        grads = weighted_nll_op(hidden, head, bias, targets, -g_logps, rows, *how, *need, workspace, backend)[2:]
+    grads = weighted_nll_op(hidden, head, bias, targets, -g_logps, rows, *how, *need, workspace, backend)[2:]
     return (*[g if n else None for g, n in zip(grads, need, strict=True)], *[None] * 7)
 
 

@@ -85,10 +85,21 @@ def weighted_nll(
     if row_scale.requires_grad:
         raise PMCError("weighted_nll: row_scale is no input to differentiate: use gather_logps for such losses")
     chosen = resolve_backend(backend, hidden.device)
+    if chosen == "fused":
+        raise PMCError("weighted_nll: backend 'fused' is for gather_logps without gradients: use cuda")
     if chosen == "reference":
         check_ranges("weighted_nll", targets, rows, head.shape[0], hidden.shape[0])
-        how = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-        return weighted_nll_reference(hidden, head, targets, row_scale, rows, **how)
+        return weighted_nll_reference(
+            hidden,
+            head,
+            targets,
+            row_scale,
+            rows,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )
     grad = torch.is_grad_enabled()
     loss, logps, *_ = weighted_nll_op(
         hidden,
@@ -146,10 +157,10 @@ def weighted_nll_op(
 
 
 @weighted_nll_op.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     hidden, head, bias, targets, row_scale, rows, temperature, softcap, logit_scale,
     need_hidden, need_head, need_bias, workspace, backend,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     wide = torch.promote_types(hidden.dtype, torch.float32)
     bias_type = head.dtype if bias is None else bias.dtype
     return (
@@ -164,13 +175,18 @@ def _(
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.need = inputs[9:12]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
 
 
-def _backward(ctx, g_loss, g_logps, *g_gradients):  # type: ignore[no-untyped-def]
-    if any(g is not None for g in g_gradients):
-        raise RuntimeError("weighted_nll is differentiable once: its gradients have no gradients of their own")
+def refuse_second_derivative(op: str) -> None:
+    """Raise inside a backward that builds a graph: its gradients would count as constants there."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} is differentiable once: call backward or grad without create_graph")
+
+
+def _backward(ctx, g_loss, *_):  # type: ignore[no-untyped-def]
+    refuse_second_derivative("weighted_nll")
     saved = ctx.saved_tensors
     grads = [_times(saved[i], g_loss) if ctx.need[i] and g_loss is not None else None for i in range(3)]
     return (*grads, *[None] * 11)

@@ -1,0 +1,217 @@
+"""Everything that needs a GPU, in one command and one JSON with the card's name.
+
+    python -m benchmarks.gpu                       # correctness, compute-sanitizer, timings
+    python -m benchmarks.gpu --quick               # two sizes and few rounds
+    python -m benchmarks.gpu --json FILE
+
+Correctness: weighted_nll and gather_logps against float64. Timings: forward + backward, frozen head and
+forward alone, beside every peer that imports here, interleaved, with peak memory, TFLOP/s (6, 4 and
+2 M D V) and the share of the card's dense bf16 peak.
+"""
+
+import argparse
+import functools
+import importlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pmc_fast.ops import gather_logps, weighted_nll
+
+from . import harness
+
+HEADS = {"Llama-3.2-3B": (128256, 3072), "Phi-1.5": (51200, 2048), "SmolLM2-135M": (49152, 576)}
+SIZES = (256, 512, 1600, 3200, 16384)
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, vendor's data sheets
+FLOPS = {"forward+backward": 6, "frozen head": 4, "forward": 2}
+Contestant = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], None]
+
+
+def check_correctness() -> list[dict[str, Any]]:
+    """Compare with float64: |ours - fp64| <= 3 |torch in bf16 - fp64| + last bits; raise on the first miss."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for vocab, width, count in ((49152, 576, 500), (32003, 257, 77), (128256, 512, 64)):
+            g = torch.Generator("cuda").manual_seed(count)
+            hidden = torch.randn(count, width, device="cuda", generator=g).to(dtype)
+            head = (torch.randn(vocab, width, device="cuda", generator=g) * width**-0.5).to(dtype)
+            targets = torch.randint(vocab, (count,), device="cuda", generator=g)
+            targets[3] = -100
+            scale = torch.randn(count, device="cuda", generator=g)
+            results = {}
+            for name in ("exact", "torch", "ours", "chunked"):
+                wide = torch.float64 if name == "exact" else dtype
+                h, w = (t.to(wide, copy=True).requires_grad_() for t in (hidden, head))
+                if name in ("ours", "chunked"):
+                    workspace = 1 << 30 if name == "ours" else vocab * head.element_size() * 128
+                    loss, logps = weighted_nll(h, w, targets, scale, workspace=workspace)
+                else:
+                    logits = (h @ w.T).to(torch.promote_types(wide, torch.float32))
+                    logps = -F.cross_entropy(logits, targets, reduction="none")
+                    loss = -(scale * logps).sum()
+                loss.backward()
+                assert h.grad is not None
+                assert w.grad is not None
+                results[name] = (logps.detach().double(), h.grad.double(), w.grad.double())
+            for i, what in enumerate(("logps", "d_hidden", "d_head")):
+                exact, theirs = results["exact"][i], (results["torch"][i] - results["exact"][i]).abs().max().item()
+                for name in ("ours", "chunked"):
+                    error = (results[name][i] - exact).abs().max().item()
+                    bound = 3 * theirs + torch.finfo(dtype).eps * exact.abs().max().item()
+                    rows.append({"dtype": str(dtype), "V": vocab, "D": width, "M": count, "what": what, "path": name,
+                                 "error": error, "torch_error": theirs})  # fmt: skip
+                    if not error <= bound:
+                        raise SystemExit(f"benchmarks.gpu: {rows[-1]} is above {bound:.3e}")
+            for backend in ("cuda", "fused"):
+                with torch.no_grad():
+                    logps = gather_logps(hidden, head, targets, backend=backend)
+                torch.testing.assert_close(logps.double(), results["exact"][0], atol=0.1, rtol=2e-2)
+    return rows
+
+
+def sanitize() -> str:
+    """Run the correctness checks under compute-sanitizer where it is installed."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return "compute-sanitizer is not installed: not run"
+    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu", "--only-correctness"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"benchmarks.gpu: compute-sanitizer found errors:\n{done.stdout[-4000:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def ours(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, mode: str, workspace: int = 1 << 30
+) -> None:
+    """Compute as `weighted_nll` in this package does; rows are compacted, so there is no sync."""
+    scale = torch.full(targets.shape, 1 / len(targets), device="cuda")
+    rows = torch.arange(len(targets), device="cuda")
+    loss, _ = weighted_nll(hidden, head, targets, scale, rows, workspace=workspace)
+    if mode != "forward":
+        loss.backward()
+
+
+def eager(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, mode: str) -> None:
+    loss = F.cross_entropy(F.linear(hidden, head).float(), targets)
+    if mode != "forward":
+        loss.backward()
+
+
+def peers() -> dict[str, Contestant]:
+    """Return the fused losses that import here, each behind one signature."""
+    found: dict[str, Contestant] = {"torch eager": eager, "torch.compile": torch.compile(eager)}
+
+    def add(name: str, module: str, make: Callable[[Any], Callable[..., torch.Tensor]]) -> None:
+        try:
+            loss_of = make(importlib.import_module(module))
+        except Exception as error:  # a peer that is absent, or built for other versions, is left out by name
+            print(f"  {name}: left out ({type(error).__name__}: {error})")
+            return
+
+        def contestant(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, mode: str) -> None:
+            loss = loss_of(hidden, head, targets)
+            if mode != "forward":
+                loss.backward()
+
+        found[name] = contestant
+
+    add("torch linear_cross_entropy", "torch.nn.functional", lambda m: m.linear_cross_entropy)
+    add(
+        "Liger",
+        "liger_kernel.transformers.functional",
+        lambda m: lambda h, w, t: m.liger_fused_linear_cross_entropy(h, w, t),
+    )
+    add("Cut Cross-Entropy", "cut_cross_entropy", lambda m: m.linear_cross_entropy)
+    add("quack", "quack.linear_cross_entropy", lambda m: m.chunked_linear_cross_entropy)
+    return found
+
+
+def timings(quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield a contest for each head, size and mode."""
+    contestants = {"pmc_fast": ours} | peers()
+    for workspace in (256, 512):
+        contestants[f"pmc_fast, {workspace} MiB"] = functools.partial(ours, workspace=workspace << 20)
+    peak = next((p for name, p in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
+    for name, (vocab, width) in HEADS.items():
+        for count in SIZES[1:3] if quick else SIZES:
+            g = torch.Generator("cuda").manual_seed(0)
+            hidden = torch.randn(count, width, device="cuda", generator=g, dtype=torch.bfloat16)
+            head = torch.randn(vocab, width, device="cuda", generator=g, dtype=torch.bfloat16) * width**-0.5
+            targets = torch.randint(vocab, (count,), device="cuda", generator=g)
+            for mode, factor in FLOPS.items():
+                h = hidden.clone().requires_grad_(mode != "forward")
+                w = head.clone().requires_grad_(mode == "forward+backward")
+
+                def once(
+                    f: Contestant,
+                    h: torch.Tensor = h,
+                    w: torch.Tensor = w,
+                    t: torch.Tensor = targets,
+                    mode: str = mode,
+                ) -> None:
+                    f(h, w, t, mode)
+                    h.grad = w.grad = None
+
+                usable: dict[str, harness.Contestant] = {}
+                for who, f in contestants.items():
+                    try:
+                        for _ in range(3):
+                            once(f)
+                        usable[who] = functools.partial(once, f)
+                    except Exception as error:  # out of memory, or a shape that a peer refuses
+                        print(f"  {who} on {name}, M {count}, {mode}: {type(error).__name__}")
+                measured = [harness.time_round(usable, i) for i in range(5 if quick else 20)]
+                summary = harness.summarize(measured, {n: harness.peak_bytes(f) for n, f in usable.items()})
+                for c in summary.values():
+                    c["tflops"] = factor * count * width * vocab / c["median_s"] / 1e12
+                    c["of_peak"] = c["tflops"] / peak if peak else None
+                best = summary["pmc_fast"]
+                print(
+                    f"{name:14} M {count:6} {mode:17} {best['median_s'] * 1e3:8.2f} ms {best['tflops']:6.0f} TFLOP/s",
+                    flush=True,
+                )
+                yield {
+                    "name": f"{name}, M {count}, {mode}",
+                    "facts": {"M": count, "V": vocab, "D": width},
+                    "contestants": summary,
+                }
+
+
+def main() -> int:
+    """Run it all and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two sizes a head, five rounds")
+    parser.add_argument("--only-correctness", action="store_true")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/gpu-CARD.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(
+            "benchmarks.gpu: torch sees no CUDA device; the kernels' checks without one are in tests/",
+            file=sys.stderr,
+        )
+        return 2
+    checks = check_correctness()
+    print(f"correctness: {len(checks)} comparisons within bounds")
+    if options.only_correctness:
+        return 0
+    sanitizer = sanitize()
+    print(sanitizer)
+    suite = "gpu-" + torch.cuda.get_device_name().replace(" ", "-")
+    results = [{"name": "correctness", "facts": {"checks": checks, "sanitizer": sanitizer}, "contestants": {}}]
+    results += list(timings(options.quick))
+    path = harness.write(suite, results, directory=options.json.parent if options.json else harness.RESULTS)
+    if options.json:
+        path = path.rename(options.json)
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Compiles every shipped Triton configuration ahead of time and reports what it takes on each chip.
+
+    make kernels-report                      # or: python -m benchmarks.kernels [--json FILE]
+
+No GPU is needed. Exits 1 if a configuration spills, exceeds the chip's shared memory, or multiplies
+on sm_90 without wgmma.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported: they must be compiled here
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pmc_fast.kernels import logps_fused, nll_rows
+
+# opt-in shared memory a block may take, bytes (CUDA programming guide, technical specifications)
+CHIPS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+DTYPES = ("fp32", "bf16", "fp16")
+FLAGS = (False, True)
+
+
+def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Yield (name, kernel, types of its arguments, constexprs, options) of all that can be launched."""
+    for dtype, bias, softcap, grad in itertools.product(DTYPES, FLAGS, FLAGS, FLAGS):
+        config = nll_rows.CONFIGS["default"]
+        types = {
+            "logits_ptr": f"*{dtype}", "stride": "i32", "vocab": "i32", "bias_ptr": f"*{dtype}",
+            "cu_targets_ptr": "*i64", "targets_ptr": "*i64", "row_scale_ptr": "*fp32", "logps_ptr": "*fp32",
+            "inverse_temperature": "fp32", "softcap": "fp32", "logit_scale": "fp32",
+        }  # fmt: skip
+        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "GRAD": grad}
+        yield (
+            _name("nll_rows", dtype, flags),
+            nll_rows.nll_rows_kernel,
+            types,
+            flags | {"BLOCK_V": config["BLOCK_V"]},
+            {"num_warps": config["num_warps"]},
+        )
+    for dtype, bias, softcap in itertools.product(DTYPES, FLAGS, FLAGS):
+        config = dict(logps_fused.CONFIGS[4 if dtype == "fp32" else 2])
+        options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+        types = {
+            "hidden_ptr": f"*{dtype}", "head_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "top_ptr": "*fp32",
+            "sum_ptr": "*fp32", "rows": "i32", "vocab": "i32", "width": "i32", "hidden_stride": "i32",
+            "head_stride": "i32", "part": "i32", "inverse_temperature": "fp32", "softcap": "fp32",
+            "logit_scale": "fp32",
+        }  # fmt: skip
+        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
+        name = _name("row_logsumexp", dtype, flags)
+        yield name, logps_fused.row_logsumexp_kernel, types, flags | config, options
+
+
+def _name(kernel: str, dtype: str, flags: dict[str, bool]) -> str:
+    return " ".join([kernel, dtype, *(flag.removeprefix("HAS_").lower() for flag, on in flags.items() if on)])
+
+
+def compile_one(
+    kernel: Any, types: dict[str, str], constexprs: dict[str, Any], options: dict[str, int], chip: int
+) -> dict[str, Any]:
+    """Compile for a chip; return registers and stack a thread, shared memory, and whether it uses wgmma."""
+    signature = types | dict.fromkeys(constexprs, "constexpr")
+    # what a launch would specialise on: aligned pointers, sizes and strides that 16 divides
+    names = list(kernel.arg_names)
+    aligned = [n for n, t in types.items() if t.startswith("*") or t == "i32"]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature={n: signature[n] for n in names}, constexprs=constexprs, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        "tensor_cores": "wgmma"
+        if "wgmma" in ptx
+        else "tcgen05"
+        if "tcgen05.mma" in ptx
+        else "mma"
+        if "mma.sync" in ptx
+        else "-",
+    }
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert usage, done.stdout
+    return int(usage[1]), int(usage[2])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; return 1 if something shipped does not fit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the table into this file")
+    options = parser.parse_args(arguments)
+    rows, faults = [], []
+    print(f"{'kernel':36} {'chip':6} {'registers':>9} {'stack':>6} {'shared KiB':>10}  tensor cores")
+    for name, kernel, types, constexprs, launch in shipped():
+        for chip, limit in CHIPS.items():
+            used = compile_one(kernel, types, constexprs, launch, chip)
+            rows.append({"kernel": name, "chip": f"sm_{chip}"} | used)
+            print(
+                f"{name:36} sm_{chip:<3} {used['registers']:9} {used['stack']:6} {used['shared'] / 1024:10.1f}  {used['tensor_cores']}",
+                flush=True,
+            )
+            if used["stack"]:
+                faults.append(f"{name} on sm_{chip} spills: {used['stack']} bytes of stack")
+            if used["shared"] > limit:
+                faults.append(f"{name} on sm_{chip} takes {used['shared']} bytes of shared memory of {limit}")
+            if (
+                chip == 90
+                and name.startswith("row_logsumexp")
+                and "fp32" not in name
+                and used["tensor_cores"] != "wgmma"
+            ):
+                faults.append(f"{name} on sm_90 multiplies without wgmma")
+    if options.json:
+        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    for fault in faults:
+        print(f"FAULT: {fault}")
+    print(f"{len(rows)} compiled, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What a model's output head is to `ops.weighted_nll`: weight, bias, softcap and scale."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import PMCError
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Logits are softcap((hidden @ weight.T + bias) * logit_scale)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `weighted_nll` and `gather_logps`."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+def output_head(model: Any) -> Head:
+    """Read the head of a transformers causal language model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        Its output embeddings must be a linear layer, or one under LoRA: then the effective weight
+        W + scaling B A is formed, differentiable in A and B.
+
+    Raises
+    ------
+    PMCError
+        Any other head, by its class name: a wrong head would train silently.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise PMCError(f"{type(model).__name__} has no output embeddings: pmc_fast needs a causal language model")
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
+    return Head(
+        weight=_effective_weight(layer),
+        bias=getattr(getattr(layer, "base_layer", layer), "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0),
+    )
+
+
+def _effective_weight(layer: Any) -> torch.Tensor:
+    if type(layer) is torch.nn.Linear:
+        return layer.weight
+    name, base = type(layer).__name__, getattr(layer, "base_layer", None)
+    if type(base) is not torch.nn.Linear or not hasattr(layer, "lora_A"):
+        raise PMCError(f"the head is a {name}: pmc_fast needs torch.nn.Linear, or LoRA on one")
+    if layer.disable_adapters or layer.merged:
+        return base.weight
+    weight = base.weight
+    for adapter in layer.active_adapters:
+        if adapter not in layer.lora_A:
+            continue
+        dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
+        if (dropout and layer.training) or adapter in getattr(layer, "lora_variant", {}) or layer.lora_bias[adapter]:
+            raise PMCError(
+                f"the head's LoRA adapter {adapter!r} has dropout, a bias or is a variant: leave lm_head out"
+            )
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        weight = weight + (layer.scaling[adapter] * (b @ a)).to(weight.dtype)
+    return weight
