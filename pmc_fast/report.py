@@ -80,7 +80,7 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _figure(width: float = 6.4) -> tuple[Any, Any]:
+def _figure(width: float = 5.6) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(width, 3.6), layout="constrained")
@@ -108,7 +108,8 @@ def _scores_plot(history: list[dict[str, Any]]) -> str:
         steps, [r["pending"] for r in history], color="C1", linestyle="--", label="questions pending"
     )
     right.set(ylabel="questions pending", ylim=(0, None))
-    axes.legend(handles=[score, pending], frameon=False)
+    right.yaxis.get_major_locator().set_params(integer=True)
+    figure.legend(handles=[score, pending], frameon=False, ncols=2, loc="outside upper center")
     return _svg(figure)
 
 

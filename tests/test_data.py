@@ -93,3 +93,22 @@ def test_missing_files_are_not_looked_up_on_the_hub(tmp_path):
 def test_a_hub_id_that_can_not_be_reached_is_one_error():
     with pytest.raises(PMCError, match=r"locuslab/TOFU:forget10 .* can't be loaded from the hub"):
         load_rows("locuslab/TOFU:forget10")
+
+
+def test_hub_ids_are_passed_on_with_config_and_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return [{"question": "Who?", "answer": "Ann"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("locuslab/TOFU:forget10", "locuslab/TOFU", "squad:plain_text:validation"):
+        assert load_rows(source) == [Row("Who?", "Ann")]
+    assert asked == [
+        ("locuslab/TOFU", "forget10", "train"),
+        ("locuslab/TOFU", None, "train"),
+        ("squad", "plain_text", "validation"),
+    ]

@@ -216,6 +216,22 @@ def test_nan_weights_are_refused(arguments, data, tiny, tokenizer, capsys):
     assert "NaN or infinite weights in model.norm.weight" in capsys.readouterr().err
 
 
+def test_only_safetensors_are_read(arguments, data, tiny, tokenizer, capsys):
+    tokenizer.save_pretrained(data / "pickled")
+    tiny.config.save_pretrained(data / "pickled")
+    torch.save(tiny.state_dict(), data / "pickled/pytorch_model.bin")
+    assert run(replaced(arguments, model=data / "pickled")) == 2
+    assert "can't be loaded" in capsys.readouterr().err
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(arguments, data, tiny, tokenizer, capsys):
+    tiny.resize_token_embeddings(1000)
+    tiny.save_pretrained(data / "cut")
+    tokenizer.save_pretrained(data / "cut")
+    assert run(replaced(arguments, model=data / "cut")) == 2
+    assert "the tokenizer has 49152 tokens but the model embeds 1000" in capsys.readouterr().err
+
+
 def test_full_disk_leaves_nothing(arguments, data):
     """The limit on a file's size stands in for the disk: weights are longer, reports are not."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # noqa: E731
