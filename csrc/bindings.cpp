@@ -6,6 +6,7 @@
 
 #include "nll_rows.h"
 #include "rouge.h"
+#include "sampling.h"
 
 namespace py = pybind11;
 
@@ -44,14 +45,18 @@ Array<double> rouge_l_recall(const Array<int32_t>& references, const Array<int64
   return recall;
 }
 
+void check_isa(int isa) {
+  if (isa < 0 || isa > static_cast<int>(pmc::best_isa())) {
+    throw std::invalid_argument("isa " + std::to_string(isa) + " is not to be had on this processor");
+  }
+}
+
 // Tensors come as addresses: the caller (pmc_fast.ops) has checked devices, types, shapes and targets.
 template <typename T>
 void nll_rows(uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, uintptr_t bias,
               double temperature, double softcap, double logit_scale, uintptr_t cu_targets, uintptr_t targets,
               uintptr_t row_scale, uintptr_t logps, bool grad, int isa, int threads) {
-  if (isa < 0 || isa > static_cast<int>(pmc::best_isa())) {
-    throw std::invalid_argument("isa " + std::to_string(isa) + " is not to be had on this processor");
-  }
+  check_isa(isa);
   const pmc::NllRows<T> args{reinterpret_cast<T*>(logits),
                              stride,
                              rows,
@@ -69,6 +74,31 @@ void nll_rows(uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, uin
   pmc::nll_rows(args, static_cast<pmc::Isa>(isa), threads);
 }
 
+template <typename T>
+void sample_nucleus(uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, double temperature,
+                    int64_t top_k, double top_p, uint64_t seed, uintptr_t cu_draws, uintptr_t streams,
+                    uintptr_t samples, uintptr_t positions, uintptr_t tokens, uintptr_t logps, uintptr_t mass,
+                    int isa, int threads) {
+  check_isa(isa);
+  const pmc::SampleNucleus<T> args{reinterpret_cast<const T*>(logits),
+                                   stride,
+                                   rows,
+                                   vocab,
+                                   temperature,
+                                   top_k,
+                                   top_p,
+                                   seed,
+                                   reinterpret_cast<const int64_t*>(cu_draws),
+                                   reinterpret_cast<const int64_t*>(streams),
+                                   reinterpret_cast<const int64_t*>(samples),
+                                   reinterpret_cast<const int64_t*>(positions),
+                                   reinterpret_cast<int64_t*>(tokens),
+                                   reinterpret_cast<double*>(logps),
+                                   reinterpret_cast<double*>(mass)};
+  py::gil_scoped_release nogil;
+  pmc::sample_nucleus(args, static_cast<pmc::Isa>(isa), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -79,4 +109,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("best_isa", [] { return static_cast<int>(pmc::best_isa()); });
   m.def("nll_rows_f32", &nll_rows<float>);
   m.def("nll_rows_f64", &nll_rows<double>);
+  m.def("sample_nucleus_f32", &sample_nucleus<float>);
+  m.def("sample_nucleus_f64", &sample_nucleus<double>);
 }

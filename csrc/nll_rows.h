@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
+#include "simd.h"
+
 namespace pmc {
-
-enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
-
-Isa best_isa();
 
 // z = softcap * tanh((logits + bias) * logit_scale / softcap) / temperature, without the tanh if
 // softcap is 0. Targets cu_targets[r] .. cu_targets[r + 1] belong to row r; each is in [0, vocab).
