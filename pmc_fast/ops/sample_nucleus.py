@@ -88,9 +88,8 @@ def sample_nucleus(
         or bool((ends.diff() < 0).any())
     ):
         raise PMCError(f"sample_nucleus: cu_draws must rise from 0 to {draws} over {rows} rows")
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     if backend == "reference":
-        return _reference(logits, *keys, **settings)
+        return _reference(logits, *keys, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if backend not in (None, "cpu"):
         raise PMCError(f"sample_nucleus: backend {backend!r} is none of reference, cpu")
     tokens = torch.empty(draws, dtype=torch.int64)
