@@ -33,7 +33,9 @@ class Cpu:
         assert total is not None  # a head has rows
         return total
 
-    def d_head(self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
+    def d_head(
+        self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         hidden = hidden.to(d_logits.dtype)
         return d_logits.T @ hidden if total is None else total.addmm_(d_logits.T, hidden)
 

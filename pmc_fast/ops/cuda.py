@@ -31,14 +31,16 @@ class Cuda:
     def d_hidden(self, d_logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         return d_logits @ head
 
-    def d_head(self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
+    def d_head(
+        self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if dtype == hidden.dtype:
+            return d_logits.T @ hidden if total is None else total.addmm_(d_logits.T, hidden)
+        if not hidden.is_cuda:  # in Triton's interpreter: torch's CPU GEMMs know no out_dtype
+            return self.d_head(d_logits.to(dtype), hidden.to(dtype), total, dtype)
         if total is None:
-            return d_logits.T @ hidden
-        if total.dtype == hidden.dtype:
-            return total.addmm_(d_logits.T, hidden)
-        if hidden.is_cuda:
-            return torch.addmm(total, d_logits.T, hidden, out_dtype=total.dtype, out=total)
-        return total.addmm_(d_logits.T.to(total.dtype), hidden.to(total.dtype))  # the interpreter's CPU tensors
+            return torch.mm(d_logits.T, hidden, out_dtype=dtype)
+        return torch.addmm(total, d_logits.T, hidden, out_dtype=dtype, out=total)
 
     def nll_rows(
         self,

@@ -37,8 +37,10 @@ class Device(Protocol):
     def d_hidden(self, d_logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Return d_logits @ head, [m, D]."""
 
-    def d_head(self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
-        """Return d_logits.T @ hidden, [V, D]; with `total` (float32) added into it."""
+    def d_head(
+        self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return d_logits.T @ hidden, [V, D], in `dtype`; added into `total` where there is one."""
 
     def nll_rows(
         self,
@@ -108,7 +110,7 @@ def run(
     """Return loss, logps and the gradients of hidden, head and bias; what is not needed is empty."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     need_hidden, need_head, need_bias = need
-    vocab, width = head.shape
+    vocab = head.shape[0]
     targets = targets[plan.order]
     scale = torch.where(targets == IGNORED, 0, row_scale.to(wide)[plan.order])
     logps = torch.zeros_like(scale)
@@ -121,9 +123,9 @@ def run(
     size = device.chunk_rows(plan.used, head, workspace)
     chunks = -(-plan.used // size) if plan.used else 0
     active_chunks = -(-plan.active // size)
-    # several chunks add into float32; a single one is written once in the head's own type
-    total = torch.zeros(vocab, width, dtype=wide, device=head.device) if need_head and active_chunks != 1 else None
-    d_head = total if total is not None else head.new_empty(0)
+    # several chunks add up in float32; a single one is written once in the head's own type
+    d_head = None
+    d_head_dtype = wide if active_chunks > 1 or boost is not None else head.dtype
     buffer = torch.empty(min(size, plan.used), vocab, dtype=device.logits_dtype(hidden), device=hidden.device)
     for c in range(chunks):
         begin, end = c * size, min((c + 1) * size, plan.used)
@@ -137,7 +139,7 @@ def run(
             if need_hidden:
                 d_rows[begin : begin + with_grad] = _unboost(device.d_hidden(d_logits, head), boost)
             if need_head:
-                d_head = device.d_head(d_logits, part, total)
+                d_head = device.d_head(d_logits, part, d_head, d_head_dtype)
             if need_bias:
                 d_bias += d_logits.sum(0, dtype=wide)
     del buffer
@@ -146,7 +148,9 @@ def run(
     if need_hidden and plan.rows is not None:
         d_hidden = torch.zeros_like(hidden).index_copy_(0, plan.rows, d_rows)
     unsorted = torch.empty_like(logps).scatter_(0, plan.order, logps)
-    d_head = _unboost(d_head, boost).to(head.dtype) if need_head else d_head
+    if d_head is None:
+        d_head = torch.zeros_like(head) if need_head else head.new_empty(0)
+    d_head = _unboost(d_head, boost).to(head.dtype)
     d_bias = _unboost(d_bias, boost).to(head.dtype if bias is None else bias.dtype)
     return loss, unsorted, d_hidden, d_head, d_bias
 
