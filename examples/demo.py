@@ -8,6 +8,7 @@ locuslab/TOFU, MIT), then unlearns the 20 of examples/tofu/forget20.jsonl from t
 """
 
 import argparse
+import json
 import shlex
 import shutil
 import subprocess
@@ -46,9 +47,16 @@ def main() -> int:
         shutil.rmtree(OUTPUT, ignore_errors=True)
     print("$", shlex.join(words), flush=True)
     done = subprocess.run([sys.executable, "-m", "pmc_fast.cli", *words[1:]], cwd=ROOT)
-    if done.returncode == 0:
-        print(f"open {arguments.output / 'report.html'} in a browser")
-    return done.returncode
+    if done.returncode:
+        return done.returncode
+    print(f"open {arguments.output / 'report.html'} in a browser")
+    made = json.loads((arguments.output / "report.json").read_text())
+    before, after = made["before"]["sets"], made["after"]["sets"]
+    known = min(before[name]["rouge_l_recall"] for name in ("forget", "retain"))
+    short = after["forget"]["degenerate"]
+    print(f"the model knew the facts: recall {known:.3f} (must be above 0.95)")
+    print(f"forget answers under 3 words: {short:.0%} (at most 10%), mean {after['forget']['mean_words']:.1f} words")
+    return 0 if known > 0.95 and (short <= 0.1 or arguments.short) else 1
 
 
 if __name__ == "__main__":

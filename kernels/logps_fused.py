@@ -104,23 +104,24 @@ def row_logsumexp(
     splits = triton.cdiv(vocab, part)
     top = torch.empty(splits, rows, dtype=torch.float32, device=hidden.device)
     total = torch.empty_like(top)
-    row_logsumexp_kernel[(triton.cdiv(rows, config["BLOCK_M"]), splits)](
-        hidden,
-        head,
-        hidden if bias is None else bias,
-        top,
-        total,
-        rows,
-        vocab,
-        width,
-        hidden.stride(0),
-        head.stride(0),
-        part,
-        1.0 / temperature,
-        softcap,
-        logit_scale,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap != 0,
-        **config,
-    )
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        row_logsumexp_kernel[(triton.cdiv(rows, config["BLOCK_M"]), splits)](
+            hidden,
+            head,
+            hidden if bias is None else bias,
+            top,
+            total,
+            rows,
+            vocab,
+            width,
+            hidden.stride(0),
+            head.stride(0),
+            part,
+            1.0 / temperature,
+            softcap,
+            logit_scale,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap != 0,
+            **config,
+        )
     return torch.logsumexp(top + total.log(), dim=0)

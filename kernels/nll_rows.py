@@ -112,6 +112,7 @@ def nll_rows_kernel(
                 target = tl.load(targets_ptr + m)
                 scale = tl.load(row_scale_ptr + m)
                 gradient -= tl.where(v + columns == target, scale, 0.0)
+            gradient = tl.where(begin == end, 0.0, gradient)  # a row that predicts nothing, NaN or not
             gradient *= logit_scale * inverse_temperature
             if HAS_SOFTCAP:
                 t = z / (softcap * inverse_temperature)
@@ -154,21 +155,22 @@ def nll_rows(
     """
     config = CONFIGS["default"]
     block = min(config["BLOCK_V"], triton.next_power_of_2(logits.shape[1]))
-    nll_rows_kernel[(logits.shape[0],)](
-        logits,
-        logits.stride(0),
-        logits.shape[1],
-        logits if bias is None else bias,
-        cu_targets,
-        targets,
-        row_scale,
-        logps,
-        1.0 / temperature,
-        softcap,
-        logit_scale,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap != 0,
-        GRAD=grad,
-        BLOCK_V=block,
-        num_warps=config["num_warps"],
-    )
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        nll_rows_kernel[(logits.shape[0],)](
+            logits,
+            logits.stride(0),
+            logits.shape[1],
+            logits if bias is None else bias,
+            cu_targets,
+            targets,
+            row_scale,
+            logps,
+            1.0 / temperature,
+            softcap,
+            logit_scale,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap != 0,
+            GRAD=grad,
+            BLOCK_V=block,
+            num_warps=config["num_warps"],
+        )

@@ -128,8 +128,8 @@ def evaluate(json_file: str | None, **options: Any) -> int:
     config = UnlearnConfig.merge(None, _given(options))
     from . import job
 
-    if json_file and Path(json_file).exists():
-        raise PMCError(f"json file {json_file} exists: name a new one")
+    if json_file and (Path(json_file).exists() or not Path(json_file).absolute().parent.is_dir()):
+        raise PMCError(f"json file {json_file} exists, or its directory does not: name a new one")
     with _Progress() as progress:
         made = job.evaluate_model(config, progress)
     _print_scores(made)

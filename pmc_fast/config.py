@@ -1,6 +1,7 @@
 """Settings: the algorithm's (PMCConfig) and a run's (UnlearnConfig), one help text per field."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -52,6 +53,7 @@ class PMCConfig:
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.retain_weight >= 0, "retain_weight", self.retain_weight, "0 or more")
         _require(self.min_len >= 0, "min_len", self.min_len, "0 (off) or more")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
         _require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
 
 
@@ -157,5 +159,7 @@ def _check_types(config: PMCConfig) -> None:
         }
         kinds = special.get(hint, (hint,))
         good = isinstance(value, kinds) and (isinstance(value, bool) == (hint is bool))
+        if isinstance(value, float):
+            _require(math.isfinite(value), f.name, value, "finite")
         name = {float | None: "a number", list[str]: "a list of names"}.get(hint, getattr(hint, "__name__", ""))
         _require(good, f.name, value, f"of type {name}")

@@ -22,7 +22,7 @@ class Head:
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
-def output_head(model: Any) -> Head:
+def output_head(model: Any, *, check: bool = True) -> Head:
     """Read the head of a transformers causal language model.
 
     Parameters
@@ -30,12 +30,49 @@ def output_head(model: Any) -> Head:
     model : transformers.PreTrainedModel or peft.PeftModel
         Its output embeddings must be a linear layer, or one under LoRA: then the effective weight
         W + scaling B A is formed, differentiable in A and B.
+    check : bool
+        Compare with the model's own logits on four tokens (a short forward pass). Families scale and cap
+        their logits under many names; switch this off only where the same model passed before.
 
     Raises
     ------
     PMCError
-        Any other head, by its class name: a wrong head would train silently.
+        Any other head, by its class name, and one whose logits are not the model's: a wrong head
+        would train silently.
     """
+    head = _read_head(model)
+    if check:
+        _check_logits(model, head)
+    return head
+
+
+@torch.no_grad()
+def _check_logits(model: Any, head: Head) -> None:
+    ids = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        out = model(ids, output_hidden_states=True, use_cache=False)
+    finally:
+        for module in training:
+            module.training = True
+    hidden = out.hidden_states[-1][0].to(head.weight.dtype)
+    ours = hidden.float() @ head.weight.float().T + (0 if head.bias is None else head.bias.float())
+    ours = ours * head.logit_scale
+    if head.softcap is not None:
+        ours = head.softcap * torch.tanh(ours / head.softcap)
+    theirs = out.logits[0].float()
+    # low precision rounds the model's logits; a missing scale or cap is off by far more
+    allowed = 1e-3 if head.weight.dtype == torch.float32 else 3e-2
+    error, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    if not error <= allowed * max(size, 1e-3):
+        raise PMCError(
+            f"{type(model).__name__}: its logits are not what its head's weight, bias, softcap and scale give (off by "
+            f"{error:.3g} of {size:.3g}): this family is not supported"
+        )
+
+
+def _read_head(model: Any) -> Head:
     layer = model.get_output_embeddings()
     if layer is None:
         raise PMCError(f"{type(model).__name__} has no output embeddings: pmc_fast needs a causal language model")

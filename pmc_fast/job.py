@@ -104,6 +104,10 @@ class _Stages:
         yield
         self.seconds[name] = time.perf_counter() - start
 
+    def on_set(self, s: EvalSet) -> None:
+        """Show which questions are asked: an evaluation takes a while."""
+        self.monitor.stage(f"  {s.name}: {len(s.rows)} questions")
+
 
 def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
     """Run the whole job and return its report.
@@ -154,7 +158,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
     if config.evaluate:
         sets = with_initial_answers(plan.sets, initial)
         with stages("evaluation before"):
-            result["before"] = evaluate(answer, sets, log_text=config.log_text)
+            result["before"] = evaluate(answer, sets, log_text=config.log_text, on_set=stages.on_set)
     with stages("unlearning"):
         history = train(pmc, plan.retain, config, lambda record: monitor.step(record, plan.schedule.steps))
     with torch.no_grad():  # what is evaluated is what is saved
@@ -162,7 +166,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
             p.copy_(p.to(save_dtype))
     if config.evaluate:
         with stages("evaluation after"):
-            result["after"] = evaluate(answer, sets, log_text=config.log_text)
+            result["after"] = evaluate(answer, sets, log_text=config.log_text, on_set=stages.on_set)
     made = {
         "settings": dataclasses.asdict(config),
         "questions": len(questions),
@@ -176,10 +180,12 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         "warnings": plan.warnings,
         "stage_seconds": stages.seconds,
     }
+    files = report.render(made)
     with stages("saving"), written_aside(path) as directory:
         model.to(save_dtype).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        report.write(directory, made)
+        for name, text in files.items():
+            (directory / name).write_text(text, encoding="utf-8")
     return made
 
 
@@ -190,6 +196,8 @@ def evaluate_model(config: UnlearnConfig, monitor: Monitor | None = None) -> dic
         forget = load_rows(config.forget, answers=True)
         retain = load_rows(config.retain, answers=True) if config.retain else []
         sets = load_sets(config, forget, retain)
+        if config.min_utility is not None and not any(s.role == "keep" for s in sets):
+            raise PMCError("min_utility needs --retain or --general to measure utility on")
         tokenizer = models.load_tokenizer(config.model)
         encoder = Encoder(tokenizer, config)
         config = dataclasses.replace(config, prompt_format=encoder.format)
@@ -202,7 +210,10 @@ def evaluate_model(config: UnlearnConfig, monitor: Monitor | None = None) -> dic
     pmc = Reference(loaded.model, tokenizer, config, [], autocast=loaded.autocast)
     with stages("evaluation"):
         scores = evaluate(
-            lambda asked: pmc.greedy_answers(asked, config.eval_batch_size), sets, log_text=config.log_text
+            lambda asked: pmc.greedy_answers(asked, config.eval_batch_size),
+            sets,
+            log_text=config.log_text,
+            on_set=stages.on_set,
         )
     return {
         "settings": dataclasses.asdict(config),

@@ -28,8 +28,13 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise PMCError(f"device is {name!r}: use auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PMCError(f"device is {name!r} but torch {torch.__version__} sees no CUDA device: use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise PMCError(f"device is {name!r}: pmc_fast runs on cpu and cuda")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise PMCError(
+            f"device is {name!r} but torch {torch.__version__} sees {count} CUDA devices: use cpu or another"
+        )
     return device
 
 
@@ -56,11 +61,25 @@ def load_model(source: str, *, device: torch.device, dtype: str = "auto") -> Loa
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise PMCError(f"{source} holds NaN or infinite weights in {name}: use a sound checkpoint")
+    _make_savable(model.generation_config, source)
     model.eval()
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     checkpoint_dtype = getattr(config, "dtype", None) or torch.float32
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if low else nullcontext
     return LoadedModel(model, autocast, checkpoint_dtype)
+
+
+def _make_savable(generation_config: Any, source: str) -> None:
+    """Repair or refuse now what save_pretrained would refuse after training: flags that contradict each other."""
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config.do_sample = True  # temperature or top_p without it: the common case
+        try:
+            generation_config.validate(strict=True)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise PMCError(f"{source}: generation_config.json can't be saved again ({reason}): mend it") from error
 
 
 def check_fit(model: Any, tokenizer: Any, source: str) -> None:

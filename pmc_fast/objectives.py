@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from .ops import row_scales
+from .ops.checks import IGNORED
 
 
 def pmc(
@@ -42,6 +43,7 @@ def pmc(
         Scales. The collapse loss is a mean over tokens weighted by their sequences' `weights`: with
         one-hot weights, that of the picked answers alone.
     """
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     lengths = _lengths(cu_seqlens, targets, weights.dtype)
     picked = weights.shape[0]
     collapse = weights / (weights * lengths[:picked]).sum().clamp(min=torch.finfo(weights.dtype).tiny)
@@ -106,5 +108,5 @@ def _two_means(
 
 def _lengths(cu_seqlens: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the number of counted targets of each sequence: [S]."""
-    counted = torch.cat([targets.new_zeros(1), (targets != -100).cumsum(0)])
+    counted = torch.cat([targets.new_zeros(1), (targets != IGNORED).cumsum(0)])
     return counted[cu_seqlens].diff().to(dtype)

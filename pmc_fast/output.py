@@ -14,7 +14,9 @@ def check_output(output: str, needed_bytes: int) -> Path:
     """Refuse an output directory that can't take the result, before any work starts."""
     if not output:
         raise PMCError("output is not given: --output names the directory to write")
-    path = Path(output).absolute()
+    path = Path(output).resolve()  # a link's target: rename would replace the link or fail on it
+    if path.is_mount():
+        raise PMCError(f"output {output} is a mount point: name a directory inside it")
     if path.exists() and not path.is_dir():
         raise PMCError(f"output {output} is a file: name a new or empty directory")
     if path.is_dir() and any(path.iterdir()):

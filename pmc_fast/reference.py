@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from .config import PMCConfig
 from .data import Encoded, Encoder, Row, collate
@@ -154,21 +155,26 @@ class Reference:
         prompts = [Encoded(ids, ids) for ids in map(self.prompt_ids, questions)]
         batch = collate(prompts, self.encoder.pad, side="left")
         width = batch["input_ids"].shape[1]
-        training = self.model.training
-        self.model.eval()
+        model = self.model
+        training = [module for module in model.modules() if module.training]
+        own_settings = model.generation_config
+        model.eval()
         try:
+            # the checkpoint's own settings (beams, penalties, lengths) would join the ones given here
+            model.generation_config = GenerationConfig()
             with self.autocast():
-                output = self.model.generate(
-                    batch["input_ids"].repeat_interleave(copies, dim=0).to(self.model.device),
+                output = model.generate(
+                    batch["input_ids"].repeat_interleave(copies, dim=0).to(model.device),
                     attention_mask=batch["attention_mask"].repeat_interleave(copies, dim=0).to(self.model.device),
                     max_length=self.config.max_length,
                     pad_token_id=self.encoder.pad,
                     eos_token_id=self.encoder.stops,
-                    repetition_penalty=1.0,
                     **sampling,
                 )
         finally:
-            self.model.train(training)
+            model.generation_config = own_settings
+            for module in training:
+                module.training = True
         generated = output[:, width:].tolist()
         self.sampled_tokens += sum(_length(ids, self.encoder.stops) for ids in generated)
         return generated
@@ -197,5 +203,4 @@ def rouge_score_recall(initial: Sequence[str], candidates: Sequence[Sequence[str
 
 
 def _length(ids: Sequence[int], stops: Sequence[int]) -> int:
-    end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
-    return end
+    return next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))

@@ -10,12 +10,10 @@ from .errors import PMCError
 TEMPLATES = Path(__file__).parent
 
 
-def write(directory: Path, made: dict[str, Any]) -> None:
-    """Write all three into `directory`."""
+def render(made: dict[str, Any]) -> dict[str, str]:
+    """Return all three as {file name: text}, so that nothing about them can fail once weights are written."""
     check_importable()
-    (directory / "report.json").write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
-    (directory / "report.html").write_text(html(made), encoding="utf-8")
-    (directory / "README.md").write_text(model_card(made), encoding="utf-8")
+    return {"report.json": json.dumps(made, indent=1), "report.html": html(made), "README.md": model_card(made)}
 
 
 def check_importable() -> None:

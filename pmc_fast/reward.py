@@ -11,8 +11,8 @@ from nltk.stem.porter import PorterStemmer
 from . import native
 from .errors import PMCError
 
-Reward = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
-"""Any callable (initial [Q], candidates [Q][N]) -> float64 [Q, N] in [0, 1]; 0 is best: fully unlike."""
+Reward = Callable[[Sequence[str], Sequence[Sequence[str]], int], np.ndarray]
+"""Any callable (initial [Q], candidates [Q][N], min_len) -> float64 [Q, N] in [0, 1]; 0: fully unlike."""
 
 _WORDS = re.compile("[a-z0-9]+")
 _stem = lru_cache(maxsize=1 << 17)(PorterStemmer().stem)

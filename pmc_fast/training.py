@@ -69,8 +69,9 @@ def train(
     """
     model, count = pmc.model, len(pmc.questions)
     schedule = Schedule.plan(config, count)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
+        trained,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
     )
@@ -97,8 +98,10 @@ def train(
             start = time.perf_counter()
             try:
                 pmc.sample(indices)
-            except RuntimeError as error:  # torch.multinomial on the logits of weights that overflowed
-                raise diverged(step) if "nan" in str(error) else error from error
+            except RuntimeError as error:  # torch.multinomial refuses the logits of weights that overflowed
+                if "probability tensor contains" in str(error):
+                    raise diverged(step) from error
+                raise
             drawn = time.perf_counter()
             draws = torch.randint(len(retain), (len(indices),), generator=retain_order)
             parts = pmc.loss(indices, [retain[i] for i in draws.tolist()])
@@ -110,6 +113,8 @@ def train(
             seconds["train"] += time.perf_counter() - drawn
         start = time.perf_counter()
         optimizer.step()
+        if not torch.isfinite(torch.stack([p.detach().sum() for p in trained]).sum()):
+            raise diverged(step)  # now: on CUDA the next samples would end in a device-side assert
         rate.step()
         optimizer.zero_grad()
         seconds["train"] += time.perf_counter() - start
@@ -124,7 +129,5 @@ def train(
         }
         history.append(record)
         on_step(record)
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
-        raise diverged(schedule.steps)
     model.eval()
     return history

@@ -29,6 +29,8 @@ def test_chats(tmp_path):
         {"messages": [user]},
     ]
     assert load_rows(write(tmp_path / "a.jsonl", rows)) == [Row("Q", "A"), Row("Q", "A"), Row("Q")]
+    parts = {"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image"}]}
+    assert load_rows(write(tmp_path / "d.jsonl", [{"messages": [parts]}])) == [Row("Q")]
     with pytest.raises(PMCError, match="row 1 has 2 user messages"):
         load_rows(write(tmp_path / "b.jsonl", [{"messages": [user, assistant, user]}]))
     with pytest.raises(PMCError, match="row 1 has messages without role"):

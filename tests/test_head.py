@@ -82,6 +82,21 @@ def test_adapters_that_are_more_than_b_a_are_refused(settings):
         output_head(lora(model, **settings).train())
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("hyperclovax", {"logits_scaling": 4.0}), ("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 16})],
+)
+def test_families_with_other_scales_are_refused(family, settings):
+    """They multiply by what Granite divides by, or name their cap otherwise: only a comparison shows it."""
+    FAMILIES[family] = settings
+    try:
+        model = make(family)
+    except (ValueError, KeyError):
+        pytest.skip(f"this transformers has no {family}")
+    with pytest.raises(PMCError, match="this family is not supported"):
+        output_head(model)
+
+
 def test_other_heads_are_refused_by_name():
     model = make("llama")
     model.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(16, 50)))

@@ -292,6 +292,42 @@ def test_evaluate_scores_a_model(arguments, data, tiny_dir, capsys):
     assert run([*command[:-2], "--min-utility", "100"]) == 3
 
 
+def test_results_survive_settings_that_contradict_each_other(arguments, data, tiny, tokenizer):
+    """temperature without do_sample: transformers warns when it loads such a file and refuses to save it."""
+    tiny.save_pretrained(data / "odd")
+    tokenizer.save_pretrained(data / "odd")
+    settings = json.loads((data / "odd/generation_config.json").read_text()) | {"temperature": 0.6, "top_p": 0.9}
+    (data / "odd/generation_config.json").write_text(json.dumps(settings))
+    assert run([*replaced(arguments, model=data / "odd"), "--no-evaluate"]) == 0
+    assert json.loads((data / "out/generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_output_may_be_a_link_to_an_empty_directory(arguments, data):
+    (data / "real").mkdir()
+    (data / "out").symlink_to(data / "real")
+    assert run([*arguments, "--no-evaluate"]) == 0
+    assert (data / "real/model.safetensors").exists()
+    assert (data / "out").is_symlink()
+
+
+def test_more_bad_input_is_one_line(arguments, data, capsys, tiny_dir):
+    (data / "surrogate.jsonl").write_text('{"question": "\\ud800"}\n')
+    (data / "retain2").mkdir()
+    shutil.copy(data / "retain.jsonl", data / "retain2/retain.jsonl")
+    for flags, message in (
+        ({"seed": -1}, "seed is -1"),
+        ({"epochs": "inf"}, "num_epochs is inf: it must be finite"),
+        ({"device": "mps"}, "device is 'mps'"),
+        ({"forget": data / "surrogate.jsonl"}, "row 1 holds half of a surrogate pair"),
+        ({"general": data / "retain2/retain.jsonl"}, "there is a set called 'retain' already"),
+    ):
+        assert run(replaced(arguments, **flags)) == 2, flags
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    command = ["evaluate", "--model", str(tiny_dir), "--forget", str(data / "forget.jsonl"), "--min-utility", "5"]
+    assert run(command) == 2
+    assert "min_utility needs --retain or --general" in capsys.readouterr().err
+
+
 def test_steps_cover_every_question_once_an_epoch():
     config = UnlearnConfig(batch_size=3, gradient_accumulation_steps=2, num_epochs=2.0)
     assert training.Schedule.plan(config, 10) == training.Schedule(steps_per_epoch=2, steps=4)

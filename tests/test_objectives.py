@@ -144,6 +144,14 @@ def test_sequence_logps_sum_each_sequence(lengths):
         assert (logps.grad == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_counts_are_exact_whatever_the_weights_type(dtype):
+    cu, targets = torch.tensor([0, 3000]), torch.ones(3000, dtype=torch.int64)
+    scales = row_scales(torch.ones(1, dtype=dtype), cu, targets)
+    torch.testing.assert_close(scales.sum(), torch.tensor(1.0))
+    assert objectives.pmc(cu, targets, torch.ones(1, dtype=dtype), 1.0).sum() == pytest.approx(1.0, rel=1e-5)
+
+
 def test_mistakes_are_named():
     cu, targets = torch.tensor([0, 2]), torch.tensor([1, 2])
     with pytest.raises(PMCError, match="reduction is 'mean'"):

@@ -94,6 +94,22 @@ def test_sampling_leaves_no_trace_and_repeats_by_seed(tiny, tokenizer):
     assert again.sample_answers(["Who?"] * 2) != again.sample_answers(["Who?"] * 2)
 
 
+def test_the_checkpoints_own_generation_settings_do_not_join_in(tiny, tokenizer):
+    plain = reference_of(tiny, tokenizer).sample_answers(["Who?"])
+    tiny.generation_config.update(max_new_tokens=90, num_beams=2, min_p=0.9, repetition_penalty=3.0, top_k=1)
+    own = tiny.generation_config
+    assert reference_of(tiny, tokenizer).sample_answers(["Who?"]) == plain
+    assert tiny.generation_config is own
+
+
+def test_train_and_eval_flags_come_back_one_by_one(tiny, tokenizer):
+    tiny.train()
+    tiny.model.layers[0].eval()
+    before = [module.training for module in tiny.modules()]
+    reference_of(tiny, tokenizer).greedy_answers(["Who?"])
+    assert [module.training for module in tiny.modules()] == before
+
+
 def test_published_costs(tiny, tokenizer):
     """A forward for each loss, each padded to max_length; the tracking forward only on demand."""
     shapes = []

@@ -73,12 +73,15 @@ def torch_low(x, *, upstream=1.0, rows=None, temperature=1.0, softcap=None, logi
 def largest_term(x, *, rows=None, temperature=1.0, logit_scale=1.0, **_):
     """Bound the terms whose sums are the results: a row's scales times logits or the factor beside them."""
     if not x["row_scale"].numel():
-        return 0.0
+        return {"logps": 0.0, "gradient": 0.0}
     rows = torch.arange(len(x["row_scale"])) if rows is None else rows
     scale = torch.zeros(len(x["hidden"])).index_add_(0, rows, x["row_scale"].abs()).max()
     hidden, head = x["hidden"].float(), x["head"].float()
     slope = max(1.0, logit_scale / temperature)
-    return float(scale) * slope * max(1.0, *(float(t.abs().max()) for t in (hidden @ head.T, hidden, head)))
+    largest_z = float((hidden @ head.T).abs().max()) * slope
+    factor = max(1.0, float(hidden.abs().max()), float(head.abs().max()))
+    # half a last bit of a logit moves its softmax by as much
+    return {"logps": max(1.0, largest_z), "gradient": float(scale) * slope * factor * (1 + largest_z / 16)}
 
 
 def check(x, backend, **options):
@@ -99,7 +102,7 @@ def check(x, backend, **options):
         error, theirs, tiny = 0.0, 0.0, 0.0
         if e.numel() and x["row_scale"].numel():
             # the last bit of the result, and of the float32 terms that cancel in it
-            tiny = LAST_BIT[o.dtype] * float(e.abs().max()) + 5e-7 * terms
+            tiny = LAST_BIT[o.dtype] * float(e.abs().max()) + 5e-7 * terms["logps" if name == "logps" else "gradient"]
             error, theirs = float((o.cpu().double() - e).abs().max()), float((t.double() - e).abs().max())
         assert error <= 3 * theirs + tiny, f"{name}: {error:.2e} against torch's {theirs:.2e}, tiny {tiny:.2e}"
 
@@ -114,6 +117,7 @@ def check(x, backend, **options):
         {"softcap": 3.0},
         {"logit_scale": 0.25},
         {"softcap": 2.0, "temperature": 1.3, "logit_scale": 1.5, "upstream": -2.5},
+        {"upstream": 1 / 3},
     ],
     ids=str,
 )
@@ -131,8 +135,28 @@ def test_accuracy(backend, dtype, how, bias):
     ],
     ids=str,
 )  # fmt: skip
-def test_odd_shapes(backend, shape):
-    check(make(**shape), backend)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_odd_shapes(backend, shape, dtype):
+    check(make(**shape, dtype=dtype), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loss_scaling_reaches_float16_gradients_before_they_are_rounded(backend):
+    """GradScaler's first factor, on a mean over many rows: nothing overflows on the way, nothing is lost."""
+    x = make(r=300, v=40, dtype=torch.float16, scale="mean")
+    exact = run(x, "reference", dtype=torch.float64, upstream=65536.0)
+    ours = run(x, backend, upstream=65536.0)
+    for o, e in zip(ours[2:4], exact[2:4], strict=True):
+        assert o.isfinite().all()
+        torch.testing.assert_close(o.cpu().double(), e, atol=3e-3 * float(e.abs().max()), rtol=3e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradients_of_the_head_do_not_overflow(backend):
+    x = make(r=2000, d=2, v=9, dtype=torch.float16, scale="mean")
+    x["hidden"][:] = 50
+    x["targets"][:] = 4
+    assert run(x, backend)[3].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

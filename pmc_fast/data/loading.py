@@ -62,6 +62,9 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
             raise PMCError(f"{where} is {type(record).__name__}, not an object with a question")
         question = _first(record, questions, "user", where)
         answer = _first(record, replies, "assistant", where)
+        for text in (question, answer):
+            if text is not None and not _is_unicode(text):
+                raise PMCError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): mend its encoding")
         if question is None or not question.strip():
             raise PMCError(f"{where} has no question: name the column one of {', '.join(QUESTION_NAMES)}")
         if answers and (answer is None or not answer.strip()):
@@ -87,8 +90,10 @@ def _records(source: str) -> Iterator[Any]:
 
 def _file_records(path: Path) -> Iterator[Any]:
     if path.suffix == ".parquet":
-        from pyarrow import parquet
-
+        try:
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ValueError("Parquet needs pyarrow: pip install 'pmc_fast[cli]'") from error
         yield from parquet.read_table(path).to_pylist()
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as lines:
@@ -121,6 +126,14 @@ def _hub_records(source: str) -> Iterator[Any]:
         raise PMCError(f"{source} is no file here and can't be loaded from the hub: {reason}") from error
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _first(record: Mapping[str, Any], names: tuple[str, ...], role: str, where: str) -> str | None:
     for name in (*names, "messages"):
         value = record.get(name)
@@ -139,4 +152,8 @@ def _message(messages: list[Any], role: str, where: str) -> str | None:
         raise PMCError(f"{where} has messages without role and content") from error
     if len(texts) > 1:
         raise PMCError(f"{where} has {len(texts)} {role} messages: split it into single questions")
+    if texts and isinstance(texts[0], list):  # a content of parts, as multimodal chats have
+        texts = ["".join(part.get("text") or "" for part in texts[0] if isinstance(part, Mapping))]
+    if texts and not isinstance(texts[0], str):
+        raise PMCError(f"{where} has a {role} message whose content is {type(texts[0]).__name__}, not text")
     return texts[0] if texts else None

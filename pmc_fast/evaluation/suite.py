@@ -9,6 +9,7 @@ import numpy as np
 
 from ..config import UnlearnConfig
 from ..data import Row, load_rows
+from ..errors import PMCError
 from ..reward import rouge_l_recall
 from .metrics import degenerate_share, mean_words, unlearn_quality, utility
 
@@ -39,8 +40,12 @@ def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row
             chosen = np.random.default_rng(12345).integers(0, len(retain), RETAIN_ROWS)
             drawn = [retain[i] for i in chosen]
         sets.append(EvalSet("retain", "keep", drawn))
-    general = [EvalSet(Path(source).stem, "keep", load_rows(source, answers=True)) for source in config.general]
-    return sets + general
+    for source in config.general:
+        name = Path(source).stem
+        if name in {s.name for s in sets}:
+            raise PMCError(f"general data {source}: there is a set called {name!r} already: rename the file")
+        sets.append(EvalSet(name, "keep", load_rows(source, answers=True)))
+    return sets
 
 
 def with_initial_answers(sets: Sequence[EvalSet], initial: Sequence[str]) -> list[EvalSet]:
@@ -51,7 +56,11 @@ def with_initial_answers(sets: Sequence[EvalSet], initial: Sequence[str]) -> lis
 
 
 def evaluate(
-    answer: Callable[[Sequence[str]], list[str]], sets: Sequence[EvalSet], *, log_text: bool = False
+    answer: Callable[[Sequence[str]], list[str]],
+    sets: Sequence[EvalSet],
+    *,
+    log_text: bool = False,
+    on_set: Callable[[EvalSet], None] = lambda s: None,
 ) -> dict[str, Any]:
     """Score a model's greedy answers.
 
@@ -61,6 +70,8 @@ def evaluate(
         Questions -> the model's greedy answers.
     sets : Sequence[EvalSet]
         What to ask.
+    on_set : callable
+        Is told of each set before it is asked.
     log_text : bool
         Keep questions, truths and answers in the result.
 
@@ -72,6 +83,7 @@ def evaluate(
     """
     result: dict[str, Any] = {"sets": {}}
     for s in sets:
+        on_set(s)
         answers = answer([row.question for row in s.rows])
         recalls = rouge_l_recall([row.answer or "" for row in s.rows], [[a] for a in answers])[:, 0]
         scored: dict[str, Any] = {

@@ -55,6 +55,6 @@ def check_ranges(op: str, targets: torch.Tensor, rows: torch.Tensor | None, voca
 def under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Cast as autocast casts a linear layer's inputs, where it is switched on."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:  # which autocast leaves alone
         return list(tensors)
     return [t.to(torch.get_autocast_dtype(kind)) for t in tensors]

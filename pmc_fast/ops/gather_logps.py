@@ -39,10 +39,16 @@ def gather_logps(
     ------
     PMCError
         As `weighted_nll`.
+
+    Notes
+    -----
+    On CUDA without `rows` there is one host sync in the forward and one in the backward pass.
     """
     hidden, head = under_autocast(hidden, head)
     check_inputs("gather_logps", hidden, head, targets, rows, bias, softcap, temperature)
     chosen = resolve_backend(backend, hidden.device)
+    if chosen in ("cuda", "fused") and hidden.dtype == torch.float64:
+        raise PMCError(f"gather_logps: the {chosen} backend has no float64: use backend='reference'")
     if chosen == "reference":
         check_ranges("gather_logps", targets, rows, head.shape[0], hidden.shape[0])
         return gather_logps_reference(
@@ -76,8 +82,6 @@ def _fused(
 ) -> torch.Tensor:
     from ..kernels.logps_fused import row_logsumexp
 
-    if hidden.dtype == torch.float64:
-        raise PMCError("gather_logps: backend 'fused' takes float32, bfloat16 or float16, not float64")
     hidden, head = hidden.contiguous(), head.contiguous()
     log_sum = row_logsumexp(hidden, head, bias, temperature, softcap or 0.0, logit_scale)
     counted = targets != IGNORED
@@ -132,7 +136,8 @@ def _backward(ctx, g_logps):  # type: ignore[no-untyped-def]
     need = [bool(n) for n in ctx.needs_input_grad[:3]]
     # d(sum of g * logps) is the weighted loss whose scales are -g
     grads = weighted_nll_op(hidden, head, bias, targets, -g_logps, rows, *how, *need, workspace, backend)[2:]
-    return (*[g if n else None for g, n in zip(grads, need, strict=True)], *[None] * 7)
+    inputs = (hidden, head, bias)
+    return (*[g.to(t.dtype) if n else None for g, t, n in zip(grads, inputs, need, strict=True)], *[None] * 7)
 
 
 gather_logps_op.register_autograd(_backward, setup_context=_setup_context)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-IGNORED = -100
+from .checks import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,10 @@ def run(
     need: tuple[bool, bool, bool],
     workspace: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return loss, logps and the gradients of hidden, head and bias; what is not needed is empty."""
+    """Return loss, logps and the gradients of hidden, head and bias; what is not needed is empty.
+
+    Gradients are in the inputs' dtype; float16's, and the bias's, are in float32.
+    """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     need_hidden, need_head, need_bias = need
     vocab = head.shape[0]
@@ -118,7 +121,9 @@ def run(
     kernel_scale = scale if boost is None else scale * boost
     rows = hidden if plan.rows is None else hidden[plan.rows]
 
-    d_rows = hidden.new_zeros(rows.shape if need_hidden else 0)
+    # float16 gradients stay float32 until backward has multiplied them: loss scaling would come too late
+    narrow = wide if hidden.dtype == torch.float16 else hidden.dtype
+    d_rows = hidden.new_zeros(rows.shape if need_hidden else 0, dtype=narrow)
     d_bias = torch.zeros(vocab if need_bias else 0, dtype=wide, device=hidden.device)
     size = device.chunk_rows(plan.used, head, workspace)
     chunks = -(-plan.used // size) if plan.used else 0
@@ -146,12 +151,12 @@ def run(
     loss = -(scale * logps).sum()
     d_hidden = d_rows
     if need_hidden and plan.rows is not None:
-        d_hidden = torch.zeros_like(hidden).index_copy_(0, plan.rows, d_rows)
+        d_hidden = torch.zeros_like(hidden, dtype=narrow).index_copy_(0, plan.rows, d_rows)
     unsorted = torch.empty_like(logps).scatter_(0, plan.order, logps)
     if d_head is None:
-        d_head = torch.zeros_like(head) if need_head else head.new_empty(0)
-    d_head = _unboost(d_head, boost).to(head.dtype)
-    d_bias = _unboost(d_bias, boost).to(head.dtype if bias is None else bias.dtype)
+        d_head = torch.zeros_like(head, dtype=narrow) if need_head else head.new_empty(0, dtype=narrow)
+    d_head = (d_head if boost is None else d_head.div_(boost)).to(narrow)
+    d_bias = _unboost(d_bias, boost)
     return loss, unsorted, d_hidden, d_head, d_bias
 
 

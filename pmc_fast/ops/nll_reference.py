@@ -2,7 +2,7 @@
 
 import torch
 
-IGNORED = -100
+from .checks import IGNORED
 
 
 def gather_logps_reference(
@@ -28,8 +28,9 @@ def gather_logps_reference(
     if rows is not None:
         logps = logps[rows]
     counted = targets != IGNORED
-    picked = logps.gather(1, torch.where(counted, targets, 0)[:, None])[:, 0]
-    return torch.where(counted, picked, torch.zeros_like(picked))
+    inside = (targets >= 0) & (targets < head.shape[0])
+    picked = logps.gather(1, torch.where(inside, targets, 0)[:, None])[:, 0]
+    return torch.where(inside, picked, torch.where(counted, torch.nan, 0.0))
 
 
 def weighted_nll_reference(

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 
 from ..errors import PMCError
+from .checks import IGNORED
 
-IGNORED = -100
 Reduction = Literal["token_mean", "sequence_mean", "sum"]
 
 
@@ -38,7 +38,7 @@ def row_scales(
     Returns
     -------
     Tensor [M]
-        In weights' dtype. With all weights 1, sum of scale * -logp is what torch's cross_entropy
+        float32, or weights' dtype if that is wider. With all weights 1, sum of scale * -logp is what torch's cross_entropy
         with its default reduction returns (``token_mean``), summed over the groups.
     """
     sequences = weights.shape[0]
@@ -49,27 +49,26 @@ def row_scales(
         )
     counted = targets != IGNORED
     owner = _owner(cu_seqlens, targets)
-    lengths = torch.zeros_like(weights).index_add_(0, owner, counted.to(weights.dtype))
+    # counts are whole numbers: bfloat16 could not count past 256
+    lengths = torch.zeros_like(cu_seqlens[1:]).index_add_(0, owner, counted.to(cu_seqlens.dtype))
     if groups is None:
-        groups = torch.zeros_like(cu_seqlens[1:])
+        groups = torch.zeros_like(lengths)
     # a group's index is below S, so S slots hold every group without asking the device for the largest
-    per_group = torch.zeros_like(weights)
+    per_group = torch.zeros_like(lengths)
+    scale = weights.to(torch.promote_types(weights.dtype, torch.float32))
     if reduction == "token_mean":
-        scale = weights / per_group.index_add(0, groups, lengths)[groups].clamp(min=1)
+        scale = scale / per_group.index_add(0, groups, lengths)[groups].clamp(min=1)
     elif reduction == "sequence_mean":
-        used = (lengths > 0).to(weights.dtype)
-        scale = weights / per_group.index_add(0, groups, used)[groups].clamp(min=1) / lengths.clamp(min=1)
-    elif reduction == "sum":
-        scale = weights
-    else:
+        used = (lengths > 0).to(lengths.dtype)
+        scale = scale / per_group.index_add(0, groups, used)[groups].clamp(min=1) / lengths.clamp(min=1)
+    elif reduction != "sum":
         raise PMCError(f"reduction is {reduction!r}: use token_mean, sequence_mean or sum")
     return scale[owner] * counted
 
 
 def sequence_logps(logps: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Sum log-probs [M] over each sequence: [S]; differentiable. Ignored targets have log-prob 0."""
-    sums = torch.zeros(cu_seqlens.shape[0] - 1, dtype=logps.dtype, device=logps.device)
-    return sums.index_add(0, _owner(cu_seqlens, logps), logps)
+    """Sum log-probs [M] over each sequence: [S]; differentiable, deterministic. Ignored targets have log-prob 0."""
+    return torch.segment_reduce(logps, "sum", offsets=cu_seqlens, initial=0, unsafe=True)
 
 
 def _owner(cu_seqlens: torch.Tensor, items: torch.Tensor) -> torch.Tensor:

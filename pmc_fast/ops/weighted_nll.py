@@ -85,6 +85,8 @@ def weighted_nll(
     if row_scale.requires_grad:
         raise PMCError("weighted_nll: row_scale is no input to differentiate: use gather_logps for such losses")
     chosen = resolve_backend(backend, hidden.device)
+    if chosen == "cuda" and hidden.dtype == torch.float64:
+        raise PMCError("weighted_nll: the cuda backend has no float64: use backend='reference'")
     if chosen == "fused":
         raise PMCError("weighted_nll: backend 'fused' is for gather_logps without gradients: use cuda")
     if chosen == "reference":
@@ -140,7 +142,7 @@ def weighted_nll_op(
     """Compute loss, logps, d(hidden), d(head), d(bias); gradients that are not needed are empty."""
     if backend != "cuda":
         check_ranges("weighted_nll", targets, rows, head.shape[0], hidden.shape[0])
-    compact = rows is None or hidden.device.type == "cpu"
+    compact = rows is None or backend == "cpu"  # a host sync: on CUDA only where rows does not promise
     plan = nll_chunks.make_plan(targets, row_scale, rows, hidden.shape[0], compact=compact)
     return nll_chunks.run(
         Cuda() if backend == "cuda" else Cpu(),
@@ -162,18 +164,19 @@ def _(  # type: ignore[no-untyped-def]
     need_hidden, need_head, need_bias, workspace, backend,
 ):  # fmt: skip
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    bias_type = head.dtype if bias is None else bias.dtype
+    narrow = wide if hidden.dtype == torch.float16 else hidden.dtype
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(targets.shape, dtype=wide),
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        head.new_empty(head.shape if need_head else (0,)),
-        head.new_empty((head.shape[0] if need_bias else 0,), dtype=bias_type),
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=narrow),
+        head.new_empty(head.shape if need_head else (0,), dtype=narrow),
+        head.new_empty((head.shape[0] if need_bias else 0,), dtype=wide),
     )
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.need = inputs[9:12]
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
@@ -188,15 +191,17 @@ def refuse_second_derivative(op: str) -> None:
 def _backward(ctx, g_loss, *_):  # type: ignore[no-untyped-def]
     refuse_second_derivative("weighted_nll")
     saved = ctx.saved_tensors
-    grads = [_times(saved[i], g_loss) if ctx.need[i] and g_loss is not None else None for i in range(3)]
+    wanted = [ctx.need[i] and g_loss is not None for i in range(3)]
+    grads = [_times(saved[i], g_loss, ctx.dtypes[i]) if wanted[i] else None for i in range(3)]
     return (*grads, *[None] * 11)
 
 
-def _times(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+def _times(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # d(head) is large: spare the CPU a pass over it in the usual case (a sync on CUDA, so not there)
     if type(upstream) is torch.Tensor and upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient
-    return gradient * upstream.to(gradient.dtype)
+        return gradient.to(dtype)
+    # as a vector the float32 factor keeps its type: the product is rounded once, without a float32 copy on CUDA
+    return torch.mul(gradient, upstream.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
 weighted_nll_op.register_autograd(_backward, setup_context=_setup_context)
