@@ -160,9 +160,9 @@ def kept_tokens(
         first = int((row == row.max()).nonzero()[0])
         return torch.tensor([first]), torch.ones(1, dtype=row.dtype), 1.0
     p = torch.softmax(row / temperature, 0)
-    keep = torch.ones_like(p, dtype=torch.bool)
+    keep = p > 0
     if 0 < top_k < len(p):
-        keep = row >= row.topk(top_k).values[-1]
+        keep &= row >= row.topk(top_k).values[-1]
     if top_p < 1:
         left = torch.where(keep, p, 0)
         order = torch.sort(left, descending=True, stable=True).indices
