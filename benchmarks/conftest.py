@@ -15,7 +15,8 @@ def suite_results(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any
     yield results
     if results:
         suite = Path(request.node.fspath).stem.removeprefix("test_")
-        print(f"\nwrote {harness.write(suite, results)}")
+        path = harness.RESULTS / f"{suite}.json"
+        print(f"\nwrote {harness.write(path, suite, results, getattr(request.module, 'SEED', 0))}")
 
 
 @pytest.fixture

@@ -107,9 +107,8 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
-def write(suite: str, results: list[dict[str, Any]], seed: int = 0, directory: Path = RESULTS) -> Path:
+def write(path: Path, suite: str, results: list[dict[str, Any]], seed: int = 0) -> Path:
     """Write a suite's results and return the file."""
-    directory.mkdir(exist_ok=True)
-    path = directory / f"{suite}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document(suite, results, seed), indent=1) + "\n", encoding="utf-8")
     return path

@@ -42,13 +42,12 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
             "inverse_temperature": "fp32", "softcap": "fp32", "logit_scale": "fp32",
         }  # fmt: skip
         flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "GRAD": grad}
-        yield (
-            _name("nll_rows", dtype, flags),
-            nll_rows.nll_rows_kernel,
-            types,
-            flags | {"BLOCK_V": config["BLOCK_V"]},
-            {"num_warps": config["num_warps"]},
-        )
+        name = _name("nll_rows", dtype, flags)
+        constexprs = flags | {"BLOCK_V": config["BLOCK_V"]}
+        options = {"num_warps": config["num_warps"]}
+        yield name, nll_rows.nll_rows_kernel, types, constexprs, options
+        if bias == softcap == grad:  # vocabularies such as 50257 launch another variant
+            yield f"{name} any size", nll_rows.nll_rows_kernel, types, constexprs, options
     for dtype, bias, softcap in itertools.product(DTYPES, FLAGS, FLAGS):
         config = dict(logps_fused.CONFIGS[4 if dtype == "fp32" else 2])
         options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
@@ -68,13 +67,18 @@ def _name(kernel: str, dtype: str, flags: dict[str, bool]) -> str:
 
 
 def compile_one(
-    kernel: Any, types: dict[str, str], constexprs: dict[str, Any], options: dict[str, int], chip: int
+    kernel: Any,
+    types: dict[str, str],
+    constexprs: dict[str, Any],
+    options: dict[str, int],
+    chip: int,
+    divisible: bool = True,
 ) -> dict[str, Any]:
     """Compile for a chip; return registers and stack a thread, shared memory, and whether it uses wgmma."""
     signature = types | dict.fromkeys(constexprs, "constexpr")
-    # what a launch would specialise on: aligned pointers, sizes and strides that 16 divides
+    # what a launch would specialise on: aligned pointers, and sizes and strides that 16 divides
     names = list(kernel.arg_names)
-    aligned = [n for n, t in types.items() if t.startswith("*") or t == "i32"]
+    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and divisible)]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature={n: signature[n] for n in names}, constexprs=constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
@@ -116,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'kernel':36} {'chip':6} {'registers':>9} {'stack':>6} {'shared KiB':>10}  tensor cores")
     for name, kernel, types, constexprs, launch in shipped():
         for chip, limit in CHIPS.items():
-            used = compile_one(kernel, types, constexprs, launch, chip)
+            used = compile_one(kernel, types, constexprs, launch, chip, divisible="any size" not in name)
             rows.append({"kernel": name, "chip": f"sm_{chip}"} | used)
             print(
                 f"{name:36} sm_{chip:<3} {used['registers']:9} {used['stack']:6} {used['shared'] / 1024:10.1f}  {used['tensor_cores']}",

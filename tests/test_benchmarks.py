@@ -33,8 +33,8 @@ def files(tmp_path):
     results = [
         {"name": "case", "facts": {}, "contestants": harness.summarize([{"a": 2.0, "b": 0.5}], {"a": 1 << 20})}
     ]
-    first = harness.write("one", results, directory=tmp_path)
-    return [first, harness.write("two", results, seed=3, directory=tmp_path)]
+    first = harness.write(tmp_path / "one.json", "one", results)
+    return [first, harness.write(tmp_path / "two.json", "two", results, seed=3)]
 
 
 def test_report_prints_ratios(files, capsys):
