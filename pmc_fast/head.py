@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .errors import PMCError
+from .ops.nll_reference import transform_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,8 @@ def _check_logits(model: Any, head: Head) -> None:
         for module in training:
             module.training = True
     hidden = out.hidden_states[-1][0].to(head.weight.dtype)
-    ours = hidden.float() @ head.weight.float().T + (0 if head.bias is None else head.bias.float())
-    ours = ours * head.logit_scale
-    if head.softcap is not None:
-        ours = head.softcap * torch.tanh(ours / head.softcap)
+    x = hidden.float() @ head.weight.float().T
+    ours = transform_logits(x, head.bias, 1.0, head.softcap, head.logit_scale)
     theirs = out.logits[0].float()
     # low precision rounds the model's logits; a missing scale or cap is off by far more
     allowed = 1e-3 if head.weight.dtype == torch.float32 else 3e-2

@@ -5,7 +5,7 @@ import torch
 from ..errors import PMCError
 from .checks import IGNORED, check_inputs, check_ranges, under_autocast
 from .dispatch import resolve_backend
-from .nll_reference import gather_logps_reference
+from .nll_reference import gather_logps_reference, transform_logits
 from .weighted_nll import WORKSPACE, refuse_second_derivative, weighted_nll_op
 
 
@@ -89,11 +89,9 @@ def _fused(
     token = torch.where(inside, targets, 0)
     if rows is not None:
         hidden, log_sum = hidden[rows], log_sum[rows]
-    z = (hidden.float() * head[token].float()).sum(-1)
-    z = (z if bias is None else z + bias[token].float()) * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    logps = torch.where(inside, z / temperature - log_sum, torch.nan)
+    x = (hidden.float() * head[token].float()).sum(-1)
+    z = transform_logits(x, None if bias is None else bias[token], temperature, softcap, logit_scale)
+    logps = torch.where(inside, z - log_sum, torch.nan)
     return torch.where(counted, logps, 0.0)
 
 

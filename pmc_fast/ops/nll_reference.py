@@ -5,6 +5,16 @@ import torch
 from .checks import IGNORED
 
 
+def transform_logits(
+    x: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float | None, logit_scale: float
+) -> torch.Tensor:
+    """Return softcap((x + bias) * logit_scale) / temperature, x being products with rows of the head."""
+    z = (x if bias is None else x + bias.to(x.dtype)) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
 def gather_logps_reference(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -18,13 +28,8 @@ def gather_logps_reference(
 ) -> torch.Tensor:
     """Return logps [M] in max(float32, the inputs' dtype), differentiable by autograd."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden.to(dtype) @ head.to(dtype).T
-    if bias is not None:
-        z = z + bias.to(dtype)
-    z = z * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    logps = torch.log_softmax(z / temperature, dim=-1)
+    z = transform_logits(hidden.to(dtype) @ head.to(dtype).T, bias, temperature, softcap, logit_scale)
+    logps = torch.log_softmax(z, dim=-1)
     if rows is not None:
         logps = logps[rows]
     counted = targets != IGNORED
