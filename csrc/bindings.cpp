@@ -1,10 +1,16 @@
 // The one file that knows pybind11: checks shapes, releases the GIL, calls plain C++.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 
+#include "decode_attention.h"
+#include "kv_pool.h"
+#include "linear.h"
 #include "nll_rows.h"
+#include "rms_norm.h"
+#include "rollout_trie.h"
 #include "rouge.h"
 #include "sampling.h"
 
@@ -99,6 +105,127 @@ void sample_nucleus(uintptr_t logits, int64_t stride, int64_t rows, int64_t voca
   pmc::sample_nucleus(args, static_cast<pmc::Isa>(isa), threads);
 }
 
+void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, int64_t rows, int64_t in, int64_t out,
+            int64_t x_stride, int threads) {
+  check_isa(static_cast<int>(pmc::Isa::kAvx512));
+  const pmc::Linear args{reinterpret_cast<const float*>(x),
+                         reinterpret_cast<const float*>(weight),
+                         reinterpret_cast<const float*>(bias),
+                         reinterpret_cast<float*>(y),
+                         rows,
+                         in,
+                         out,
+                         x_stride};
+  py::gil_scoped_release nogil;
+  pmc::linear(args, threads);
+}
+
+void rms_norm(uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t size, float eps, float offset,
+              int isa, int threads) {
+  check_isa(isa);
+  const pmc::RmsNorm args{reinterpret_cast<const float*>(x),
+                          reinterpret_cast<const float*>(weight),
+                          reinterpret_cast<float*>(y),
+                          rows,
+                          size,
+                          eps,
+                          offset};
+  py::gil_scoped_release nogil;
+  pmc::rms_norm(args, static_cast<pmc::Isa>(isa), threads);
+}
+
+template <typename T>
+void decode_attention(py::tuple q, py::tuple k, py::tuple v, uintptr_t k_pool, uintptr_t v_pool,
+                      uintptr_t out, py::tuple shape, double scale, double softcap, int64_t window,
+                      py::tuple index, int isa, int threads) {
+  check_isa(isa);
+  // an address with two strides each; heads, kv_heads and dim; the index's arrays, rows and blocks
+  const auto address = [](const py::tuple& t) { return reinterpret_cast<T*>(t[0].cast<uintptr_t>()); };
+  const auto number = [](const py::tuple& t, int i) { return t[i].cast<int64_t>(); };
+  const auto array = [&](int i) { return reinterpret_cast<const int32_t*>(index[i].cast<uintptr_t>()); };
+  const pmc::DecodeAttention<T> args{address(q),
+                                     address(k),
+                                     address(v),
+                                     number(q, 1),
+                                     number(q, 2),
+                                     number(k, 1),
+                                     number(k, 2),
+                                     number(v, 1),
+                                     number(v, 2),
+                                     reinterpret_cast<T*>(k_pool),
+                                     reinterpret_cast<T*>(v_pool),
+                                     reinterpret_cast<T*>(out),
+                                     number(shape, 0),
+                                     number(shape, 1),
+                                     number(shape, 2),
+                                     scale,
+                                     softcap,
+                                     window,
+                                     {array(0), array(1), array(2), array(3), array(4), array(5), array(6),
+                                      number(index, 7), number(index, 8)}};
+  py::gil_scoped_release nogil;
+  pmc::decode_attention(args, static_cast<pmc::Isa>(isa), threads);
+}
+
+template <typename T>
+Array<T> array_of(const std::vector<T>& values) {
+  return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// The next step's arrays by name, or None when all is done.
+py::object plan(pmc::RolloutTrie& trie, int64_t max_rows, int64_t guess_rows) {
+  pmc::StepPlan p;
+  if (!trie.plan(max_rows, guess_rows, p)) return py::none();
+  py::dict out;
+  out["tokens"] = array_of(p.tokens);
+  out["positions"] = array_of(p.positions);
+  out["slots"] = array_of(p.slots);
+  out["prefix_len"] = array_of(p.prefix_len);
+  out["cu_suffix"] = array_of(p.cu_suffix);
+  out["suffix"] = array_of(p.suffix);
+  out["cu_rows"] = array_of(p.cu_rows);
+  out["cu_prefix"] = array_of(p.cu_prefix);
+  out["prefix"] = array_of(p.prefix);
+  out["logit_rows"] = array_of(p.logit_rows);
+  out["cu_draws"] = array_of(p.cu_draws);
+  out["streams"] = array_of(p.streams);
+  out["samples"] = array_of(p.samples);
+  out["draw_positions"] = array_of(p.draw_positions);
+  return out;
+}
+
+void advance(pmc::RolloutTrie& trie, const Array<int64_t>& tokens, const Array<double>& logps,
+             const Array<double>& mass) {
+  if (tokens.size() != trie.planned_draws() || logps.size() != tokens.size() ||
+      mass.size() != trie.planned_logits()) {
+    throw std::invalid_argument("advance takes what the last plan asked for");
+  }
+  trie.advance(tokens.data(), logps.data(), mass.data());
+}
+
+py::dict counters(const pmc::RolloutTrie& trie) {
+  const pmc::Counters& c = trie.counters();
+  py::dict out;
+  out["rows"] = c.rows;
+  out["sampled_tokens"] = c.sampled_tokens;
+  out["prefill_tokens"] = c.prefill_tokens;
+  out["steps"] = c.steps;
+  out["peak_slots"] = trie.pool().peak();
+  out["draft_rows"] = c.draft_rows;
+  out["draft_hits"] = c.draft_hits;
+  out["preemptions"] = c.preemptions;
+  return out;
+}
+
+// Of each sample: tokens, logps, nucleus masses, and whether a stop token ended it.
+py::list results(const pmc::RolloutTrie& trie, int64_t question) {
+  py::list out;
+  for (const pmc::Sample& s : trie.results(question)) {
+    out.append(py::make_tuple(s.tokens, array_of(s.logps), array_of(s.mass), s.stopped));
+  }
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -107,8 +234,35 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("reference_offsets").noconvert(), py::arg("candidates").noconvert(),
         py::arg("candidate_offsets").noconvert());
   m.def("best_isa", [] { return static_cast<int>(pmc::best_isa()); });
+  m.def("linear_f32", &linear);
+  m.def("rms_norm_f32", &rms_norm);
   m.def("nll_rows_f32", &nll_rows<float>);
   m.def("nll_rows_f64", &nll_rows<double>);
   m.def("sample_nucleus_f32", &sample_nucleus<float>);
   m.def("sample_nucleus_f64", &sample_nucleus<double>);
+  m.def("decode_attention_f32", &decode_attention<float>);
+  m.def("decode_attention_f64", &decode_attention<double>);
+  m.def("decode_attention_bf16", &decode_attention<pmc::BFloat16>);
+  py::class_<pmc::KvPool>(m, "KvPool")
+      .def(py::init<int64_t>())
+      .def("take", &pmc::KvPool::take)
+      .def("hold", &pmc::KvPool::hold)
+      .def("drop", &pmc::KvPool::drop)
+      .def("holders", &pmc::KvPool::holders)
+      .def_property_readonly("available", &pmc::KvPool::available)
+      .def_property_readonly("in_use", &pmc::KvPool::in_use)
+      .def_property_readonly("peak", &pmc::KvPool::peak)
+      .def_property_readonly("span", &pmc::KvPool::span);
+  py::class_<pmc::RolloutTrie>(m, "RolloutTrie")
+      .def(py::init<int64_t, std::vector<int32_t>, int64_t>(), py::arg("capacity"), py::arg("stops"),
+           py::arg("match"))
+      .def("add", &pmc::RolloutTrie::add, py::arg("prompt"), py::arg("stream"), py::arg("samples"),
+           py::arg("max_new"), py::arg("drafts"))
+      .def("plan", &plan, py::arg("max_rows"), py::arg("guess_rows"))
+      .def("advance", &advance, py::arg("tokens").noconvert(), py::arg("logps").noconvert(),
+           py::arg("mass").noconvert())
+      .def("results", &results, py::arg("question"))
+      .def("counters", &counters)
+      .def_property_readonly("span", [](const pmc::RolloutTrie& t) { return t.pool().span(); })
+      .def_property_readonly("in_use", [](const pmc::RolloutTrie& t) { return t.pool().in_use(); });
 }

@@ -1,0 +1,19 @@
+// x @ weight.T (+ bias) in float32 for x of few or many rows, on weights as the model holds them.
+#pragma once
+
+#include <cstdint>
+
+namespace pmc {
+
+struct Linear {
+  const float* x;       // [rows, in], rows `x_stride` apart
+  const float* weight;  // [out, in], contiguous
+  const float* bias;    // [out], or null
+  float* y;             // [rows, out], contiguous
+  int64_t rows, in, out, x_stride;
+};
+
+// Needs AVX-512 (best_isa() == Isa::kAvx512): elsewhere a BLAS is as good.
+void linear(const Linear& args, int threads);
+
+}  // namespace pmc

@@ -1,0 +1,374 @@
+#include "rollout_trie.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace pmc {
+namespace {
+
+constexpr int64_t kLongestGuess = 8;
+constexpr int64_t kSpareSlots =
+    8;  // for each row: a question is admitted only where it won't be sent back soon
+
+}  // namespace
+
+RolloutTrie::RolloutTrie(int64_t capacity, std::vector<int32_t> stops, int64_t match)
+    : pool_(capacity), capacity_(capacity), stops_(std::move(stops)), match_(match) {}
+
+int64_t RolloutTrie::add(std::vector<int32_t> prompt, int64_t stream, std::vector<int32_t> samples,
+                         int64_t max_new, std::vector<std::vector<int32_t>> drafts) {
+  const int64_t longest = static_cast<int64_t>(prompt.size()) + std::max<int64_t>(0, max_new - 1);
+  if (prompt.empty()) throw std::invalid_argument("a prompt has no tokens");
+  if (max_new > 0 && longest > capacity_) {
+    throw std::invalid_argument("one sample may need " + std::to_string(longest) + " slots of " +
+                                std::to_string(capacity_));
+  }
+  const int64_t number = static_cast<int64_t>(questions_.size());
+  Question question{std::move(prompt), stream, max_new, std::move(samples), std::move(drafts), {}};
+  question.results.resize(question.keys.size());
+  std::vector<int32_t> all(question.keys.size());
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
+  questions_.push_back(std::move(question));
+  if (max_new > 0 && !all.empty()) waiting_.push_back({number, std::move(all)});
+  return number;
+}
+
+bool RolloutTrie::plan(int64_t max_rows, int64_t guess_rows, StepPlan& plan) {
+  if (!nodes_.empty()) throw std::logic_error("the last step has not been taken yet");
+  if (max_rows < 1) throw std::invalid_argument("max_rows must be at least 1");
+  plan = StepPlan();
+  const bool roomy = make_room(max_rows);
+  int64_t rows = 0;
+  for (const Active& active : active_) rows += static_cast<int64_t>(active.rows.size());
+  if (roomy) admit(rows, max_rows);
+  rows = 0;
+  std::vector<int64_t> prompt_rows(active_.size(), 0);
+  for (size_t i = 0; i < active_.size(); ++i) {
+    Active& active = active_[i];
+    const Question& question = questions_[active.work.question];
+    const int64_t length = static_cast<int64_t>(question.prompt.size());
+    if (active.prefilled < length) {
+      prompt_rows[i] = std::min(length - active.prefilled, max_rows - rows);
+      rows += prompt_rows[i];
+      if (prompt_rows[i] > 0 && active.prefilled + prompt_rows[i] == length) {
+        active.rows.push_back({{}, active.work.samples});
+        nodes_.push_back({static_cast<int64_t>(i),
+                          0,
+                          static_cast<int64_t>(nodes_.size()),
+                          question.prompt.back(),
+                          {},
+                          {}});
+      }
+      continue;
+    }
+    for (size_t r = 0; r < active.rows.size() && rows < max_rows; ++r, ++rows) {
+      const Row& row = active.rows[r];
+      Node node{static_cast<int64_t>(i),
+                static_cast<int64_t>(r),
+                static_cast<int64_t>(nodes_.size()),
+                question.results[row.samples[0]].tokens.back(),
+                row.table,
+                {}};
+      pool_.hold(node.table);
+      node.table.push_back(pool_.take());
+      nodes_.push_back(std::move(node));
+    }
+  }
+  if (rows == 0) return false;
+  counters_.steps += 1;
+  for (const int64_t count : prompt_rows) counters_.prefill_tokens += count;
+  add_guesses(rows, max_rows, guess_rows);
+  emit(prompt_rows, plan);
+  return true;
+}
+
+// Sends questions back until the rows of the next step have slots; false if it had to.
+bool RolloutTrie::make_room(int64_t max_rows) {
+  bool roomy = true;
+  for (;;) {
+    int64_t rows = 0;
+    for (const Active& active : active_) rows += static_cast<int64_t>(active.rows.size());
+    if (std::min(rows, max_rows) <= pool_.available()) return roomy;
+    roomy = false;
+    preempt();
+  }
+}
+
+// The question that came last starts again later: its draws are functions of their keys, so it draws the same
+// samples. One that is alone goes on with half of its samples.
+void RolloutTrie::preempt() {
+  counters_.preemptions += 1;
+  Active& last = active_.back();
+  if (active_.size() > 1) {
+    put_back(last.work.question, last.work.samples);
+    release(last);
+    active_.pop_back();
+    return;
+  }
+  std::vector<int32_t>& samples = last.work.samples;
+  if (samples.size() < 2) throw std::logic_error("one sample alone does not fit the pool");
+  const size_t half = samples.size() / 2;
+  const std::vector<int32_t> back(samples.begin() + half, samples.end());
+  samples.resize(half);
+  for (Row& row : last.rows) {
+    row.samples.erase(
+        std::remove_if(row.samples.begin(), row.samples.end(),
+                       [&](int32_t s) { return std::find(back.begin(), back.end(), s) != back.end(); }),
+        row.samples.end());
+    if (row.samples.empty()) pool_.drop(row.table);
+  }
+  last.rows.erase(
+      std::remove_if(last.rows.begin(), last.rows.end(), [](const Row& row) { return row.samples.empty(); }),
+      last.rows.end());
+  put_back(last.work.question, back);
+}
+
+void RolloutTrie::put_back(int64_t question, std::vector<int32_t> samples) {
+  for (const int32_t s : samples) {
+    Sample& sample = questions_[question].results[s];
+    counters_.sampled_tokens -= static_cast<int64_t>(sample.tokens.size());
+    sample = Sample();
+  }
+  waiting_.push_front({question, std::move(samples)});
+}
+
+void RolloutTrie::release(Active& active) {
+  for (const Row& row : active.rows) pool_.drop(row.table);
+  pool_.drop(active.prompt_slots);
+}
+
+void RolloutTrie::admit(int64_t rows, int64_t max_rows) {
+  for (const Active& active : active_) {
+    rows += static_cast<int64_t>(questions_[active.work.question].prompt.size()) - active.prefilled;
+  }
+  int64_t histories = 0;
+  for (const Active& active : active_)
+    histories += std::max<int64_t>(1, static_cast<int64_t>(active.rows.size()));
+  while (!waiting_.empty() && rows < max_rows) {
+    const int64_t length = static_cast<int64_t>(questions_[waiting_.front().question].prompt.size());
+    const int64_t spare = kSpareSlots * histories;
+    if (pool_.available() < length + spare) return;
+    Active active{std::move(waiting_.front()), {}, 0, {}};
+    waiting_.pop_front();
+    for (int64_t i = 0; i < length; ++i) active.prompt_slots.push_back(pool_.take());
+    active_.push_back(std::move(active));
+    rows += length;
+    ++histories;
+  }
+}
+
+int64_t RolloutTrie::child(int64_t node, int32_t token) const {
+  for (const int64_t c : nodes_[node].children) {
+    if (nodes_[c].token == token) return c;
+  }
+  return -1;
+}
+
+int64_t RolloutTrie::add_node(int64_t parent, int32_t token) {
+  const Node& above = nodes_[parent];
+  Node node{above.active, above.row, above.anchor, token, above.table, {}};
+  pool_.hold(node.table);
+  node.table.push_back(pool_.take());
+  const int64_t number = static_cast<int64_t>(nodes_.size());
+  nodes_.push_back(std::move(node));
+  nodes_[parent].children.push_back(number);
+  counters_.draft_rows += 1;
+  return number;
+}
+
+// Continues `node` by tokens[begin:], as far as the budget of rows, the pool and the samples' length go.
+void RolloutTrie::graft(int64_t node, const std::vector<int32_t>& tokens, size_t begin, int64_t* budget) {
+  const int64_t max_new = questions_[active_[nodes_[node].active].work.question].max_new;
+  for (size_t i = begin; i < tokens.size(); ++i) {
+    const int32_t token = tokens[i];
+    if (std::find(stops_.begin(), stops_.end(), token) != stops_.end()) return;
+    int64_t next = child(node, token);
+    if (next < 0) {
+      if (*budget <= 0 || pool_.available() <= 0) return;
+      if (static_cast<int64_t>(nodes_[node].table.size()) + 1 >= max_new) return;
+      next = add_node(node, token);
+      --*budget;
+    }
+    node = next;
+  }
+}
+
+void RolloutTrie::add_guesses(int64_t rows, int64_t max_rows, int64_t guess_rows) {
+  const size_t anchors = nodes_.size();
+  int64_t room = max_rows - rows;
+  for (size_t n = 0; n < anchors; ++n) {  // given drafts, with the prompt
+    if (!nodes_[n].table.empty()) continue;
+    for (const auto& draft : questions_[active_[nodes_[n].active].work.question].drafts) {
+      graft(static_cast<int64_t>(n), draft, 0, &room);
+    }
+  }
+  int64_t budget = std::min(room, guess_rows - rows);
+  if (match_ == 0 || budget <= 0) return;
+  std::vector<int64_t> order;  // those with more samples first
+  for (size_t n = 0; n < anchors; ++n) {
+    if (!nodes_[n].table.empty()) order.push_back(static_cast<int64_t>(n));
+  }
+  const auto samples = [&](int64_t n) -> const std::vector<int32_t>& {
+    return active_[nodes_[n].active].rows[nodes_[n].row].samples;
+  };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t x, int64_t y) { return samples(x).size() > samples(y).size(); });
+  int64_t left = static_cast<int64_t>(order.size());
+  for (const int64_t n : order) {
+    int64_t share = std::min(kLongestGuess, (budget + left - 1) / left);
+    const std::vector<int32_t>* source = nullptr;
+    const size_t begin =
+        continuation(questions_[active_[nodes_[n].active].work.question], samples(n)[0], &source);
+    const int64_t before = share;
+    if (source) graft(n, *source, begin, &share);
+    budget -= before - share;
+    --left;
+  }
+}
+
+// Where the longest suffix of a sample's tokens, of at most match_, stands in a draft or in another sample of
+// the question with something behind it: the index of what follows there.
+size_t RolloutTrie::continuation(const Question& question, int32_t sample,
+                                 const std::vector<int32_t>** source) const {
+  const std::vector<int32_t>& own = question.results[sample].tokens;
+  size_t best = 0, at = 0;
+  const auto search = [&](const std::vector<int32_t>& other) {
+    for (size_t end = other.size(); end-- > 1;) {  // other[end] would follow
+      size_t same = 0;
+      const size_t longest = std::min({own.size(), end, static_cast<size_t>(match_)});
+      while (same < longest && other[end - 1 - same] == own[own.size() - 1 - same]) ++same;
+      if (same > best) best = same, at = end, *source = &other;
+    }
+  };
+  for (const auto& draft : question.drafts) search(draft);
+  for (size_t s = 0; s < question.results.size(); ++s) {
+    if (best >= static_cast<size_t>(match_)) break;
+    if (static_cast<int32_t>(s) != sample) search(question.results[s].tokens);
+  }
+  return at;
+}
+
+void RolloutTrie::emit(const std::vector<int64_t>& prompt_rows, StepPlan& plan) {
+  plan.cu_rows = plan.cu_prefix = plan.cu_suffix = {0};
+  plan.cu_draws = {0};
+  std::vector<std::vector<int64_t>> nodes_of(active_.size());
+  for (size_t n = 0; n < nodes_.size(); ++n) nodes_of[nodes_[n].active].push_back(static_cast<int64_t>(n));
+  const auto draw = [&](Node& node, int64_t row) {
+    const Active& active = active_[node.active];
+    const Question& question = questions_[active.work.question];
+    node.first_draw = plan.cu_draws.back();
+    for (const int32_t s : active.rows[node.row].samples) {
+      plan.streams.push_back(question.stream);
+      plan.samples.push_back(question.keys[s]);
+      plan.draw_positions.push_back(static_cast<int64_t>(node.table.size()));
+    }
+    node.logits = static_cast<int64_t>(plan.logit_rows.size());
+    plan.logit_rows.push_back(row);
+    plan.cu_draws.push_back(static_cast<int64_t>(plan.samples.size()));
+  };
+  for (size_t i = 0; i < active_.size(); ++i) {
+    Active& active = active_[i];
+    if (prompt_rows[i] == 0 && nodes_of[i].empty()) continue;
+    const Question& question = questions_[active.work.question];
+    const int64_t length = static_cast<int64_t>(question.prompt.size());
+    for (int64_t k = 0; k < prompt_rows[i]; ++k) {
+      const int64_t position = active.prefilled + k;
+      plan.tokens.push_back(question.prompt[position]);
+      plan.positions.push_back(position);
+      plan.slots.push_back(active.prompt_slots[position]);
+      plan.prefix_len.push_back(static_cast<int32_t>(position + 1));
+      plan.cu_suffix.push_back(static_cast<int32_t>(plan.suffix.size()));
+    }
+    active.prefilled += prompt_rows[i];
+    for (const int64_t n : nodes_of[i]) {
+      Node& node = nodes_[n];
+      if (!node.table.empty()) {
+        plan.tokens.push_back(node.token);
+        plan.positions.push_back(length + static_cast<int64_t>(node.table.size()) - 1);
+        plan.slots.push_back(node.table.back());
+        plan.prefix_len.push_back(static_cast<int32_t>(length));
+        plan.suffix.insert(plan.suffix.end(), node.table.begin(), node.table.end());
+        plan.cu_suffix.push_back(static_cast<int32_t>(plan.suffix.size()));
+        counters_.rows += 1;
+      }
+      draw(node, static_cast<int64_t>(plan.tokens.size()) - 1);
+    }
+    plan.prefix.insert(plan.prefix.end(), active.prompt_slots.begin(),
+                       active.prompt_slots.begin() + active.prefilled);
+    plan.cu_prefix.push_back(static_cast<int32_t>(plan.prefix.size()));
+    plan.cu_rows.push_back(static_cast<int32_t>(plan.tokens.size()));
+  }
+  draws_ = static_cast<int64_t>(plan.samples.size());
+}
+
+void RolloutTrie::advance(const int64_t* tokens, const double* logps, const double* mass) {
+  std::vector<std::vector<Row>> kept(active_.size());  // rows that this step did not compute, then new ones
+  std::vector<size_t> computed(active_.size(), 0);
+  for (size_t n = 0; n < nodes_.size(); ++n) {
+    if (nodes_[n].anchor == static_cast<int64_t>(n)) ++computed[nodes_[n].active];
+  }
+  for (size_t i = 0; i < active_.size(); ++i) {
+    auto& rows = active_[i].rows;
+    kept[i].insert(kept[i].end(), std::make_move_iterator(rows.begin() + computed[i]),
+                   std::make_move_iterator(rows.end()));
+  }
+  for (size_t n = 0; n < nodes_.size(); ++n) {
+    if (nodes_[n].anchor != static_cast<int64_t>(n)) continue;
+    Active& active = active_[nodes_[n].active];
+    Question& question = questions_[active.work.question];
+    std::vector<Row>& rows = kept[nodes_[n].active];
+    std::vector<std::pair<std::pair<int64_t, int32_t>, size_t>> forks;  // (node, token) -> its row
+    const std::vector<int32_t>& samples = active.rows[nodes_[n].row].samples;
+    for (size_t rank = 0; rank < samples.size(); ++rank) {
+      Sample& sample = question.results[samples[rank]];
+      int64_t at = static_cast<int64_t>(n);
+      for (;;) {
+        const int64_t d = nodes_[at].first_draw + static_cast<int64_t>(rank);
+        const int32_t token = static_cast<int32_t>(tokens[d]);
+        sample.tokens.push_back(token);
+        sample.logps.push_back(static_cast<float>(logps[d]));
+        sample.mass.push_back(static_cast<float>(mass[nodes_[at].logits]));
+        counters_.sampled_tokens += 1;
+        sample.stopped = std::find(stops_.begin(), stops_.end(), token) != stops_.end();
+        if (sample.stopped || static_cast<int64_t>(sample.tokens.size()) >= question.max_new) {
+          auto& left = active.work.samples;
+          left.erase(std::find(left.begin(), left.end(), samples[rank]));
+          break;
+        }
+        const int64_t next = child(at, token);
+        if (next >= 0) {
+          at = next;
+          nodes_[at].reached = true;
+          continue;
+        }
+        const std::pair<int64_t, int32_t> key{at, token};
+        auto fork = std::find_if(forks.begin(), forks.end(), [&](const auto& f) { return f.first == key; });
+        if (fork == forks.end()) {
+          pool_.hold(nodes_[at].table);
+          rows.push_back({nodes_[at].table, {}});
+          fork = forks.insert(forks.end(), {key, rows.size() - 1});
+        }
+        rows[fork->second].samples.push_back(samples[rank]);
+        break;
+      }
+    }
+  }
+  for (size_t n = 0; n < nodes_.size(); ++n) {
+    const Node& node = nodes_[n];
+    counters_.draft_hits += node.reached;
+    if (node.anchor == static_cast<int64_t>(n)) pool_.drop(active_[node.active].rows[node.row].table);
+    pool_.drop(node.table);
+  }
+  nodes_.clear();
+  draws_ = 0;
+  for (size_t i = 0; i < active_.size(); ++i) active_[i].rows = std::move(kept[i]);
+  for (Active& active : active_) {
+    if (active.work.samples.empty()) release(active);
+  }
+  active_.erase(std::remove_if(active_.begin(), active_.end(),
+                               [](const Active& active) { return active.work.samples.empty(); }),
+                active_.end());
+}
+
+}  // namespace pmc

@@ -1,0 +1,144 @@
+"""Attention of rows over a pool of keys and values that histories share."""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+
+from .. import native
+from ..errors import PMCError
+from .dispatch import resolve_backend
+
+DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class StepIndex:
+    """Which pool slots each row sees; int32 tensors, rows of one prompt lying together in a block."""
+
+    slots: torch.Tensor  # [R]: where the row's own key and value go
+    prefix_len: torch.Tensor  # [R]: how many slots of its block's prefix it sees
+    cu_suffix: torch.Tensor  # [R + 1]
+    suffix: torch.Tensor  # slots behind the prefix, row by row
+    cu_rows: torch.Tensor  # [B + 1]
+    cu_prefix: torch.Tensor  # [B + 1]
+    prefix: torch.Tensor  # slots of each block's prompt
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Return where the arrays lie, then the numbers of rows and blocks, as the kernels take them."""
+        tensors = [getattr(self, f.name) for f in fields(self)]
+        return (*(t.data_ptr() for t in tensors), self.slots.shape[0], self.cu_rows.shape[0] - 1)
+
+    def to(self, device: torch.device) -> "StepIndex":
+        """Return a copy on `device`."""
+        return StepIndex(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def visible(self, row: int, block: int, window: int | None = None) -> torch.Tensor:
+        """Return the slots that a row sees, in the order of their positions."""
+        prefix = self.prefix[int(self.cu_prefix[block]) :][: int(self.prefix_len[row])]
+        suffix = self.suffix[int(self.cu_suffix[row]) : int(self.cu_suffix[row + 1])]
+        return torch.cat([prefix, suffix]).long()[-window if window else 0 :]
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    index: StepIndex,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Write each row's key and value to its slot, then let each row attend to the slots that it sees.
+
+    Parameters
+    ----------
+    q : Tensor [R, heads, dim]
+        float32, float64 or bfloat16; last dimension contiguous, as for k and v.
+    k, v : Tensor [R, kv_heads, dim]
+        Of this step's tokens; all are in the pool before any row reads.
+    k_pool, v_pool : Tensor [slots, kv_heads, dim]
+        Contiguous, of q's dtype; changed in place.
+    index : StepIndex
+        On the same device.
+    scale : float
+        Of the products of queries and keys.
+    softcap : float, optional
+        z becomes softcap * tanh(z / softcap) before the softmax.
+    window : int, optional
+        A row sees that many last positions, its own included.
+    backend : {"reference", "cpu", "cuda"}, optional
+
+    Returns
+    -------
+    Tensor [R, heads, dim]
+        Contiguous. Scores and sums are float32 (float64 for float64 inputs). Not differentiable.
+
+    Raises
+    ------
+    PMCError
+        Other dtypes or layouts.
+    """
+    backend = resolve_backend(backend, q.device)
+    if backend == "reference":
+        return _reference(q, k, v, k_pool, v_pool, index, scale, softcap, window)
+    good = all(t.dtype == q.dtype and t.stride(-1) == 1 for t in (q, k, v, k_pool, v_pool))
+    good = good and k.shape == v.shape and k_pool.is_contiguous() and v_pool.is_contiguous()
+    good = good and k_pool.shape[1:] == k.shape[1:] == v_pool.shape[1:]
+    if not good or q.dtype not in DTYPES or q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
+        raise PMCError(
+            f"decode_attention: q is {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)}, the pool "
+            f"{k_pool.dtype} {tuple(k_pool.shape)}: need one type of float32, float64 or bfloat16, heads a multiple of "
+            "k's, one head size, and a contiguous pool"
+        )
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    module = native.cpu() if backend == "cpu" else native.cuda()
+    arguments = (
+        *((t.data_ptr(), t.stride(0), t.stride(1)) for t in (q, k, v)),
+        k_pool.data_ptr(),
+        v_pool.data_ptr(),
+        out.data_ptr(),
+        (q.shape[1], k.shape[1], q.shape[2]),
+        scale,
+        softcap or 0.0,
+        window or 0,
+        index.addresses,
+    )
+    kernel = getattr(module, f"decode_attention_{DTYPES[q.dtype]}")
+    if backend == "cpu":
+        kernel(*arguments, module.best_isa(), torch.get_num_threads())
+    else:
+        kernel(*arguments, torch.cuda.current_stream(q.device).cuda_stream)
+    return out
+
+
+def _reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    index: StepIndex,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Attend one row after another, in float64."""
+    k_pool[index.slots.long()] = k
+    v_pool[index.slots.long()] = v
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    group = q.shape[1] // k.shape[1]
+    for block in range(index.cu_rows.shape[0] - 1):
+        for row in range(int(index.cu_rows[block]), int(index.cu_rows[block + 1])):
+            seen = index.visible(row, block, window)
+            keys = k_pool[seen].double().repeat_interleave(group, 1)  # [n, heads, dim]
+            values = v_pool[seen].double().repeat_interleave(group, 1)
+            z = torch.einsum("hd,nhd->hn", q[row].double(), keys) * scale
+            z = softcap * torch.tanh(z / softcap) if softcap else z
+            out[row] = torch.einsum("hn,nhd->hd", z.softmax(-1), values).to(q.dtype)
+    return out

@@ -1,0 +1,257 @@
+"""The loop: plan a step, compute it, draw from it, until every sample has ended."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .. import native
+from ..errors import PMCError
+from ..ops.decode_attention import StepIndex
+from ..ops.sample_nucleus import sample_nucleus
+from .model_step import ModelStep
+
+UNLIMITED = 2**31 - 1
+MATCH = 4  # tokens by which a guess is looked up
+INDEX = ("slots", "prefix_len", "cu_suffix", "suffix", "cu_rows", "cu_prefix", "prefix")
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """Samples, indexed [question][sample]."""
+
+    tokens: list[list[list[int]]]  # generated ids, the stop token included
+    logps: list[list[np.ndarray]]  # float32, of the full softmax at temperature 1
+    nucleus_mass: list[list[np.ndarray]]  # float32, the share of the tempered softmax that top_k and top_p kept
+    finish_reason: list[list[Literal["stop", "length"]]]
+    counters: dict[str, int]  # rows, sampled_tokens, prefill_tokens, steps, peak_slots, draft_rows, ...
+
+
+class RolloutEngine:
+    """Samples answers of one model; keeps its buffers between calls.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        A causal language model whose attention goes through transformers' attention interface. Its live
+        weights are used; it is left as it was found.
+    autocast_dtype : torch.dtype, optional
+        What training computes in under torch.autocast, if it does.
+
+    Raises
+    ------
+    PMCError
+        On first use: a model whose log-probs on a short sample are not those of its own forward pass.
+    """
+
+    def __init__(self, model: Any, *, autocast_dtype: torch.dtype | None = None) -> None:
+        self.model = model
+        self._step = ModelStep(model, autocast_dtype)
+        self._checked = False
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        temperature: float,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        seed: int = 0,
+        stream_ids: Sequence[int] | torch.Tensor | None = None,
+        stop_ids: Sequence[int] = (),
+        max_rows: int | None = None,
+        pool_tokens: int | None = None,
+        drafts: Sequence[Sequence[Sequence[int]]] | None = None,
+        guesses: bool = True,
+        trie: bool = True,
+    ) -> Rollouts:
+        """Sample; the parameters are `rollout`'s."""
+        work = _Work.checked(
+            self.model, prompts, num_samples, temperature, max_new_tokens, max_length, stream_ids, stop_ids, max_rows,
+            pool_tokens, drafts,
+        )  # fmt: skip
+        if not self._checked:
+            self._check()
+            self._checked = True
+        draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        return self._run(work, draw, guesses=guesses, trie=trie)
+
+    def _run(self, work: "_Work", draw: dict[str, Any], *, guesses: bool, trie: bool) -> Rollouts:
+        device = self._step.device
+        guess_rows = GUESS_ROWS[device.type] if guesses else 0
+        state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, MATCH if guesses else 0)
+        keys = list(range(work.num_samples))
+        groups = [keys] if trie else [[key] for key in keys]
+        for prompt, stream, longest, drafts in zip(
+            work.prompts, work.streams, work.max_new, work.drafts, strict=True
+        ):
+            for group in groups:
+                state.add(prompt, stream, group, longest, drafts)
+        with self._step.lend():
+            while (plan := state.plan(work.max_rows, guess_rows)) is not None:
+                on_device = {
+                    name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in plan.items()
+                }
+                logits = self._step.logits(
+                    on_device["tokens"],
+                    on_device["positions"],
+                    StepIndex(*(on_device[name] for name in INDEX)),
+                    on_device["logit_rows"],
+                    state.span,
+                )
+                drawn = sample_nucleus(
+                    logits,
+                    on_device["cu_draws"],
+                    on_device["streams"],
+                    on_device["samples"],
+                    on_device["draw_positions"],
+                    **draw,
+                )
+                tokens = drawn.tokens.cpu().numpy()
+                if (tokens < 0).any():
+                    raise PMCError("the model's logits are NaN or infinite: its weights are damaged, or it overflows")
+                state.advance(tokens, drawn.logps.cpu().numpy(), drawn.nucleus_mass.cpu().numpy())
+        counters = state.counters() | {"pool_bytes": self._step.pool_bytes(), "copy_bytes": self._step.copy_bytes()}
+        return _collect(state, len(work.prompts), len(groups), counters)
+
+    def _check(self) -> None:
+        """Compare the log-probs of a short rollout with the plain model's, before anything depends on them."""
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        generator = np.random.default_rng(0)
+        prompts = [generator.integers(0, vocab, n).tolist() for n in (5, 9)]
+        work = _Work.checked(self.model, prompts, 4, 1.0, 4, None, None, (), 7, None, None)
+        ours = self._run(work, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}, guesses=True, trie=True)
+        _check_windows(self.model, self._step.windows)
+        worst = 0.0
+        for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
+            theirs = self._plain_logps(prompt, tokens)
+            worst = max(worst, float(np.abs(theirs - np.stack(logps)).max()))
+        low = self._step.autocast_dtype is not None or next(self.model.parameters()).dtype.itemsize < 4
+        if not worst <= (0.3 if low else 5e-3):
+            raise PMCError(
+                f"{type(self.model).__name__}: rollouts do not compute what the model computes (log-probs off by "
+                f"{worst:.3g}): this family is not supported"
+            )
+
+    def _plain_logps(self, prompt: list[int], samples: list[list[int]]) -> np.ndarray:
+        from .model_step import eval_mode
+
+        ids = torch.tensor([prompt + tokens for tokens in samples], device=self._step.device)
+        with torch.no_grad(), eval_mode(self.model), self._step.autocast():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        logps = logits[:, len(prompt) - 1 : -1].double().log_softmax(-1)
+        return logps.gather(2, ids[:, len(prompt) :, None])[..., 0].cpu().numpy()
+
+
+# Rows up to which guesses cost next to nothing: a step reads all weights whatever its rows.
+GUESS_ROWS = {"cpu": 12, "cuda": 64}
+
+
+@dataclass(slots=True)
+class _Work:
+    """What is to be sampled, checked."""
+
+    prompts: list[list[int]]
+    num_samples: int
+    streams: list[int]
+    max_new: list[int]
+    stop_ids: list[int]
+    max_rows: int
+    pool_tokens: int
+    drafts: list[list[list[int]]]
+
+    @classmethod
+    def checked(
+        cls,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        temperature: float,
+        max_new_tokens: int | None,
+        max_length: int | None,
+        stream_ids: Sequence[int] | torch.Tensor | None,
+        stop_ids: Sequence[int],
+        max_rows: int | None,
+        pool_tokens: int | None,
+        drafts: Sequence[Sequence[Sequence[int]]] | None,
+    ) -> "_Work":
+        if num_samples < 1:
+            raise PMCError(f"num_samples is {num_samples}: it must be at least 1")
+        if (max_new_tokens is None) == (max_length is None):
+            raise PMCError("rollout needs max_new_tokens or max_length, and not both")
+        if max_rows is not None and max_rows < 1:
+            raise PMCError(f"max_rows is {max_rows}: it must be at least 1")
+        vocab = model.get_input_embeddings().weight.shape[0]
+        lists = [list(map(int, prompt)) for prompt in prompts]
+        for i, prompt in enumerate(lists):
+            if not prompt:
+                raise PMCError(f"prompt {i} has no tokens: give it at least one")
+            if not (min(prompt) >= 0 and max(prompt) < vocab):
+                raise PMCError(f"prompt {i} has token {max(prompt)} or {min(prompt)}: the model embeds {vocab}")
+        if max_length is not None:
+            max_new = [max(0, max_length - len(prompt)) for prompt in lists]
+        else:
+            max_new = [int(max_new_tokens or 0)] * len(lists)
+        streams = [_stream_of(p) for p in lists] if stream_ids is None else [int(s) for s in stream_ids]
+        if len(streams) != len(lists):
+            raise PMCError(f"{len(streams)} stream_ids for {len(lists)} prompts: give one each")
+        guesses = [[] for _ in lists] if drafts is None else [[list(map(int, d)) for d in of] for of in drafts]
+        if len(guesses) != len(lists):
+            raise PMCError(f"drafts for {len(guesses)} of {len(lists)} prompts: give a list each")
+        slots = UNLIMITED if pool_tokens is None else int(pool_tokens)
+        for i, (prompt, new) in enumerate(zip(lists, max_new, strict=True)):
+            if len(prompt) + new - 1 > slots:
+                raise PMCError(
+                    f"prompt {i} and one answer may need {len(prompt) + new - 1} pool tokens but pool_tokens is "
+                    f"{slots}: raise it, or lower the length"
+                )
+        device = model.get_input_embeddings().weight.device.type
+        rows = MAX_ROWS[device] if max_rows is None else max_rows
+        return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, guesses)
+
+
+MAX_ROWS = {"cpu": 512, "cuda": 2048}
+
+
+def rollout(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> Rollouts:
+    """Sample answers to prompts; see `RolloutEngine`, which is worth keeping for a second call."""
+    return RolloutEngine(model)(prompts, **settings)
+
+
+def _stream_of(prompt: list[int]) -> int:
+    digest = hashlib.blake2b(np.array(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _check_windows(model: Any, windows: dict[int, int | None]) -> None:
+    """Refuse layers that see less than all in a way that the short check can't notice."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    other = set(kinds) - {"full_attention", "sliding_attention"}
+    if other:
+        raise PMCError(f"{type(model).__name__} has layers of {sorted(other)}: this family is not supported")
+    if len(windows) != config.num_hidden_layers:
+        raise PMCError(
+            f"{type(model).__name__}: {len(windows)} of {config.num_hidden_layers} layers went through transformers' "
+            "attention interface: this family is not supported"
+        )
+    sliding = kinds.count("sliding_attention") if kinds else 0
+    if sum(bool(w) for w in windows.values()) < sliding:
+        raise PMCError(f"{type(model).__name__} does not say how far its {sliding} sliding layers see: not supported")
+
+
+def _collect(state: Any, questions: int, groups: int, counters: dict[str, int]) -> Rollouts:
+    out = Rollouts([], [], [], [], counters)
+    for q in range(questions):
+        samples = [s for g in range(groups) for s in state.results(q * groups + g)]
+        out.tokens.append([s[0] for s in samples])
+        out.logps.append([s[1] for s in samples])
+        out.nucleus_mass.append([s[2] for s in samples])
+        out.finish_reason.append(["stop" if s[3] else "length" for s in samples])
+    return out
