@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pmc_fast.kernels import logps_fused, nll_rows
+from pmc_fast.kernels import logps_fused, nll_rows, sampling
 
 # opt-in shared memory a block may take, bytes (CUDA programming guide, technical specifications)
 CHIPS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -60,6 +60,23 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
         name = _name("row_logsumexp", dtype, flags)
         yield name, logps_fused.row_logsumexp_kernel, types, flags | config, options
+    for dtype, size in itertools.product(DTYPES, ("", " any size")):
+        select, race = (dict(sampling.CONFIGS[kernel]) for kernel in ("select", "race"))
+        types = {
+            "logits_ptr": f"*{dtype}", "stride": "i32", "vocab": "i32", "list_ptr": "*i32", "capacity": "i32",
+            "limits_ptr": "*i32", "sums_ptr": "*fp32", "mass_ptr": "*fp64", "inverse_temperature": "fp32",
+            "top_k": "i32", "top_p": "fp32", "log_tail": "fp32", "greedy": "i32",
+        }  # fmt: skip
+        options = {"num_warps": select.pop("num_warps")}
+        yield f"sampling select {dtype}{size}", sampling.select_kernel, types, select, options
+        types = {
+            "logits_ptr": f"*{dtype}", "stride": "i32", "vocab": "i32", "rows": "i32", "list_ptr": "*i32",
+            "capacity": "i32", "limits_ptr": "*i32", "sums_ptr": "*fp32", "cu_draws_ptr": "*i64",
+            "streams_ptr": "*i64", "samples_ptr": "*i64", "positions_ptr": "*i64", "tokens_ptr": "*i64",
+            "logps_ptr": "*fp64", "temperature": "fp64", "seed": "u64",
+        }  # fmt: skip
+        options = {"num_warps": race.pop("num_warps")}
+        yield f"sampling race {dtype}{size}", sampling.race_kernel, types, race, options
 
 
 def _name(kernel: str, dtype: str, flags: dict[str, bool]) -> str:
@@ -78,7 +95,8 @@ def compile_one(
     signature = types | dict.fromkeys(constexprs, "constexpr")
     # what a launch would specialise on: aligned pointers, and sizes and strides that 16 divides
     names = list(kernel.arg_names)
-    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and divisible)]
+    free = {p.name for p in kernel.params if not p.do_not_specialize}
+    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and divisible and n in free)]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature={n: signature[n] for n in names}, constexprs=constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kBins = 256;  // of log-probability, for the threshold search without top_k
 constexpr double kBinsPerNat = 8;
+constexpr int64_t kBlock = 256;  // logits that are passed over together when none of them can matter
 
 template <typename T>
 struct Candidate {
@@ -32,40 +33,46 @@ struct RowStats {
   double tempered_sum;  // of exp((logit - top) / temperature)
 };
 
+// block_max: the largest of each kBlock logits.
 template <typename T>
-PMC_INLINE RowStats row_stats(const T* z, int64_t size, double temperature) {
-  const T top = row_max(z, size);
+PMC_INLINE RowStats row_stats(const T* z, int64_t size, double temperature, T* block_max) {
+  const int64_t blocks = (size + kBlock - 1) / kBlock;
+  for (int64_t b = 0; b < blocks; ++b) {
+    block_max[b] = row_max(z + b * kBlock, b + 1 < blocks ? kBlock : size - b * kBlock);
+  }
+  const T top = row_max(block_max, blocks);
   const double sum = row_sum_exp(z, size, top, T{1});
   const bool same = temperature == 0 || temperature == 1;
   return {top, sum, same ? sum : row_sum_exp(z, size, top, static_cast<T>(1 / temperature))};
 }
 
 template <typename T>
-using StatsFn = RowStats (*)(const T*, int64_t, double);
+using StatsFn = RowStats (*)(const T*, int64_t, double, T*);
 
 template <typename T>
-RowStats stats_generic(const T* z, int64_t size, double temperature) {
-  return row_stats(z, size, temperature);
+RowStats stats_generic(const T* z, int64_t size, double temperature, T* block_max) {
+  return row_stats(z, size, temperature, block_max);
 }
 #ifdef PMC_X86
 template <typename T>
-PMC_AVX2 RowStats stats_avx2(const T* z, int64_t size, double temperature) {
-  return row_stats(z, size, temperature);
+PMC_AVX2 RowStats stats_avx2(const T* z, int64_t size, double temperature, T* block_max) {
+  return row_stats(z, size, temperature, block_max);
 }
 template <typename T>
-PMC_AVX512 RowStats stats_avx512(const T* z, int64_t size, double temperature) {
-  return row_stats(z, size, temperature);
+PMC_AVX512 RowStats stats_avx512(const T* z, int64_t size, double temperature, T* block_max) {
+  return row_stats(z, size, temperature, block_max);
 }
 #endif
 
 // Scratch of one thread, kept between rows.
 template <typename T>
 struct Sampler {
-  Sampler(const SampleNucleus<T>& args, StatsFn<T> stats) : a(args), stats_of(stats) {}
+  Sampler(const SampleNucleus<T>& args, StatsFn<T> stats)
+      : a(args), stats_of(stats), block_max(static_cast<size_t>((args.vocab + kBlock - 1) / kBlock)) {}
 
   void row(int64_t r) {
     const T* logits = a.logits + r * a.stride;
-    const RowStats stats = stats_of(logits, a.vocab, a.temperature);
+    const RowStats stats = stats_of(logits, a.vocab, a.temperature, block_max.data());
     const int64_t begin = a.cu_draws[r], end = a.cu_draws[r + 1];
     if (!(stats.sum > 0 && std::isfinite(stats.sum))) {  // a NaN, a +inf, or nothing but -inf
       for (int64_t d = begin; d < end; ++d) a.tokens[d] = -1, a.logps[d] = std::nan("");
@@ -125,6 +132,10 @@ struct Sampler {
     const auto smallest_first = [](const Candidate<T>& x, const Candidate<T>& y) { return before(x, y); };
     const size_t k = static_cast<size_t>(a.top_k);
     for (int64_t v = 0; v < a.vocab; ++v) {
+      if (v % kBlock == 0 && kept.size() == k && !(block_max[v / kBlock] > kept.front().logit)) {
+        v += kBlock - 1;
+        continue;
+      }
       if (kept.size() == k && !(logits[v] > kept.front().logit)) continue;
       if (kept.size() == k) {
         std::pop_heap(kept.begin(), kept.end(), smallest_first);
@@ -138,6 +149,10 @@ struct Sampler {
     for (const auto& c : kept) tied += c.logit == bar;
     ties.clear();
     for (int64_t v = 0; v < a.vocab; ++v) {
+      if (v % kBlock == 0 && block_max[v / kBlock] < bar) {
+        v += kBlock - 1;
+        continue;
+      }
       if (logits[v] == bar) ties.push_back({bar, static_cast<int32_t>(v)});
     }
     if (static_cast<int64_t>(ties.size()) == tied) return;
@@ -188,6 +203,7 @@ struct Sampler {
 
   const SampleNucleus<T>& a;
   const StatsFn<T> stats_of;
+  std::vector<T> block_max;
   std::vector<Candidate<T>> kept, ties;
   std::vector<double> weights;
   double dropped = 0;

@@ -1,4 +1,7 @@
-"""The GPU's GEMMs (cuBLAS through torch) and row kernel (Triton), for `nll_chunks`."""
+"""The way to Triton's kernels; with the GPU's GEMMs (cuBLAS through torch), the part of `nll_chunks`."""
+
+import importlib
+from types import ModuleType
 
 import torch
 
@@ -6,15 +9,25 @@ from ..errors import PMCError
 from .nll_chunks import Logits
 
 
+def triton_kernels(name: str) -> ModuleType:
+    """Import a module of pmc_fast.kernels.
+
+    Raises
+    ------
+    PMCError
+        Triton is not installed.
+    """
+    try:
+        return importlib.import_module(f"..kernels.{name}", __package__)
+    except ImportError as error:
+        raise PMCError(f"the cuda backend needs triton ({error}): pip install 'triton>=3.6'") from error
+
+
 class Cuda:
     """Computes in the inputs' dtype with float32 accumulation; d(head) of several chunks adds up in float32."""
 
     def __init__(self) -> None:
-        try:
-            from ..kernels import nll_rows
-        except ImportError as error:
-            raise PMCError(f"the cuda backend needs triton ({error}): pip install 'triton>=3.6'") from error
-        self._kernel = nll_rows
+        self._kernel = triton_kernels("nll_rows")
 
     def chunk_rows(self, rows: int, head: torch.Tensor, workspace: int) -> int:
         size = max(1, workspace // (head.shape[0] * head.element_size()))

@@ -7,6 +7,14 @@ import torch
 
 from .. import native
 from ..errors import PMCError
+from .cuda import triton_kernels
+from .dispatch import resolve_backend
+
+READS = {  # dtypes of logits
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +48,14 @@ def sample_nucleus(
 
     Parameters
     ----------
-    logits : float32 or float64 Tensor [R, V]
-        On the CPU; last dimension contiguous.
+    logits : Tensor [R, V]
+        On the CPU float32 or float64, on CUDA float32, bfloat16 or float16, computed in float32; last
+        dimension contiguous.
     cu_draws : int64 Tensor [R + 1]
-        Draws cu_draws[r] to cu_draws[r + 1] are from row r.
+        Draws cu_draws[r] to cu_draws[r + 1] are from row r. Not checked on CUDA, where that would be a
+        host sync: a draw that no row owns gives token -1 and NaN.
     streams, samples, positions : int64 Tensor [D]
-        Each draw's key; samples and positions below 2**32.
+        Each draw's key; samples and positions below 2**32. On the device of logits, as cu_draws.
     temperature : float
         0 is greedy: the first arg-max, whatever top_k and top_p are.
     top_k : int
@@ -53,8 +63,8 @@ def sample_nucleus(
     top_p : float
         In (0, 1]; the fewest likeliest tokens that hold this share of what top_k leaves.
     seed : int
-    backend : {"reference", "cpu"}, optional
-        Triton's comes with the rollout engine.
+    backend : {"reference", "cpu", "cuda"}, optional
+        By default the device of logits decides.
 
     Returns
     -------
@@ -65,54 +75,67 @@ def sample_nucleus(
     ------
     PMCError
         Settings out of range, other dtypes or devices.
+
+    Notes
+    -----
+    On CUDA there is no host sync, and what is launched depends on shapes and settings alone: it can be
+    captured in a CUDA graph.
     """
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise PMCError(
             f"sample_nucleus: temperature {temperature}, top_k {top_k}, top_p {top_p}: need temperature >= 0, "
             "top_k >= 0 and 0 < top_p <= 1"
         )
-    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64) or logits.stride(1) != 1:
+    chosen = resolve_backend(backend, logits.device)
+    if chosen == "fused":
+        raise PMCError("sample_nucleus: backend 'fused' is for gather_logps: use cuda")
+    if logits.dtype not in READS[chosen] or logits.stride(1) != 1:
+        reads = " or ".join(str(dtype).removeprefix("torch.") for dtype in READS[chosen])
         raise PMCError(
             f"sample_nucleus: logits are {logits.dtype} on {logits.device}, strides {logits.stride()}: "
-            "need float32 or float64 on the CPU, last dimension contiguous"
+            f"backend {chosen!r} needs {reads}, last dimension contiguous"
         )
     keys = [t.to(torch.int64).contiguous() for t in (cu_draws, streams, samples, positions)]
-    rows, vocab = logits.shape
-    draws = keys[1].shape[0]
-    ends = keys[0]
-    if (
-        ends.shape != (rows + 1,)
-        or any(k.shape != (draws,) for k in keys[1:])
-        or int(ends[0]) != 0
-        or int(ends[-1]) != draws
-        or bool((ends.diff() < 0).any())
-    ):
-        raise PMCError(f"sample_nucleus: cu_draws must rise from 0 to {draws} over {rows} rows")
-    if backend == "reference":
+    if any(k.device != logits.device for k in keys):
+        raise PMCError(
+            f"sample_nucleus: logits are on {logits.device}, draws on {', '.join(str(k.device) for k in keys)}"
+        )
+    _check_draws(keys, logits.shape[0], values=chosen != "cuda")
+    if chosen == "reference":
         return _reference(logits, *keys, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    if backend not in (None, "cpu"):
-        raise PMCError(f"sample_nucleus: backend {backend!r} is none of reference, cpu")
-    tokens = torch.empty(draws, dtype=torch.int64)
-    logps, mass = torch.empty(draws, dtype=torch.float64), torch.empty(rows, dtype=torch.float64)
+    draws = Draws(
+        torch.empty_like(keys[1]),
+        torch.empty_like(keys[1], dtype=torch.float64),
+        torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device),
+    )
+    out = (draws.tokens, draws.logps, draws.nucleus_mass)
+    if chosen == "cuda":
+        triton_kernels("sampling").sample_nucleus(logits, *keys, *out, temperature, top_k, top_p, seed)
+        return draws
     module = native.cpu()
     kernel = module.sample_nucleus_f32 if logits.dtype == torch.float32 else module.sample_nucleus_f64
     kernel(
         logits.data_ptr(),
         logits.stride(0),
-        rows,
-        vocab,
+        *logits.shape,
         temperature,
         top_k,
         top_p,
         seed % 2**64,
-        *(k.data_ptr() for k in keys),
-        tokens.data_ptr(),
-        logps.data_ptr(),
-        mass.data_ptr(),
+        *(t.data_ptr() for t in (*keys, *out)),
         module.best_isa(),
         torch.get_num_threads(),
     )
-    return Draws(tokens, logps, mass)
+    return draws
+
+
+def _check_draws(keys: list[torch.Tensor], rows: int, *, values: bool) -> None:
+    ends, draws = keys[0], keys[1].numel()
+    sound = ends.shape == (rows + 1,) and all(k.shape == (draws,) for k in keys[1:])
+    if sound and values:
+        sound = int(ends[0]) == 0 and int(ends[-1]) == draws and not bool((ends.diff() < 0).any())
+    if not sound:
+        raise PMCError(f"sample_nucleus: cu_draws must rise from 0 to {draws} over {rows} rows")
 
 
 def _reference(
@@ -127,7 +150,9 @@ def _reference(
     top_p: float,
     seed: int,
 ) -> Draws:
-    """Draw as above, one token at a time, by sorting and in float64."""
+    """Draw as above, one token at a time, by sorting and in float64, on the CPU."""
+    device = logits.device
+    logits, cu_draws, streams, samples, positions = (t.cpu() for t in (logits, cu_draws, streams, samples, positions))
     tokens, logps, masses = [], [], []
     for r, row in enumerate(logits.double()):
         begin, end = int(cu_draws[r]), int(cu_draws[r + 1])
@@ -146,7 +171,11 @@ def _reference(
                 token = int(kept[int(np.argmax(p.numpy() / -np.log(uniform)))])
             tokens.append(token)
             logps.append(float(row.log_softmax(0)[token]))
-    return Draws(torch.tensor(tokens, dtype=torch.int64), torch.tensor(logps).double(), torch.tensor(masses).double())
+    return Draws(
+        torch.tensor(tokens, dtype=torch.int64, device=device),
+        torch.tensor(logps, dtype=torch.float64, device=device),
+        torch.tensor(masses, dtype=torch.float64, device=device),
+    )
 
 
 def kept_tokens(
