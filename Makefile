@@ -2,15 +2,16 @@
 # make test   set everything up and run the tests
 # make lint   ruff, mypy, clang-format
 # make bench  the benchmarks, and their tables
-# make kernels-report   registers, shared memory and spills of every kernel
+# make kernels-report   registers, shared memory and spills of every Triton kernel
+# make cuda-report      the same of the CUDA C++ ones, where nvcc built them
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CPP := $(wildcard csrc/*.cpp csrc/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: demo test lint format bench kernels-report clean
+.PHONY: demo test lint format bench kernels-report cuda-report clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(CPP)
@@ -28,12 +29,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/*.cpp
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) tests/*.cpp
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks
@@ -41,6 +42,9 @@ bench: $(INSTALLED)
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernels
+
+cuda-report: $(INSTALLED)
+	$(BIN)/python -m benchmarks.cuda_report
 
 clean:
 	rm -rf $(VENV) .cache build dist demo_output *.egg-info pmc_fast/*.so

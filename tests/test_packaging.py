@@ -82,3 +82,17 @@ def test_without_a_compiler_the_build_names_gxx(tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert "install g++" in done.stderr.strip().splitlines()[-1]
+
+
+def test_with_the_cuda_module_wanted_and_no_nvcc_the_build_fails_and_says_so(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+        cwd=ROOT, env=os.environ | {"PMC_FAST_CUDA": "1", "NVCC": "no-such-compiler"}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "nvcc not found" in done.stderr.strip().splitlines()[-1]
+
+
+def test_the_cuda_module_is_not_loaded_before_it_is_needed():
+    python("import sys, pmc_fast.ops; assert 'pmc_fast._cuda' not in sys.modules")

@@ -113,7 +113,11 @@ def decode_attention(
     if backend == "cpu":
         kernel(*arguments, module.best_isa(), torch.get_num_threads())
     else:
-        kernel(*arguments, torch.cuda.current_stream(q.device).cuda_stream)
+        with torch.cuda.device(q.device):  # launches go to the current device, whatever the stream
+            try:
+                kernel(*arguments, torch.cuda.current_stream(q.device).cuda_stream)
+            except ValueError as error:
+                raise PMCError(str(error)) from error
     return out
 
 
