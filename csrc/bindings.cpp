@@ -6,10 +6,10 @@
 #include <stdexcept>
 
 #include "decode_attention.h"
+#include "decode_layers.h"
 #include "kv_pool.h"
 #include "linear.h"
 #include "nll_rows.h"
-#include "rms_norm.h"
 #include "rollout_trie.h"
 #include "rouge.h"
 #include "sampling.h"
@@ -134,6 +134,30 @@ void rms_norm(uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t 
   pmc::rms_norm(args, static_cast<pmc::Isa>(isa), threads);
 }
 
+void silu_mul(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t size, int isa, int threads) {
+  check_isa(isa);
+  const pmc::SiluMul args{reinterpret_cast<const float*>(gate), reinterpret_cast<const float*>(up),
+                          reinterpret_cast<float*>(y), size};
+  py::gil_scoped_release nogil;
+  pmc::silu_mul(args, static_cast<pmc::Isa>(isa), threads);
+}
+
+void rotary(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t y, int64_t rows, int64_t heads, int64_t dim,
+            int64_t row_stride, int64_t head_stride, int isa, int threads) {
+  check_isa(isa);
+  const pmc::Rotary args{reinterpret_cast<const float*>(x),
+                         reinterpret_cast<const float*>(cos),
+                         reinterpret_cast<const float*>(sin),
+                         reinterpret_cast<float*>(y),
+                         rows,
+                         heads,
+                         dim,
+                         row_stride,
+                         head_stride};
+  py::gil_scoped_release nogil;
+  pmc::rotary(args, static_cast<pmc::Isa>(isa), threads);
+}
+
 template <typename T>
 void decode_attention(py::tuple q, py::tuple k, py::tuple v, uintptr_t k_pool, uintptr_t v_pool,
                       uintptr_t out, py::tuple shape, double scale, double softcap, int64_t window,
@@ -236,6 +260,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("best_isa", [] { return static_cast<int>(pmc::best_isa()); });
   m.def("linear_f32", &linear);
   m.def("rms_norm_f32", &rms_norm);
+  m.def("silu_mul_f32", &silu_mul);
+  m.def("rotary_f32", &rotary);
   m.def("nll_rows_f32", &nll_rows<float>);
   m.def("nll_rows_f64", &nll_rows<double>);
   m.def("sample_nucleus_f32", &sample_nucleus<float>);

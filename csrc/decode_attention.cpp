@@ -45,32 +45,50 @@ PMC_INLINE void narrow(float x, BFloat16* out) {
   }
 }
 
-// What a tile spends its time on, for any type and processor.
+// One head's keys or values at the slots that a row sees.
+template <typename T>
+struct Seen {
+  const T* pool;  // of the head
+  int64_t stride;
+  const int32_t* slots;
+  int64_t count;
+  const T* operator[](int64_t j) const { return pool + slots[j] * stride; }
+};
+
+constexpr int kTogether = 4;  // queries that share a load of a key or a value
+
+// What a row spends its time on, for any type and processor: kTogether queries at once.
 template <typename T>
 struct Plain {
   using C = typename Math<T>::Type;
 
-  // out[j] = q . keys[j]
-  PMC_INLINE void dots(const C* q, const T* const* keys, int64_t count, int64_t dim, C* out) {
-    for (int64_t j = 0; j < count; ++j) {
+  // out[m][j] = q[m] . keys[j]; rows of q and of out are dim and width apart
+  PMC_INLINE void dots(const C* q, const Seen<T>& keys, int64_t dim, C* out, int64_t width) {
+    for (int64_t j = 0; j < keys.count; ++j) {
       const T* key = keys[j];
-      C lanes[kWidth] = {};
-      int64_t d = 0;
-      for (; d + kWidth <= dim; d += kWidth) {
-        for (int k = 0; k < kWidth; ++k) lanes[k] += q[d + k] * widen(key[d + k]);
+      for (int m = 0; m < kTogether; ++m) {
+        C lanes[kWidth] = {};
+        int64_t d = 0;
+        for (; d + kWidth <= dim; d += kWidth) {
+          for (int k = 0; k < kWidth; ++k) lanes[k] += q[m * dim + d + k] * widen(key[d + k]);
+        }
+        for (; d < dim; ++d) lanes[0] += q[m * dim + d] * widen(key[d]);
+        for (int half = kWidth / 2; half > 0; half /= 2) {
+          for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+        }
+        out[m * width + j] = lanes[0];
       }
-      for (; d < dim; ++d) lanes[0] += q[d] * widen(key[d]);
-      for (int half = kWidth / 2; half > 0; half /= 2) {
-        for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-      }
-      out[j] = lanes[0];
     }
   }
 
-  // out += sum of weights[j] * values[j]
-  PMC_INLINE void weigh(const C* weights, const T* const* values, int64_t count, int64_t dim, C* out) {
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t d = 0; d < dim; ++d) out[d] += weights[j] * widen(values[j][d]);
+  // out[m] += sum of weights[m][j] * values[j]
+  PMC_INLINE void weigh(const C* weights, int64_t width, const Seen<T>& values, int64_t dim, C* out) {
+    for (int64_t j = 0; j < values.count; ++j) {
+      const T* value = values[j];
+      for (int m = 0; m < kTogether; ++m) {
+        const C weight = weights[m * width + j];
+        for (int64_t d = 0; d < dim; ++d) out[m * dim + d] += weight * widen(value[d]);
+      }
     }
   }
 };
@@ -83,43 +101,70 @@ PMC_AVX512 inline __m512 load(const BFloat16* p, __mmask16 mask) {
 
 template <typename T>
 struct Avx512 {
-  PMC_AVX512 static inline void dots(const float* q, const T* const* keys, int64_t count, int64_t dim,
-                                     float* out) {
-    for (int64_t j = 0; j < count; j += 16) {
-      const T* key[16];  // past the end the last key again: its sum is not stored
-      for (int k = 0; k < 16; ++k) key[k] = keys[std::min(j + k, count - 1)];
-      __m512 sum[16];
-      for (int k = 0; k < 16; ++k) sum[k] = _mm512_setzero_ps();
+  PMC_AVX512 static inline void dots(const float* q, const Seen<T>& keys, int64_t dim, float* out,
+                                     int64_t width) {
+    constexpr int kKeys = 16 / kTogether;
+    for (int64_t j = 0; j < keys.count; j += kKeys) {
+      const T* key[kKeys];  // past the end the last key again: its sum is not stored
+      for (int k = 0; k < kKeys; ++k) key[k] = keys[std::min(j + k, keys.count - 1)];
+      __m512 sum[kTogether][kKeys];
+      for (int m = 0; m < kTogether; ++m) {
+        for (int k = 0; k < kKeys; ++k) sum[m][k] = _mm512_setzero_ps();
+      }
       for (int64_t d = 0; d < dim; d += 16) {
         const __mmask16 mask = tail_mask(dim - d);
-        const __m512 part = load(q + d, mask);
-        for (int k = 0; k < 16; ++k) sum[k] = _mm512_fmadd_ps(part, load(key[k] + d, mask), sum[k]);
+        __m512 part[kKeys];
+        for (int k = 0; k < kKeys; ++k) part[k] = load(key[k] + d, mask);
+        for (int m = 0; m < kTogether; ++m) {
+          const __m512 query = load(q + m * dim + d, mask);
+          for (int k = 0; k < kKeys; ++k) sum[m][k] = _mm512_fmadd_ps(query, part[k], sum[m][k]);
+        }
       }
-      _mm512_mask_storeu_ps(out + j, tail_mask(count - j), sum_lanes(sum));
+      float all[16];
+      _mm512_storeu_ps(all, sum_lanes(&sum[0][0]));
+      const int64_t count = std::min<int64_t>(kKeys, keys.count - j);
+      for (int m = 0; m < kTogether; ++m) {
+        for (int64_t k = 0; k < count; ++k) out[m * width + j + k] = all[m * kKeys + k];
+      }
     }
   }
 
-  PMC_AVX512 static inline void weigh(const float* weights, const T* const* values, int64_t count,
-                                      int64_t dim, float* out) {
+  PMC_AVX512 static inline void weigh(const float* weights, int64_t width, const Seen<T>& values, int64_t dim,
+                                      float* out) {
     for (int64_t d = 0; d < dim; d += 64) {
       __mmask16 mask[4];
-      __m512 sum[4];
-      for (int k = 0; k < 4; ++k) {
-        mask[k] = tail_mask(std::max<int64_t>(0, dim - d - 16 * k));
-        sum[k] = load(out + d + 16 * k, mask[k]);
+      for (int k = 0; k < 4; ++k) mask[k] = tail_mask(std::max<int64_t>(0, dim - d - 16 * k));
+      __m512 sum[kTogether][4];
+      for (int m = 0; m < kTogether; ++m) {
+        for (int k = 0; k < 4; ++k) sum[m][k] = load(out + m * dim + d + 16 * k, mask[k]);
       }
-      for (int64_t j = 0; j < count; ++j) {
-        const __m512 weight = _mm512_set1_ps(weights[j]);
-        for (int k = 0; k < 4; ++k)
-          sum[k] = _mm512_fmadd_ps(weight, load(values[j] + d + 16 * k, mask[k]), sum[k]);
+      for (int64_t j = 0; j < values.count; ++j) {
+        const T* value = values[j] + d;
+        __m512 part[4];
+        for (int k = 0; k < 4; ++k) part[k] = load(value + 16 * k, mask[k]);
+        for (int m = 0; m < kTogether; ++m) {
+          const __m512 weight = _mm512_set1_ps(weights[m * width + j]);
+          for (int k = 0; k < 4; ++k) sum[m][k] = _mm512_fmadd_ps(weight, part[k], sum[m][k]);
+        }
       }
-      for (int k = 0; k < 4; ++k) _mm512_mask_storeu_ps(out + d + 16 * k, mask[k], sum[k]);
+      for (int m = 0; m < kTogether; ++m) {
+        for (int k = 0; k < 4; ++k) _mm512_mask_storeu_ps(out + m * dim + d + 16 * k, mask[k], sum[m][k]);
+      }
     }
   }
 };
 template <>
 struct Avx512<double> : Plain<double> {};
 #endif
+
+// Slots lie anywhere: no hardware guesses the next one.
+template <typename T>
+PMC_INLINE void fetch(const Seen<T>& seen, int64_t dim) {
+  for (int64_t j = 0; j < seen.count; ++j) {
+    const T* p = seen[j];
+    for (int64_t d = 0; d < dim; d += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(p + d, 0, 2);
+  }
+}
 
 // In place, over a multiple of kWidth numbers.
 template <typename C>
@@ -148,95 +193,59 @@ struct Tile {
   int64_t block, begin, end;  // rows
 };
 
-template <typename T>
-struct Scratch {
-  std::vector<typename Math<T>::Type> numbers;
-  std::vector<const T*> keys, values;
-};
-
-// One tile of rows of one block, one key/value head.
+// The rows of one tile, one key/value head: the prompt's keys and values stay in cache from row to row.
 template <typename Kernels, typename T>
-PMC_INLINE void attend(const DecodeAttention<T>& a, const Tile& tile, int64_t head, Scratch<T>& scratch) {
+PMC_INLINE void attend(const DecodeAttention<T>& a, const Tile& tile, int64_t head,
+                       std::vector<typename Math<T>::Type>& scratch) {
   using C = typename Math<T>::Type;
-  const int64_t group = a.heads / a.kv_heads, rows = tile.end - tile.begin, queries = rows * group;
-  const int32_t* prefix = a.index.prefix + a.index.cu_prefix[tile.block];
-  Span spans[kTileRows];
-  int64_t low = INT64_MAX, high = 0, longest = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    spans[r] = span_of(a.index, tile.begin + r, a.window);
-    low = std::min<int64_t>(low, spans[r].prefix_begin);
-    high = std::max<int64_t>(high, spans[r].prefix_end);
-    longest = std::max<int64_t>(longest, spans[r].suffix_end - spans[r].suffix_begin);
-  }
-  const int64_t shared = std::max<int64_t>(0, high - low),
-                width = (shared + longest + kWidth - 1) / kWidth * kWidth;
-  scratch.numbers.resize(static_cast<size_t>(queries * (2 * a.dim + width)));
-  C* q = scratch.numbers.data();
-  C* out = q + queries * a.dim;
-  C* scores = out + queries * a.dim;
-  for (int64_t m = 0; m < queries; ++m) {
-    const T* source = a.q + (tile.begin + m / group) * a.q_row + (head * group + m % group) * a.q_head;
-    for (int64_t d = 0; d < a.dim; ++d) q[m * a.dim + d] = widen(source[d]) * static_cast<C>(a.scale);
-  }
-  // pointers to the shared keys and values, then to each row's own
-  scratch.keys.clear();
-  scratch.values.clear();
-  const auto see = [&](int32_t slot) {
-    const int64_t at = (slot * a.kv_heads + head) * a.dim;
-    scratch.keys.push_back(a.k_pool + at);
-    scratch.values.push_back(a.v_pool + at);
-  };
-  for (int64_t p = 0; p < shared; ++p) see(prefix[low + p]);
-  int64_t own[kTileRows];
-  for (int64_t r = 0; r < rows; ++r) {
-    own[r] = static_cast<int64_t>(scratch.keys.size());
-    for (int32_t j = spans[r].suffix_begin; j < spans[r].suffix_end; ++j) see(a.index.suffix[j]);
-  }
-  for (int64_t m = 0; m < queries; ++m) {
-    const Span& s = spans[m / group];
-    C* row = scores + m * width;
-    if (shared) Kernels::dots(q + m * a.dim, scratch.keys.data(), shared, a.dim, row);
-    const int64_t count = s.suffix_end - s.suffix_begin;
-    if (count) Kernels::dots(q + m * a.dim, scratch.keys.data() + own[m / group], count, a.dim, row + shared);
-  }
-  for (int64_t m = 0; m < queries; ++m) {
-    const Span& s = spans[m / group];
-    C* row = scores + m * width;
-    // in the shared part, what is outside a row's own span is another row's; behind its suffix is nothing
-    const int64_t begin = std::min<int64_t>(s.prefix_begin - low, shared),
-                  end = std::max<int64_t>(begin, s.prefix_end - low);
-    const int64_t last = shared + (s.suffix_end - s.suffix_begin);
-    if (a.softcap > 0) {
-      const C cap = static_cast<C>(a.softcap), inner = 1 / cap;
-      for (int64_t z = 0; z < last; ++z) row[z] = cap * tanh_of(row[z] * inner);
+  const int64_t group = a.heads / a.kv_heads, stride = a.kv_heads * a.dim;
+  const T *k_pool = a.k_pool + head * a.dim, *v_pool = a.v_pool + head * a.dim;
+  const int32_t* prompt = a.index.prefix + a.index.cu_prefix[tile.block];
+  for (int64_t r = tile.begin; r < tile.end; ++r) {
+    const Span s = span_of(a.index, r, a.window);
+    const int32_t *prefix = prompt + s.prefix_begin, *suffix = a.index.suffix + s.suffix_begin;
+    const int64_t shared = s.prefix_end - s.prefix_begin, own = s.suffix_end - s.suffix_begin;
+    fetch(Seen<T>{v_pool, stride, suffix, own}, a.dim);
+    if (r + 1 < tile.end) {
+      const Span next = span_of(a.index, r + 1, a.window);
+      fetch(Seen<T>{k_pool, stride, a.index.suffix + next.suffix_begin, next.suffix_end - next.suffix_begin},
+            a.dim);
     }
-    const auto hide = [&](C with) {
-      std::fill(row, row + begin, with);
-      if (end < shared) std::fill(row + end, row + shared, with);
-      std::fill(row + last, row + width, with);
-    };
-    hide(-INFINITY);
-    softmax(row, width);
-    hide(0);  // exp_of ends at the smallest normal number
-  }
-  std::fill(out, out + queries * a.dim, C{0});
-  for (int64_t m = 0; m < queries; ++m) {
-    const Span& s = spans[m / group];
-    const C* row = scores + m * width;
-    Kernels::weigh(row, scratch.values.data(), shared, a.dim, out + m * a.dim);
-    Kernels::weigh(row + shared, scratch.values.data() + own[m / group], s.suffix_end - s.suffix_begin, a.dim,
-                   out + m * a.dim);
-  }
-  for (int64_t m = 0; m < queries; ++m) {
-    T* target = a.out + ((tile.begin + m / group) * a.heads + head * group + m % group) * a.dim;
-    for (int64_t d = 0; d < a.dim; ++d) narrow(out[m * a.dim + d], target + d);
+    const int64_t keys = shared + own, width = (keys + kWidth - 1) / kWidth * kWidth;
+    scratch.resize(static_cast<size_t>(kTogether * (2 * a.dim + width)));
+    C *q = scratch.data(), *out = q + kTogether * a.dim, *scores = out + kTogether * a.dim;
+    for (int64_t first = 0; first < group; first += kTogether) {
+      const int64_t count = std::min<int64_t>(kTogether, group - first), heads = head * group + first;
+      for (int64_t m = 0; m < kTogether; ++m) {  // past the end the last query again
+        const T* source = a.q + r * a.q_row + (heads + std::min(m, count - 1)) * a.q_head;
+        for (int64_t d = 0; d < a.dim; ++d) q[m * a.dim + d] = widen(source[d]) * static_cast<C>(a.scale);
+      }
+      Kernels::dots(q, Seen<T>{k_pool, stride, prefix, shared}, a.dim, scores, width);
+      Kernels::dots(q, Seen<T>{k_pool, stride, suffix, own}, a.dim, scores + shared, width);
+      for (int64_t m = 0; m < count; ++m) {
+        C* row = scores + m * width;
+        if (a.softcap > 0) {
+          const C cap = static_cast<C>(a.softcap), inner = 1 / cap;
+          for (int64_t z = 0; z < keys; ++z) row[z] = cap * tanh_of(row[z] * inner);
+        }
+        std::fill(row + keys, row + width, -INFINITY);
+        softmax(row, width);
+      }
+      std::fill(out, out + kTogether * a.dim, C{0});
+      Kernels::weigh(scores, width, Seen<T>{v_pool, stride, prefix, shared}, a.dim, out);
+      Kernels::weigh(scores + shared, width, Seen<T>{v_pool, stride, suffix, own}, a.dim, out);
+      for (int64_t m = 0; m < count; ++m) {
+        T* target = a.out + (r * a.heads + heads + m) * a.dim;
+        for (int64_t d = 0; d < a.dim; ++d) narrow(out[m * a.dim + d], target + d);
+      }
+    }
   }
 }
 
 template <typename Kernels, typename T>
 PMC_INLINE void attend_some(const DecodeAttention<T>& a, const std::vector<Tile>& tiles, int64_t begin,
                             int64_t end) {
-  Scratch<T> scratch;
+  std::vector<typename Math<T>::Type> scratch;
   for (int64_t i = begin; i < end; ++i) attend<Kernels>(a, tiles[i / a.kv_heads], i % a.kv_heads, scratch);
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .errors import PMCError
+from .models import eval_mode
 from .ops.nll_reference import transform_logits
 
 
@@ -50,13 +51,8 @@ def output_head(model: Any, *, check: bool = True) -> Head:
 @torch.no_grad()
 def _check_logits(model: Any, head: Head) -> None:
     ids = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with eval_mode(model):
         out = model(ids, output_hidden_states=True, use_cache=False)
-    finally:
-        for module in training:
-            module.training = True
     hidden = out.hidden_states[-1][0].to(head.weight.dtype)
     x = hidden.float() @ head.weight.float().T
     ours = transform_logits(x, head.bias, 1.0, head.softcap, head.logit_scale)

@@ -1,7 +1,7 @@
 """Loading models and tokenizers through transformers: safetensors only, no remote code."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,18 @@ def check_fit(model: Any, tokenizer: Any, source: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise PMCError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Switch a model to eval, and module by module back to what it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _load(loader: str, source: str, **options: Any) -> Any:

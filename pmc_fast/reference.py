@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from .config import PMCConfig
 from .data import Encoded, Encoder, Row, collate
 from .data.encoding import ANSWER_TAG
+from .models import eval_mode
 
 
 class Reference:
@@ -156,13 +157,11 @@ class Reference:
         batch = collate(prompts, self.encoder.pad, side="left")
         width = batch["input_ids"].shape[1]
         model = self.model
-        training = [module for module in model.modules() if module.training]
         own_settings = model.generation_config
-        model.eval()
         try:
             # the checkpoint's own settings (beams, penalties, lengths) would join the ones given here
             model.generation_config = GenerationConfig()
-            with self.autocast():
+            with eval_mode(model), self.autocast():
                 output = model.generate(
                     batch["input_ids"].repeat_interleave(copies, dim=0).to(model.device),
                     attention_mask=batch["attention_mask"].repeat_interleave(copies, dim=0).to(self.model.device),
@@ -173,8 +172,6 @@ class Reference:
                 )
         finally:
             model.generation_config = own_settings
-            for module in training:
-                module.training = True
         generated = output[:, width:].tolist()
         self.sampled_tokens += sum(_length(ids, self.encoder.stops) for ids in generated)
         return generated

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pmc_fast import native
 from pmc_fast.errors import PMCError
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
-from pmc_fast.ops.decode_layers import fast_linear_serves, linear, rms_norm
+from pmc_fast.ops.decode_layers import fast_linear_serves, linear, rms_norm, rotary, silu_mul
 
 
 def random_index(generator, blocks):
@@ -167,3 +167,35 @@ def test_rms_norm(shape, offset):
     x, weight = torch.randn(shape, generator=g).transpose(0, 1), torch.randn(shape[-1], generator=g)
     exact = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight.double() + offset, eps=1e-5)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5, offset).double(), exact, atol=1e-6, rtol=2e-6)
+
+
+def test_silu_mul():
+    g = torch.Generator().manual_seed(1)
+    gate, up = torch.randn(7, 333, generator=g) * 30, torch.randn(7, 333, generator=g)
+    gate[0, :4] = torch.tensor([0.0, 1e4, -1e4, -80.0])
+    exact = torch.nn.functional.silu(gate.double()) * up.double()
+    torch.testing.assert_close(silu_mul(gate, up).double(), exact, atol=1e-6, rtol=1e-6)
+    assert silu_mul(torch.tensor([torch.nan]), torch.ones(1)).isnan().all()
+
+
+@pytest.mark.parametrize(("heads", "rows", "dim"), [(9, 5, 64), (1, 1, 2), (3, 200, 96)])
+def test_rotary(heads, rows, dim):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(1, rows, heads, dim, generator=g).transpose(1, 2)
+    cos, sin = torch.randn(1, rows, dim, generator=g), torch.randn(1, rows, dim, generator=g)
+    turned = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
+    torch.testing.assert_close(rotary(x, cos, sin), x * cos[:, None] + turned * sin[:, None])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: linear(x.double(), x), lambda x: linear(x, x.half()), lambda x: linear(x, x[:, :3].contiguous()),
+        lambda x: rms_norm(x, x[0].bfloat16(), 1e-6),
+        lambda x: silu_mul(x, x[:1]), lambda x: silu_mul(x, x.double()), lambda x: rotary(x[None, None], x, x),
+        lambda x: rotary(x[None, None], x[None].double(), x[None]),
+    ],
+)  # fmt: skip
+def test_layers_refuse_what_they_would_misread(call):
+    with pytest.raises(PMCError, match=r"(linear|rms_norm|silu_mul|rotary): "):
+        call(torch.ones(4, 4))

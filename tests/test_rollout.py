@@ -1,6 +1,7 @@
 """Rollouts under transformers models: the same tokens as plain sampling, and nothing left behind."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -195,13 +196,21 @@ def test_live_weights_are_read():
     assert changed == rollout(fresh, PROMPTS, **HOW).tokens
 
 
+def test_a_model_that_was_moved_to_another_type():
+    model = build(FAMILIES["llama"](), torch.float32)
+    engine = RolloutEngine(model)
+    engine(PROMPTS, **HOW)
+    model.to(torch.bfloat16)
+    assert engine(PROMPTS, **HOW).tokens == rollout(model, PROMPTS, **HOW).tokens
+
+
 def traces(model):
     numpys = np.random.get_state()[1].tolist()  # noqa: NPY002
     return (
         torch.get_rng_state().tolist(), numpys, random.getstate(),
         [m.training for m in model.modules()], model.config.to_json_string(), model.config._attn_implementation,
         model.is_gradient_checkpointing, [sorted(vars(m)) for m in model.modules()],
-        torch.is_grad_enabled(), [p.grad for p in model.parameters()],
+        torch.is_grad_enabled(), sys.modules[type(model).__module__].apply_rotary_pos_emb, [p.grad for p in model.parameters()],
     )  # fmt: skip
 
 
@@ -289,3 +298,31 @@ def test_a_wrong_attention_is_noticed(llama, monkeypatch):
             RolloutEngine(llama)(PROMPTS, **HOW)
     finally:
         tf.AttentionInterface.register(ATTENTION, attention)
+
+
+def test_trie_changes_no_sample_of_a_real_model(smollm2_dir, tokenizer):
+    """SmolLM2 in float32: races within rounding may fall otherwise in 1 % of samples."""
+    model = tf.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    prompts = [
+        tokenizer(text)["input_ids"] for text in ("The capital of France", "Once upon", "def f(x):", "My name is")
+    ]
+    engine = RolloutEngine(model)
+    how = {"num_samples": 25, "temperature": 0.9, "top_p": 0.95, "max_new_tokens": 10, "stop_ids": [2]}
+    runs = [
+        engine(prompts, **how, **change) for change in ({}, {"trie": False}, {"max_rows": 13, "pool_tokens": 300})
+    ]
+    flat = [[tokens for samples in r.tokens for tokens in samples] for r in runs]
+    for other in flat[1:]:
+        assert np.mean([a == b for a, b in zip(flat[0], other, strict=True)]) >= 0.99
+    assert runs[0].counters["rows"] < runs[1].counters["rows"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest tests/test_rollout.py -k gpu on one")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2 sliding"])
+def test_a_gpu_draws_the_cpus_samples(family):
+    model = build(FAMILIES[family]())
+    on_cpu = rollout(model, PROMPTS, **HOW)
+    on_gpu = rollout(model.to("cuda"), PROMPTS, **HOW, drafts=[[[4, 5, 6]], [], [[9]], []])
+    pairs = [(a, b) for x, y in zip(on_cpu.tokens, on_gpu.tokens, strict=True) for a, b in zip(x, y, strict=True)]
+    # logits are float64, but the sampler on CUDA computes in float32
+    assert np.mean([a == b for a, b in pairs]) >= 0.9

@@ -3,6 +3,7 @@
 import torch
 
 from .. import native
+from ..errors import PMCError
 
 AVX512 = 2  # csrc/simd.h
 
@@ -32,19 +33,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Tensor [..., V]
         Not differentiable.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    y = torch.empty(*x.shape[:-1], weight.shape[0])
+    _check("linear", x, weight, bias)
+    rows = x if x.is_contiguous() else x.contiguous()
+    outer, inner = weight.shape
+    if x.shape[-1] != inner:
+        raise PMCError(f"linear: x is {tuple(x.shape)} and weight {tuple(weight.shape)}: last dimensions must agree")
+    y = torch.empty(*x.shape[:-1], outer)
     native.cpu().linear_f32(
         rows.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        rows.shape[0],
-        weight.shape[1],
-        weight.shape[0],
-        rows.stride(0),
+        rows.numel() // inner,
+        inner,
+        outer,
+        inner,
         torch.get_num_threads(),
     )
     return y
@@ -67,6 +70,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
     Tensor [..., D]
         Not differentiable.
     """
+    _check("rms_norm", x, weight)
     x = x.contiguous()
     y = torch.empty_like(x)
     module = native.cpu()
@@ -76,3 +80,63 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
         module.best_isa(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Compute silu(gate) * up.
+
+    Parameters
+    ----------
+    gate, up : float32 Tensor
+        Of one shape, on the CPU.
+
+    Returns
+    -------
+    Tensor
+        Not differentiable.
+    """
+    _check("silu_mul", gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    if gate.shape != up.shape:
+        raise PMCError(f"silu_mul: gate is {tuple(gate.shape)} and up {tuple(up.shape)}: they must agree")
+    y = torch.empty_like(gate)
+    module = native.cpu()
+    module.silu_mul_f32(
+        gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), module.best_isa(), torch.get_num_threads()
+    )
+    return y
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn pairs of halves: x * cos + (-x[D/2:], x[:D/2]) * sin.
+
+    Parameters
+    ----------
+    x : float32 Tensor [1, heads, R, D]
+        On the CPU, any strides but the last's; D even.
+    cos, sin : float32 Tensor [1, R, D]
+
+    Returns
+    -------
+    Tensor [1, heads, R, D]
+        Laid out as [R, heads, D]; not differentiable.
+    """
+    _check("rotary", x, cos, sin)
+    _, heads, rows, dim = x.shape
+    if x.shape[0] != 1 or dim % 2 or x.stride(3) != 1 or not cos.shape == sin.shape == (1, rows, dim):
+        raise PMCError(f"rotary: x is {tuple(x.shape)} and cos {tuple(cos.shape)}: need [1, H, R, D] and [1, R, D]")
+    cos, sin = cos.contiguous(), sin.contiguous()
+    y = x.new_empty(1, rows, heads, dim)
+    module = native.cpu()
+    module.rotary_f32(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), rows, heads, dim, x.stride(2), x.stride(1),
+        module.best_isa(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y.transpose(1, 2)
+
+
+def _check(op: str, *tensors: torch.Tensor | None) -> None:
+    """Refuse what the C++ would read as something else."""
+    for t in tensors:
+        if t is not None and (t.dtype != torch.float32 or t.device.type != "cpu"):
+            raise PMCError(f"{op}: a tensor is {t.dtype} on {t.device}: need float32 on the CPU")

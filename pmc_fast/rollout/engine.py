@@ -1,6 +1,5 @@
 """The loop: plan a step, compute it, draw from it, until every sample has ended."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,11 +9,14 @@ import torch
 
 from .. import native
 from ..errors import PMCError
+from ..models import eval_mode
 from ..ops.decode_attention import StepIndex
 from ..ops.sample_nucleus import sample_nucleus
 from .model_step import ModelStep
+from .request import Request
 
-UNLIMITED = 2**31 - 1
+# Rows up to which guesses cost next to nothing: a step reads all weights whatever its rows.
+GUESS_ROWS = {"cpu": 12, "cuda": 64}
 MATCH = 4  # tokens by which a guess is looked up
 INDEX = ("slots", "prefix_len", "cu_suffix", "suffix", "cu_rows", "cu_prefix", "prefix")
 
@@ -71,8 +73,52 @@ class RolloutEngine:
         guesses: bool = True,
         trie: bool = True,
     ) -> Rollouts:
-        """Sample; the parameters are `rollout`'s."""
-        work = _Work.checked(
+        """Sample answers to prompts.
+
+        Parameters
+        ----------
+        prompts : sequence of Q lists of int
+            Token ids.
+        num_samples : int
+            N, of each prompt.
+        temperature : float
+            0 is greedy.
+        top_k : int
+            0: all tokens. Then `top_p` on what is left, as Hugging Face generate does.
+        top_p : float
+        max_new_tokens, max_length : int
+            One of the two; max_length counts the prompt.
+        seed : int
+        stream_ids : int64 [Q], optional
+            Each prompt's random stream; by default a hash of the prompt. What a sample draws is a function of
+            (seed, stream, number of the sample, history) alone: not of the order or company of prompts, of
+            max_rows, pool_tokens, drafts, guesses or trie. Exactly so in float64, in at least 99 % of samples
+            in float32, whose rounding depends on the rows that a matrix product has.
+        stop_ids : sequence of int
+            Tokens that end an answer.
+        max_rows : int, optional
+            Rows of one forward pass (default 512 on the CPU, 2048 on CUDA); others wait.
+        pool_tokens : int, optional
+            Slots of the key/value pool; by default it grows as needed. When it is full, prompts wait, and the
+            one that came last starts again later.
+        drafts : list of int lists for each prompt, optional
+            Answers that are likely, such as an earlier greedy one: computed with the prompt, each token that is
+            drawn costs no step of its own.
+        guesses : bool
+            Let rows of small steps carry tokens that followed the same tokens in another sample.
+        trie : bool
+            False computes each sample's history for itself: for tests and measurements.
+
+        Returns
+        -------
+        Rollouts
+
+        Raises
+        ------
+        PMCError
+            Bad arguments; a model that is not supported, by name; logits that are NaN.
+        """
+        work = Request.checked(
             self.model, prompts, num_samples, temperature, max_new_tokens, max_length, stream_ids, stop_ids, max_rows,
             pool_tokens, drafts,
         )  # fmt: skip
@@ -82,7 +128,7 @@ class RolloutEngine:
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         return self._run(work, draw, guesses=guesses, trie=trie)
 
-    def _run(self, work: "_Work", draw: dict[str, Any], *, guesses: bool, trie: bool) -> Rollouts:
+    def _run(self, work: Request, draw: dict[str, Any], *, guesses: bool, trie: bool) -> Rollouts:
         device = self._step.device
         guess_rows = GUESS_ROWS[device.type] if guesses else 0
         state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, MATCH if guesses else 0)
@@ -125,7 +171,7 @@ class RolloutEngine:
         vocab = self.model.get_input_embeddings().weight.shape[0]
         generator = np.random.default_rng(0)
         prompts = [generator.integers(0, vocab, n).tolist() for n in (5, 9)]
-        work = _Work.checked(self.model, prompts, 4, 1.0, 4, None, None, (), 7, None, None)
+        work = Request.checked(self.model, prompts, 4, 1.0, 4, None, None, (), 7, None, None)
         ours = self._run(work, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}, guesses=True, trie=True)
         _check_windows(self.model, self._step.windows)
         worst = 0.0
@@ -140,8 +186,6 @@ class RolloutEngine:
             )
 
     def _plain_logps(self, prompt: list[int], samples: list[list[int]]) -> np.ndarray:
-        from .model_step import eval_mode
-
         ids = torch.tensor([prompt + tokens for tokens in samples], device=self._step.device)
         with torch.no_grad(), eval_mode(self.model), self._step.autocast():
             logits = self.model(input_ids=ids, use_cache=False).logits
@@ -149,84 +193,9 @@ class RolloutEngine:
         return logps.gather(2, ids[:, len(prompt) :, None])[..., 0].cpu().numpy()
 
 
-# Rows up to which guesses cost next to nothing: a step reads all weights whatever its rows.
-GUESS_ROWS = {"cpu": 12, "cuda": 64}
-
-
-@dataclass(slots=True)
-class _Work:
-    """What is to be sampled, checked."""
-
-    prompts: list[list[int]]
-    num_samples: int
-    streams: list[int]
-    max_new: list[int]
-    stop_ids: list[int]
-    max_rows: int
-    pool_tokens: int
-    drafts: list[list[list[int]]]
-
-    @classmethod
-    def checked(
-        cls,
-        model: Any,
-        prompts: Sequence[Sequence[int]],
-        num_samples: int,
-        temperature: float,
-        max_new_tokens: int | None,
-        max_length: int | None,
-        stream_ids: Sequence[int] | torch.Tensor | None,
-        stop_ids: Sequence[int],
-        max_rows: int | None,
-        pool_tokens: int | None,
-        drafts: Sequence[Sequence[Sequence[int]]] | None,
-    ) -> "_Work":
-        if num_samples < 1:
-            raise PMCError(f"num_samples is {num_samples}: it must be at least 1")
-        if (max_new_tokens is None) == (max_length is None):
-            raise PMCError("rollout needs max_new_tokens or max_length, and not both")
-        if max_rows is not None and max_rows < 1:
-            raise PMCError(f"max_rows is {max_rows}: it must be at least 1")
-        vocab = model.get_input_embeddings().weight.shape[0]
-        lists = [list(map(int, prompt)) for prompt in prompts]
-        for i, prompt in enumerate(lists):
-            if not prompt:
-                raise PMCError(f"prompt {i} has no tokens: give it at least one")
-            if not (min(prompt) >= 0 and max(prompt) < vocab):
-                raise PMCError(f"prompt {i} has token {max(prompt)} or {min(prompt)}: the model embeds {vocab}")
-        if max_length is not None:
-            max_new = [max(0, max_length - len(prompt)) for prompt in lists]
-        else:
-            max_new = [int(max_new_tokens or 0)] * len(lists)
-        streams = [_stream_of(p) for p in lists] if stream_ids is None else [int(s) for s in stream_ids]
-        if len(streams) != len(lists):
-            raise PMCError(f"{len(streams)} stream_ids for {len(lists)} prompts: give one each")
-        guesses = [[] for _ in lists] if drafts is None else [[list(map(int, d)) for d in of] for of in drafts]
-        if len(guesses) != len(lists):
-            raise PMCError(f"drafts for {len(guesses)} of {len(lists)} prompts: give a list each")
-        slots = UNLIMITED if pool_tokens is None else int(pool_tokens)
-        for i, (prompt, new) in enumerate(zip(lists, max_new, strict=True)):
-            if len(prompt) + new - 1 > slots:
-                raise PMCError(
-                    f"prompt {i} and one answer may need {len(prompt) + new - 1} pool tokens but pool_tokens is "
-                    f"{slots}: raise it, or lower the length"
-                )
-        device = model.get_input_embeddings().weight.device.type
-        rows = MAX_ROWS[device] if max_rows is None else max_rows
-        return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, guesses)
-
-
-MAX_ROWS = {"cpu": 512, "cuda": 2048}
-
-
 def rollout(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> Rollouts:
     """Sample answers to prompts; see `RolloutEngine`, which is worth keeping for a second call."""
     return RolloutEngine(model)(prompts, **settings)
-
-
-def _stream_of(prompt: list[int]) -> int:
-    digest = hashlib.blake2b(np.array(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _check_windows(model: Any, windows: dict[int, int | None]) -> None:

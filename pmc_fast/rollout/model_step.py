@@ -14,8 +14,10 @@ import torch
 from transformers import AttentionInterface
 
 from ..errors import PMCError
+from ..models import eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
-from ..ops.decode_layers import fast_linear_serves, linear, rms_norm
+from ..ops.decode_layers import fast_linear_serves, linear
+from .lending import CpuLayers, replaced
 
 ATTENTION = "pmc_fast_rollout"
 UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask")  # what an attention may add that ours does not know
@@ -34,23 +36,23 @@ class ModelStep:
 
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
         self.model, self.autocast_dtype = model, autocast_dtype
-        self.device = model.get_input_embeddings().weight.device
-        self.pool: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.windows: dict[int, int | None] = {}
-        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self._norm_of: dict[Any, tuple[float, float]] | None = None
-        self._span = 0
+        self._forget_buffers()
         self._index: StepIndex | None = None
         self._backend: str | None = None
 
     @contextmanager
     def lend(self) -> Iterator[None]:
         """Set the model up for rollouts; put everything back at the end, also after an exception."""
+        weight = self.model.get_input_embeddings().weight
+        if (weight.device, weight.dtype) != (self.device, self._dtype):  # the model was moved
+            self._forget_buffers()
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(_attention(self.model))
-            stack.enter_context(_forwards(self._linears() | self._norms()))
+            stack.enter_context(replaced(self._linears()))
+            if self.device.type == "cpu" and self.autocast_dtype is None:
+                stack.enter_context(self._layers.lend())
             stack.enter_context(self.autocast())
             yield
 
@@ -60,7 +62,9 @@ class ModelStep:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def logits(self, tokens: torch.Tensor, positions: torch.Tensor, index: StepIndex, rows: torch.Tensor, span: int):  # type: ignore[no-untyped-def]
+    def logits(
+        self, tokens: torch.Tensor, positions: torch.Tensor, index: StepIndex, rows: torch.Tensor, span: int
+    ) -> torch.Tensor:
         """Compute a step and return the logits of some of its rows.
 
         Parameters
@@ -75,7 +79,7 @@ class ModelStep:
 
         Returns
         -------
-        float32 (float64 for a float64 model) Tensor [L, V]
+        float32 Tensor [L, V], or float64 for a float64 model on the CPU
         """
         self._reserve(span)
         self._index = index
@@ -88,7 +92,8 @@ class ModelStep:
         )
         self._index = None
         logits = out.logits[0]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        wide = logits.dtype == torch.float64 and self.device.type == "cpu"  # CUDA's sampler reads no float64
+        return logits if wide else logits.float()
 
     def attend(
         self,
@@ -122,6 +127,15 @@ class ModelStep:
         """Return the memory of the weights' copies under autocast."""
         return sum(t.nbytes for pair in self._copies.values() for t in pair if t is not None)
 
+    def _forget_buffers(self) -> None:
+        weight = self.model.get_input_embeddings().weight
+        self.device, self._dtype = weight.device, weight.dtype
+        self.pool: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.windows: dict[int, int | None] = {}
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._layers = CpuLayers(self.model)
+        self._span = 0
+
     def _reserve(self, span: int) -> None:
         if span <= self._span:
             return
@@ -129,8 +143,8 @@ class ModelStep:
         for layer, pair in self.pool.items():
             self.pool[layer] = tuple(_longer(t, self._span) for t in pair)  # type: ignore[assignment]
 
-    def _linears(self) -> dict[Any, Callable[[torch.Tensor], torch.Tensor]]:
-        forwards: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {}
+    def _linears(self) -> dict[Any, Callable[..., torch.Tensor]]:
+        forwards: dict[Any, Callable[..., torch.Tensor]] = {}
         for module in self.model.modules():
             if type(module) is not torch.nn.Linear or "forward" in vars(module):
                 continue
@@ -140,16 +154,6 @@ class ModelStep:
             elif self.autocast_dtype is None and fast_linear_serves(module.weight):
                 forwards[module] = functools.partial(linear, weight=module.weight, bias=module.bias)
         return forwards
-
-    def _norms(self) -> dict[Any, Callable[[torch.Tensor], torch.Tensor]]:
-        if self.device.type != "cpu" or self.autocast_dtype is not None:
-            return {}
-        if self._norm_of is None:
-            self._norm_of = {m: how for m in self.model.modules() if (how := _rms_norm_of(m)) is not None}
-        return {
-            m: functools.partial(rms_norm, weight=m.weight, eps=eps, offset=offset)
-            for m, (eps, offset) in self._norm_of.items()
-        }
 
     def _copy(self, module: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         key = id(module)
@@ -193,18 +197,6 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 @contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
-    """Switch a model to eval, and module by module back to what it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def _attention(model: Any) -> Iterator[None]:
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [
@@ -217,34 +209,6 @@ def _attention(model: Any) -> Iterator[None]:
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
-
-
-@contextmanager
-def _forwards(forwards: dict[Any, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module in forwards:
-            vars(module).pop("forward", None)
-
-
-def _rms_norm_of(module: Any) -> tuple[float, float] | None:
-    """Return the eps and the weight's offset of a float32 RMS norm, found by trying it; None for anything else."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor) and weight.dim() == 1):
-        return None
-    if weight.dtype != torch.float32 or not isinstance(eps, float) or "forward" in vars(module):
-        return None
-    x = torch.linspace(-2, 3, 2 * weight.shape[0]).reshape(2, -1)
-    with torch.no_grad():
-        expected = module(x)
-        for offset in (0.0, 1.0):
-            if torch.allclose(rms_norm(x, weight, eps, offset), expected, rtol=1e-5, atol=1e-6):
-                return eps, offset
-    return None
 
 
 def _longer(tensor: torch.Tensor, size: int) -> torch.Tensor:

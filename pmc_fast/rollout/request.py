@@ -1,0 +1,82 @@
+"""What a rollout is asked for, checked before any work starts."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import PMCError
+
+UNLIMITED = 2**31 - 1
+MAX_ROWS = {"cpu": 512, "cuda": 2048}  # of a step: bounds the activations; more bring a matrix product nothing
+
+
+@dataclass(slots=True)
+class Request:
+    """What is to be sampled, checked."""
+
+    prompts: list[list[int]]
+    num_samples: int
+    streams: list[int]
+    max_new: list[int]
+    stop_ids: list[int]
+    max_rows: int
+    pool_tokens: int
+    drafts: list[list[list[int]]]
+
+    @classmethod
+    def checked(
+        cls,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        temperature: float,
+        max_new_tokens: int | None,
+        max_length: int | None,
+        stream_ids: Sequence[int] | torch.Tensor | None,
+        stop_ids: Sequence[int],
+        max_rows: int | None,
+        pool_tokens: int | None,
+        drafts: Sequence[Sequence[Sequence[int]]] | None,
+    ) -> "Request":
+        if num_samples < 1:
+            raise PMCError(f"num_samples is {num_samples}: it must be at least 1")
+        if (max_new_tokens is None) == (max_length is None):
+            raise PMCError("rollout needs max_new_tokens or max_length, and not both")
+        if max_rows is not None and max_rows < 1:
+            raise PMCError(f"max_rows is {max_rows}: it must be at least 1")
+        vocab = model.get_input_embeddings().weight.shape[0]
+        lists = [list(map(int, prompt)) for prompt in prompts]
+        for i, prompt in enumerate(lists):
+            if not prompt:
+                raise PMCError(f"prompt {i} has no tokens: give it at least one")
+            if not (min(prompt) >= 0 and max(prompt) < vocab):
+                raise PMCError(f"prompt {i} has token {max(prompt)} or {min(prompt)}: the model embeds {vocab}")
+        if max_length is not None:
+            max_new = [max(0, max_length - len(prompt)) for prompt in lists]
+        else:
+            max_new = [int(max_new_tokens or 0)] * len(lists)
+        streams = [_stream_of(p) for p in lists] if stream_ids is None else [int(s) for s in stream_ids]
+        if len(streams) != len(lists):
+            raise PMCError(f"{len(streams)} stream_ids for {len(lists)} prompts: give one each")
+        guesses = [[] for _ in lists] if drafts is None else [[list(map(int, d)) for d in of] for of in drafts]
+        if len(guesses) != len(lists):
+            raise PMCError(f"drafts for {len(guesses)} of {len(lists)} prompts: give a list each")
+        slots = UNLIMITED if pool_tokens is None else int(pool_tokens)
+        for i, (prompt, new) in enumerate(zip(lists, max_new, strict=True)):
+            if len(prompt) + new - 1 > slots:
+                raise PMCError(
+                    f"prompt {i} and one answer may need {len(prompt) + new - 1} pool tokens but pool_tokens is "
+                    f"{slots}: raise it, or lower the length"
+                )
+        device = model.get_input_embeddings().weight.device.type
+        rows = MAX_ROWS[device] if max_rows is None else max_rows
+        return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, guesses)
+
+
+def _stream_of(prompt: list[int]) -> int:
+    digest = hashlib.blake2b(np.array(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
