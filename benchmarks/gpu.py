@@ -37,7 +37,14 @@ Contestant = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], None]
 def check_correctness() -> str:
     """Run the kernels' tests on the card: every listed case against float64; SystemExit if one fails."""
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "pytest", "tests/test_weighted_nll.py", "tests/test_kernels.py"]
+    tests = (
+        "tests/test_weighted_nll.py",
+        "tests/test_kernels.py",
+        "tests/test_sampling.py",
+        "tests/test_decode_cuda.py",
+        "tests/test_rollout.py",
+    )
+    command = [sys.executable, "-m", "pytest", *tests]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"benchmarks.gpu: the tests fail on this card:\n{done.stdout[-4000:]}")
