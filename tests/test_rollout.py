@@ -48,7 +48,9 @@ HOW = {"num_samples": 6, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "max_new
 def build(config, dtype=torch.float64):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # eager: transformers' sdpa leaves out Gemma 2's softcap before 5.24
+        how = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
+        model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
         for name, p in model.named_parameters():  # sharp enough that tokens differ in probability
             with torch.no_grad():
                 p.mul_(1.0 if "norm" in name or p.dim() < 2 else 4.0)
