@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch and transformers load when a command runs: --help sta
 GATE_MISSED = 3
 EVALUATED = (
     "model", "forget", "retain", "paraphrased", "general", "prompt_format", "system_prompt", "date_string",
-    "max_length", "device", "dtype", "eval_batch_size", "min_quality", "min_utility", "log_text",
+    "max_length", "device", "dtype", "min_quality", "min_utility", "log_text",
 )  # fmt: skip
 
 

@@ -80,7 +80,6 @@ class UnlearnConfig(PMCConfig):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "what is saved and evaluated (auto: as the model came)"
     )
-    eval_batch_size: int = _option(32, "questions answered at once in evaluations")
     evaluate: bool = _option(True, "answer the forget and retain questions before and after, and score them")
     min_quality: float | None = _option(None, "exit 3 if the unlearn quality (0 to 100) ends below this")
     min_utility: float | None = _option(None, "exit 3 if the utility (0 to 100) ends below this")
@@ -89,7 +88,7 @@ class UnlearnConfig(PMCConfig):
     def validate(self) -> None:
         super().validate()
         _require(self.num_epochs > 0, "num_epochs", self.num_epochs, "above 0")
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_batch_size"):
+        for name in ("batch_size", "gradient_accumulation_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")

@@ -14,10 +14,11 @@ from .config import UnlearnConfig
 from .data import Encoder, Row, load_rows
 from .environment import machine, versions
 from .errors import PMCError
-from .evaluation import EvalSet, evaluate, load_sets, with_initial_answers
+from .evaluation import EvalSet, evaluate, greedy_answers, load_sets, with_initial_answers
 from .output import check_output, written_aside
 from .reference import Reference
 from .reward import rouge_l_recall
+from .rollout import RolloutEngine
 from .training import Schedule, train
 
 FEW_STEPS = 50
@@ -146,12 +147,13 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         path = check_output(config.output, size + (64 << 20))
     questions = [row.question for row in plan.forget]
     pmc = Reference(model, tokenizer, config, questions, reward=rouge_l_recall, autocast=loaded.autocast)
+    engine = RolloutEngine(model, autocast_dtype=loaded.autocast_dtype)
 
     def answer(asked: Any) -> list[str]:
-        return pmc.greedy_answers(asked, config.eval_batch_size)
+        return greedy_answers(engine, pmc.encoder, asked, prompt=pmc.prompt_ids)
 
     with stages("initial answers"):
-        initial = pmc.prepare(config.eval_batch_size)
+        initial = pmc.initial_answers = answer(questions)
     if all(not y.split() for y in initial):
         raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
     result: dict[str, Any] = {}
@@ -207,10 +209,11 @@ def evaluate_model(config: UnlearnConfig, monitor: Monitor | None = None) -> dic
         device = models.resolve_device(config.device)
         loaded = models.load_model(config.model, device=device, dtype=config.dtype)
         models.check_fit(loaded.model, tokenizer, config.model)
-    pmc = Reference(loaded.model, tokenizer, config, [], autocast=loaded.autocast)
+    engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype)
+    pmc = Reference(loaded.model, tokenizer, config, [])  # for its prompts
     with stages("evaluation"):
         scores = evaluate(
-            lambda asked: pmc.greedy_answers(asked, config.eval_batch_size),
+            lambda asked: greedy_answers(engine, pmc.encoder, asked, prompt=pmc.prompt_ids),
             sets,
             log_text=config.log_text,
             on_set=stages.on_set,

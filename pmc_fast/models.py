@@ -1,6 +1,6 @@
 """Loading models and tokenizers through transformers: safetensors only, no remote code."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,14 @@ class LoadedModel:
     """A model with float32 parameters, and how it computes and will be saved."""
 
     model: Any
-    autocast: Callable[[], AbstractContextManager[Any]]
+    autocast_dtype: torch.dtype | None  # what it computes in under torch.autocast; None: its parameters' own
     checkpoint_dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model computes."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self.autocast_dtype)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -65,8 +71,7 @@ def load_model(source: str, *, device: torch.device, dtype: str = "auto") -> Loa
     model.eval()
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     checkpoint_dtype = getattr(config, "dtype", None) or torch.float32
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if low else nullcontext
-    return LoadedModel(model, autocast, checkpoint_dtype)
+    return LoadedModel(model, torch.bfloat16 if low else None, checkpoint_dtype)
 
 
 def _make_savable(generation_config: Any, source: str) -> None:
