@@ -131,8 +131,6 @@ class RolloutEngine:
         return self._run(work, draw, guesses=guesses, trie=trie)
 
     def _run(self, work: Request, draw: dict[str, Any], *, guesses: bool, trie: bool) -> Rollouts:
-        device = self._step.device
-        guess_rows = GUESS_ROWS[device.type] if guesses else 0
         state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, MATCH if guesses else 0)
         keys = list(range(work.num_samples))
         groups = [keys] if trie else [[key] for key in keys]
@@ -142,6 +140,8 @@ class RolloutEngine:
             for group in groups:
                 state.add(prompt, stream, group, longest, drafts)
         with self._step.lend():
+            device = self._step.device  # known only now: the model may have been moved
+            guess_rows = GUESS_ROWS[device.type] if guesses else 0
             while (plan := state.plan(work.max_rows, guess_rows)) is not None:
                 on_device = {
                     name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in plan.items()
@@ -181,7 +181,8 @@ class RolloutEngine:
             theirs = self._plain_logps(prompt, tokens)
             errors.append(np.abs(theirs - np.stack(logps)).mean())
         error = max(errors)
-        if not error <= CLOSE[self._step.autocast_dtype or next(self.model.parameters()).dtype]:
+        dtype = self._step.autocast_dtype or next(self.model.parameters()).dtype
+        if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
             raise PMCError(
                 f"{type(self.model).__name__}: rollouts do not compute what the model computes with attn_implementation "
                 f"{self.model.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; if it stays, "
