@@ -106,7 +106,7 @@ void sample_nucleus(uintptr_t logits, int64_t stride, int64_t rows, int64_t voca
 }
 
 void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, int64_t rows, int64_t in, int64_t out,
-            int64_t x_stride, int threads) {
+            int threads) {
   check_isa(static_cast<int>(pmc::Isa::kAvx512));
   const pmc::Linear args{reinterpret_cast<const float*>(x),
                          reinterpret_cast<const float*>(weight),
@@ -114,8 +114,7 @@ void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, int64_t 
                          reinterpret_cast<float*>(y),
                          rows,
                          in,
-                         out,
-                         x_stride};
+                         out};
   py::gil_scoped_release nogil;
   pmc::linear(args, threads);
 }

@@ -12,14 +12,14 @@ namespace pmc {
 #ifdef PMC_X86
 namespace {
 
-// Up to here rows of weight are multiplied as they lie, once each: memory is the limit. Above, a panel of
-// weight is turned on its side first, which pays when enough rows of x use it.
+// Up to kFewRows, rows of weight are multiplied as they lie (up to about 12 rows of x memory is the limit).
+// Above, a panel of weight is turned on its side first, which pays when enough rows of x use it.
 constexpr int64_t kFewRows = 96;
-constexpr int64_t kFewTile = 6;
-constexpr int64_t kTile = 12;   // rows of x of one tile of y: 12 x 2 sums fill the registers
-constexpr int64_t kPanel = 32;  // columns of y of one panel of weight
-constexpr int64_t kDepth =
-    512;  // of `in` at once: bounds the rounding of long sums, and keeps a panel in cache
+constexpr int64_t kFewTile = 6;  // rows of x at once: 6 x 4 sums fill the registers
+constexpr int64_t kTile = 12;    // rows of x of one tile of y: 12 x 2 sums fill the registers
+constexpr int64_t kPanel = 32;   // columns of y of one panel of weight
+// of `in` at once: bounds the rounding of long sums, and keeps a panel in cache
+constexpr int64_t kDepth = 512;
 
 // y[MR, NR] of rows of x and rows of weight, each a dot product.
 template <int MR, int NR>
@@ -28,7 +28,7 @@ PMC_AVX512 inline void dot_tile(const Linear& a, int64_t m, int64_t n, int64_t a
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < NR; ++j) sum[i][j] = _mm512_setzero_ps();
   }
-  const float* x = a.x + m * a.x_stride;
+  const float* x = a.x + m * a.in;
   const float* w = a.weight + n * a.in;
   int64_t k = 0;
   for (; k + 16 <= a.in; k += 16) {
@@ -38,14 +38,14 @@ PMC_AVX512 inline void dot_tile(const Linear& a, int64_t m, int64_t n, int64_t a
       _mm_prefetch(reinterpret_cast<const char*>(w + j * a.in + k + ahead), _MM_HINT_T1);
     }
     for (int i = 0; i < MR; ++i) {
-      const __m512 v = _mm512_loadu_ps(x + i * a.x_stride + k);
+      const __m512 v = _mm512_loadu_ps(x + i * a.in + k);
       for (int j = 0; j < NR; ++j) sum[i][j] = _mm512_fmadd_ps(v, row[j], sum[i][j]);
     }
   }
   if (k < a.in) {
     const __mmask16 mask = tail_mask(a.in - k);
     for (int i = 0; i < MR; ++i) {
-      const __m512 v = _mm512_maskz_loadu_ps(mask, x + i * a.x_stride + k);
+      const __m512 v = _mm512_maskz_loadu_ps(mask, x + i * a.in + k);
       for (int j = 0; j < NR; ++j) {
         sum[i][j] = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, w + j * a.in + k), sum[i][j]);
       }
@@ -96,15 +96,8 @@ PMC_AVX512 void few_rows(const Linear& a, int64_t begin, int64_t end) {
         case 5:
           dot_columns<5, 4>(a, m, n, stop, ahead);
           break;
-        case 6:
-          dot_columns<6, 4>(a, m, n, stop, ahead);
-          break;
-        case 7:
-          dot_columns<7, 3>(a, m, n, stop, ahead);
-          break;
         default:
-          dot_columns<8, 3>(a, m, n, stop, ahead);
-          break;
+          dot_columns<6, 4>(a, m, n, stop, ahead);
       }
     }
   }
@@ -158,8 +151,8 @@ PMC_AVX512 void outer_tile(const Linear& a, int64_t m, int64_t n, int64_t column
   const __mmask16 low = tail_mask(columns), high = columns > 16 ? tail_mask(columns - 16) : 0;
   __m512 sum[MR][2];
   for (int i = 0; i < MR; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-  const float* x = a.x + m * a.x_stride + k0;
-  const int64_t stride = a.x_stride;
+  const float* x = a.x + m * a.in + k0;
+  const int64_t stride = a.in;
   for (int64_t k = 0; k < depth; ++k) {
     if (k % 16 == 0) _mm_prefetch(reinterpret_cast<const char*>(next + k), _MM_HINT_T1);
     const __m512 w0 = _mm512_load_ps(panel + k * kPanel), w1 = _mm512_load_ps(panel + k * kPanel + 16);

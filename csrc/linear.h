@@ -6,11 +6,11 @@
 namespace pmc {
 
 struct Linear {
-  const float* x;       // [rows, in], rows `x_stride` apart
+  const float* x;       // [rows, in], contiguous
   const float* weight;  // [out, in], contiguous
   const float* bias;    // [out], or null
   float* y;             // [rows, out], contiguous
-  int64_t rows, in, out, x_stride;
+  int64_t rows, in, out;
 };
 
 // Needs AVX-512 (best_isa() == Isa::kAvx512): elsewhere a BLAS is as good.

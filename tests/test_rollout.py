@@ -323,8 +323,9 @@ def test_trie_changes_no_sample_of_a_real_model(smollm2_dir, tokenizer):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2 sliding"])
 def test_a_gpu_draws_the_cpus_samples(family):
     model = build(FAMILIES[family]())
-    on_cpu = rollout(model, PROMPTS, **HOW)
-    on_gpu = rollout(model.to("cuda"), PROMPTS, **HOW, drafts=[[[4, 5, 6]], [], [[9]], []])
+    how = HOW | {"num_samples": 100}
+    on_cpu = rollout(model, PROMPTS, **how)
+    on_gpu = rollout(model.to("cuda"), PROMPTS, **how, drafts=[[[4, 5, 6]], [], [[9]], []])
     pairs = [(a, b) for x, y in zip(on_cpu.tokens, on_gpu.tokens, strict=True) for a, b in zip(x, y, strict=True)]
-    # logits are float64, but the sampler on CUDA computes in float32
-    assert np.mean([a == b for a, b in pairs]) >= 0.9
+    # logits are float64, but the sampler on CUDA computes in float32: the bound of float32 samples
+    assert np.mean([a == b for a, b in pairs]) >= 0.99

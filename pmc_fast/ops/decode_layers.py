@@ -47,7 +47,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         rows.numel() // inner,
         inner,
         outer,
-        inner,
         torch.get_num_threads(),
     )
     return y

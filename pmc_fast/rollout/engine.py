@@ -18,7 +18,7 @@ from .request import Request
 # Rows up to which guesses cost next to nothing: a step reads all weights whatever its rows.
 GUESS_ROWS = {"cpu": 12, "cuda": 64}
 MATCH = 4  # tokens by which a guess is looked up
-# mean differences of log-probs: rounding stays well below, another computation goes above
+# mean differences of log-probs (kept in float32): rounding stays well below, another computation goes above
 CLOSE = {torch.float64: 2e-6, torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
 INDEX = ("slots", "prefix_len", "cu_suffix", "suffix", "cu_rows", "cu_prefix", "prefix")
 
