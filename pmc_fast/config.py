@@ -39,6 +39,25 @@ class PMCConfig:
         False,
         "repeat the published code's accidents: 8 characters of each tagged sample dropped unseen, a second BOS",
     )
+    selection: Literal["argmin", "bradley_terry", "soft"] = _option(
+        "argmin",
+        "train on the first answer of the lowest score, on one drawn by softmax((1 - score) / tau), or on all",
+    )
+    tau: float = _option(0.1, "temperature of bradley_terry and soft")
+    store: Literal["auto", "text", "ids"] = _option(
+        "auto", "keep sampled answers as text and encode them again, or as token ids (auto: text where questions are)"
+    )
+    normalization: Literal["micro_batch", "step"] = _option(
+        "micro_batch", "each loss is the mean over its micro-batch's answer tokens (published), or over the step's"
+    )
+    max_tokens: int = _option(8192, "tokens of one forward pass; a micro-batch of more takes several")
+    stop_score: float | None = _option(
+        None, "stop once the mean best score is at most this, such as 0.05 (unset: off)"
+    )
+    stop_retain_loss: float | None = _option(
+        None, "and the smoothed retain loss is at most this (unset: what it was before, plus 0.05)"
+    )
+    stop_steps: int = _option(3, "for so many steps in a row")
     seed: int = _option(0, "seed of the samples, the data order and the retain draws")
 
     def __post_init__(self) -> None:
@@ -54,6 +73,14 @@ class PMCConfig:
         _require(self.retain_weight >= 0, "retain_weight", self.retain_weight, "0 or more")
         _require(self.min_len >= 0, "min_len", self.min_len, "0 (off) or more")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(self.tau > 0, "tau", self.tau, "above 0")
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(self.stop_score is None or 0 <= self.stop_score <= 1, "stop_score", self.stop_score, "0 to 1")
+        _require(
+            self.stop_retain_loss is None or self.stop_retain_loss > 0,
+            "stop_retain_loss", self.stop_retain_loss, "above 0",
+        )  # fmt: skip
+        _require(self.stop_steps >= 1, "stop_steps", self.stop_steps, "at least 1")
         _require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
 
 
@@ -71,12 +98,23 @@ class UnlearnConfig(PMCConfig):
     num_epochs: float = _option(30.0, "passes over the forget questions", flags=["--epochs"])
     batch_size: int = _option(8, "forget questions (and retain pairs) in a micro-batch")
     gradient_accumulation_steps: int = _option(2, "micro-batches in an optimizer step", flags=["--accumulation"])
-    learning_rate: float = _option(1e-5, "peak of AdamW's learning rate", flags=["--lr"])
-    weight_decay: float = _option(0.01, "AdamW's weight decay")
+    learning_rate: float = _option(1e-5, "peak of the learning rate", flags=["--lr"])
+    weight_decay: float = _option(0.01, "the optimizer's weight decay")
+    optimizer: str = _option(
+        "adamw_torch_fused", "one of transformers' optimizers by its name in TrainingArguments.optim"
+    )
     device: str = _option("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
     dtype: Literal["auto", "float32", "bfloat16"] = _option(
-        "auto", "what training computes in; parameters stay float32 (auto: bfloat16 on cuda, float32 on cpu)"
+        "auto", "what training computes in (auto: bfloat16 on cuda, float32 on cpu)"
     )
+    param_dtype: Literal["float32", "bfloat16"] = _option(
+        "float32", "what parameters are kept in; bfloat16: the optimizer keeps float32 masters of them"
+    )
+    allow_pure_bf16: bool = _option(
+        False, "bfloat16 parameters without masters: at small learning rates they hardly move"
+    )
+    checkpoint_steps: int = _option(0, "write a checkpoint into OUTPUT.checkpoints every so many steps (0: never)")
+    resume: str = _option("", "go on from a checkpoint: its directory, or auto for the newest sound one of OUTPUT")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "what is saved and evaluated (auto: as the model came)"
     )
@@ -91,6 +129,7 @@ class UnlearnConfig(PMCConfig):
         for name in ("batch_size", "gradient_accumulation_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(self.checkpoint_steps >= 0, "checkpoint_steps", self.checkpoint_steps, "0 (never) or more")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         for name in ("min_quality", "min_utility"):
             gate = getattr(self, name)

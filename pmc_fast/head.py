@@ -42,7 +42,7 @@ def output_head(model: Any, *, check: bool = True) -> Head:
         Any other head, by its class name, and one whose logits are not the model's: a wrong head
         would train silently.
     """
-    head = _read_head(model)
+    head = read_head(model)
     if check:
         _check_logits(model, head)
     return head
@@ -67,7 +67,8 @@ def _check_logits(model: Any, head: Head) -> None:
         )
 
 
-def _read_head(model: Any) -> Head:
+def read_head(model: Any) -> Head:
+    """Read the head without comparing its logits with the model's."""
     layer = model.get_output_embeddings()
     if layer is None:
         raise PMCError(f"{type(model).__name__} has no output embeddings: pmc_fast needs a causal language model")

@@ -1,13 +1,16 @@
 """The main job: check everything, unlearn, evaluate before and after, write the result whole."""
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import PrinterCallback, TrainerCallback
 
 from . import models, report
 from .config import UnlearnConfig
@@ -16,10 +19,9 @@ from .environment import machine, versions
 from .errors import PMCError
 from .evaluation import EvalSet, evaluate, greedy_answers, load_sets, with_initial_answers
 from .output import check_output, written_aside
-from .reference import Reference
-from .reward import rouge_l_recall
 from .rollout import RolloutEngine
-from .training import Schedule, train
+from .schedule import Schedule
+from .trainer import PMCArguments, PMCTrainer
 
 FEW_STEPS = 50
 
@@ -139,30 +141,31 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         monitor.warn(text)
     with stages("loading the model"):
         device = models.resolve_device(config.device)
-        loaded = models.load_model(config.model, device=device, dtype=config.dtype)
+        loaded = models.load_model(config.model, device=device, dtype=config.dtype, param_dtype=config.param_dtype)
         model, tokenizer = loaded.model, plan.tokenizer
         models.check_fit(model, tokenizer, config.model)
         save_dtype = _save_dtype(config, loaded.checkpoint_dtype)
         size = sum(p.numel() for p in model.parameters()) * save_dtype.itemsize
         path = check_output(config.output, size + (64 << 20))
-    questions = [row.question for row in plan.forget]
-    pmc = Reference(model, tokenizer, config, questions, reward=rouge_l_recall, autocast=loaded.autocast)
-    engine = RolloutEngine(model, autocast_dtype=loaded.autocast_dtype)
+    trainer = _trainer(plan, loaded, monitor)
+    pmc, engine = trainer.pmc, trainer.pmc.engine
+    resumed = trainer.find_checkpoint(config.resume)
 
     def answer(asked: Any) -> list[str]:
-        return greedy_answers(engine, pmc.encoder, asked, prompt=pmc.prompt_ids)
+        return greedy_answers(engine, pmc.encoder, asked)
 
     with stages("initial answers"):
-        initial = pmc.initial_answers = answer(questions)
-    if all(not y.split() for y in initial):
-        raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
+        initial = pmc.prepare()
     result: dict[str, Any] = {}
     if config.evaluate:
         sets = with_initial_answers(plan.sets, initial)
         with stages("evaluation before"):
             result["before"] = evaluate(answer, sets, log_text=config.log_text, on_set=stages.on_set)
-    with stages("unlearning"):
-        history = train(pmc, plan.retain, config, lambda record: monitor.step(record, plan.schedule.steps))
+    with stages("unlearning" if resumed is None else f"unlearning, from {resumed[0].name} on"):
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise trainer.diverged()
+    model.eval()
     with torch.no_grad():  # what is evaluated is what is saved
         for p in model.parameters():
             p.copy_(p.to(save_dtype))
@@ -171,13 +174,14 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
             result["after"] = evaluate(answer, sets, log_text=config.log_text, on_set=stages.on_set)
     made = {
         "settings": dataclasses.asdict(config),
-        "questions": len(questions),
+        "questions": len(plan.forget),
         "retain_rows": len(plan.retain),
         "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",
         "versions": versions(),
         "machine": machine(),
         **result,
-        "history": history,
+        "history": [r for r in trainer.state.log_history if "collapse_loss" in r],
+        "stopped": trainer.stopped,
         "failed_gates": failed_gates(config, result.get("after", {})),
         "warnings": plan.warnings,
         "stage_seconds": stages.seconds,
@@ -188,7 +192,54 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         tokenizer.save_pretrained(directory)
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
+    shutil.rmtree(_checkpoints(config), ignore_errors=True)  # they hold the initial answers
     return made
+
+
+def _checkpoints(config: UnlearnConfig) -> Path:
+    output = Path(config.output)
+    return output.with_name(output.name + ".checkpoints")
+
+
+def _trainer(plan: Plan, loaded: models.LoadedModel, monitor: Monitor) -> PMCTrainer:
+    c = plan.config
+    arguments = PMCArguments(
+        output_dir=str(_checkpoints(c)),
+        num_train_epochs=c.num_epochs,
+        per_device_train_batch_size=c.batch_size,
+        gradient_accumulation_steps=c.gradient_accumulation_steps,
+        learning_rate=c.learning_rate,
+        weight_decay=c.weight_decay,
+        optim=c.optimizer,
+        bf16=loaded.autocast_dtype is not None,
+        allow_pure_bf16=c.allow_pure_bf16,
+        master_weights=not c.allow_pure_bf16,
+        save_strategy="steps" if c.checkpoint_steps else "no",
+        save_steps=c.checkpoint_steps or 1,
+        save_total_limit=2,
+        use_cpu=loaded.model.device.type == "cpu",
+        seed=c.seed,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    questions = [row.question for row in plan.forget]
+    callbacks = [_Told(monitor, plan.schedule.steps)]
+    trainer = PMCTrainer(loaded.model, arguments, questions, plan.retain, c, plan.tokenizer, callbacks=callbacks)
+    with suppress(OSError):
+        _checkpoints(c).rmdir()  # the Trainer makes it even if nothing will be saved
+    trainer.remove_callback(PrinterCallback)  # the monitor shows what the Trainer would print
+    return trainer
+
+
+class _Told(TrainerCallback):
+    """Tells a monitor of each step as it is logged."""
+
+    def __init__(self, monitor: Monitor, steps: int) -> None:
+        self.monitor, self.steps = monitor, steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "collapse_loss" in logs:
+            self.monitor.step(logs | {"step": state.global_step}, self.steps)
 
 
 def evaluate_model(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
@@ -210,10 +261,10 @@ def evaluate_model(config: UnlearnConfig, monitor: Monitor | None = None) -> dic
         loaded = models.load_model(config.model, device=device, dtype=config.dtype)
         models.check_fit(loaded.model, tokenizer, config.model)
     engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype)
-    pmc = Reference(loaded.model, tokenizer, config, [])  # for its prompts
+    encoder = Encoder(tokenizer, config, None if config.accidents else loaded.model.generation_config)
     with stages("evaluation"):
         scores = evaluate(
-            lambda asked: greedy_answers(engine, pmc.encoder, asked, prompt=pmc.prompt_ids),
+            lambda asked: greedy_answers(engine, encoder, asked),
             sets,
             log_text=config.log_text,
             on_set=stages.on_set,

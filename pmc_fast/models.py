@@ -13,7 +13,7 @@ from .errors import PMCError
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A model with float32 parameters, and how it computes and will be saved."""
+    """A model, and how it computes and will be saved."""
 
     model: Any
     autocast_dtype: torch.dtype | None  # what it computes in under torch.autocast; None: its parameters' own
@@ -21,9 +21,12 @@ class LoadedModel:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the model computes."""
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.model.device.type, self.autocast_dtype)
+        return autocast(self.model.device, self.autocast_dtype)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Return torch.autocast's context, or one that does nothing where `dtype` is None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -49,7 +52,9 @@ def load_tokenizer(source: str) -> Any:
     return _load("AutoTokenizer", source)
 
 
-def load_model(source: str, *, device: torch.device, dtype: str = "auto") -> LoadedModel:
+def load_model(
+    source: str, *, device: torch.device, dtype: str = "auto", param_dtype: str = "float32"
+) -> LoadedModel:
     """Load a causal language model for training.
 
     Parameters
@@ -59,17 +64,19 @@ def load_model(source: str, *, device: torch.device, dtype: str = "auto") -> Loa
     device : torch.device
         Where to put it.
     dtype : {"auto", "float32", "bfloat16"}
-        What it computes in. Parameters are float32 whatever this is: at lr 1e-5 nearly no weight
-        of a bfloat16 model moves in a step. auto: bfloat16 (autocast) on cuda, float32 on the CPU.
+        What it computes in. auto: bfloat16 (autocast) on cuda, float32 on the CPU.
+    param_dtype : {"float32", "bfloat16"}
+        What its parameters are kept in.
     """
     config = _load("AutoConfig", source)
-    model = _load("AutoModelForCausalLM", source, dtype=torch.float32, use_safetensors=True).to(device)
+    model = _load("AutoModelForCausalLM", source, dtype=getattr(torch, param_dtype), use_safetensors=True).to(device)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise PMCError(f"{source} holds NaN or infinite weights in {name}: use a sound checkpoint")
     _make_savable(model.generation_config, source)
     model.eval()
-    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    # bfloat16 parameters compute in bfloat16 by themselves
+    low = param_dtype == "float32" and (dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"))
     checkpoint_dtype = getattr(config, "dtype", None) or torch.float32
     return LoadedModel(model, torch.bfloat16 if low else None, checkpoint_dtype)
 
@@ -92,6 +99,18 @@ def check_fit(model: Any, tokenizer: Any, source: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise PMCError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
+
+
+# mean differences of log-probs (kept in float32): rounding stays well below, another computation goes above
+CLOSE = {torch.float64: 2e-6, torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
+
+
+@torch.no_grad()
+def plain_logps(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return what a model's plain forward pass, in eval mode, gives each token but the first: [B, T] -> [B, T - 1]."""
+    with eval_mode(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return logits[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
 
 
 @contextmanager

@@ -45,11 +45,41 @@ def pmc(
     """
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     lengths = _lengths(cu_seqlens, targets, weights.dtype)
+    return row_scales(pmc_weights(lengths, weights, lambda_), cu_seqlens, targets, reduction="sum")
+
+
+def pmc_weights(
+    lengths: torch.Tensor,
+    weights: torch.Tensor,
+    lambda_: float,
+    tokens: tuple[float, float] | None = None,
+) -> torch.Tensor:
+    """PMC's weight of each sequence's tokens, for batches that are computed in pieces.
+
+    Parameters
+    ----------
+    lengths : Tensor [S]
+        Counted targets of each sequence.
+    weights : Tensor [C], C <= S
+    lambda_ : float
+        See `pmc`.
+    tokens : (float, float), optional
+        What to divide by: the number of collapse tokens, each times its sequence's weight, and of retain tokens.
+        By default those of these sequences; given, those of a larger batch that they are a part of.
+
+    Returns
+    -------
+    Tensor [S]
+        For `row_scales(..., reduction="sum")`.
+    """
     picked = weights.shape[0]
-    collapse = weights / (weights * lengths[:picked]).sum().clamp(min=torch.finfo(weights.dtype).tiny)
-    retain = lambda_ / lengths[picked:].sum().clamp(min=1)
-    scales = torch.cat([collapse, retain.expand(len(lengths) - picked)])
-    return row_scales(scales, cu_seqlens, targets, reduction="sum")
+    if tokens is None:
+        collapse_tokens, retain_tokens = (weights * lengths[:picked]).sum(), lengths[picked:].sum()
+    else:
+        collapse_tokens, retain_tokens = (torch.as_tensor(n, dtype=weights.dtype) for n in tokens)
+    collapse = weights / collapse_tokens.clamp(min=torch.finfo(weights.dtype).tiny)
+    retain = lambda_ / retain_tokens.to(weights.dtype).clamp(min=1)
+    return torch.cat([collapse, retain.expand(len(lengths) - picked)])
 
 
 def gradient_ascent(cu_seqlens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

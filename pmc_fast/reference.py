@@ -13,6 +13,8 @@ What the published code does by accident is done here when ``config.accidents`` 
 One more stays in both: max_length counts the left padding of the batch that a prompt is sampled in.
 """
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,10 +23,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from .config import PMCConfig
+from .config import PMCConfig, UnlearnConfig
 from .data import Encoded, Encoder, Row, collate
-from .data.encoding import ANSWER_TAG
+from .errors import PMCError
 from .models import eval_mode
+from .schedule import Schedule, micro_batches
 
 
 class Reference:
@@ -120,17 +123,6 @@ class Reference:
         with self.autocast():
             return self.model(**batch).loss
 
-    def prompt_ids(self, question: str) -> list[int]:
-        """Return the ids that a question's answers are sampled from."""
-        c = self.config
-        if c.accidents and self.encoder.format == "chat":
-            messages = [{"role": "system", "content": c.system_prompt}, {"role": "user", "content": question}]
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, date_string=c.date_string
-            )
-            return self.tokenizer(text)["input_ids"]
-        return self.encoder.prompt(question)
-
     def sample_answers(self, questions: Sequence[str]) -> list[list[str]]:
         """Sample N answers to each question from the current model: temperature, top_k, top_p."""
         c, n = self.config, self.config.num_samples
@@ -140,7 +132,7 @@ class Reference:
                 questions, n, do_sample=True, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p
             )
         self.draws += 1
-        texts = self._decode_samples(generated)
+        texts = self.encoder.samples(generated)
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     def greedy_answers(self, questions: Sequence[str], batch_size: int = 32) -> list[str]:
@@ -153,7 +145,7 @@ class Reference:
 
     @torch.no_grad()
     def _generate(self, questions: Sequence[str], copies: int, **sampling: Any) -> list[list[int]]:
-        prompts = [Encoded(ids, ids) for ids in map(self.prompt_ids, questions)]
+        prompts = [Encoded(ids, ids) for ids in map(self.encoder.prompt, questions)]
         batch = collate(prompts, self.encoder.pad, side="left")
         width = batch["input_ids"].shape[1]
         model = self.model
@@ -176,12 +168,6 @@ class Reference:
         self.sampled_tokens += sum(_length(ids, self.encoder.stops) for ids in generated)
         return generated
 
-    def _decode_samples(self, generated: Sequence[Sequence[int]]) -> list[str]:
-        if not self.config.accidents:
-            return self.encoder.answers(generated)
-        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
-        return [text[len(ANSWER_TAG) :] for text in texts] if self.encoder.format == "tags" else texts
-
 
 def rouge_score_recall(initial: Sequence[str], candidates: Sequence[Sequence[str]], min_len: int = 0) -> np.ndarray:
     """Score with the rouge_score package, as published; see `pmc_fast.reward.rouge_l_recall`."""
@@ -201,3 +187,98 @@ def rouge_score_recall(initial: Sequence[str], candidates: Sequence[Sequence[str
 
 def _length(ids: Sequence[int], stops: Sequence[int]) -> int:
     return next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+
+
+def train(
+    pmc: Reference,
+    retain: Sequence[Row],
+    config: UnlearnConfig,
+    on_step: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> list[dict[str, Any]]:
+    """Unlearn with the published loop: each micro-batch samples, keeps the best answers, trains beside retain pairs.
+
+    Parameters
+    ----------
+    pmc : Reference
+        Prepared: it knows the initial answers. Its model is trained in place.
+    retain : Sequence[Row]
+        Pairs to keep.
+    config : UnlearnConfig
+        Optimizer and schedule: AdamW, linear decay after one epoch of warm-up, no clipping.
+    on_step : callable
+        Gets each step's record as it is made.
+
+    Returns
+    -------
+    list of dict
+        One record a step: losses, mean stored score, questions pending, tokens sampled, seconds.
+
+    Raises
+    ------
+    PMCError
+        The loss or the weights are no longer finite; its text names the step.
+    """
+    model, count = pmc.model, len(pmc.questions)
+    schedule = Schedule.plan(config, count)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    warmup = schedule.steps_per_epoch
+    decay = max(1, schedule.steps - warmup)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: step / warmup if step < warmup else max(0.0, (schedule.steps - step) / decay)
+    )
+
+    def diverged(step: int) -> PMCError:
+        return PMCError(
+            f"training diverged at step {step} of {schedule.steps} (NaN or infinite loss): nothing was written; "
+            f"try a learning_rate below {config.learning_rate:g}"
+        )
+
+    retain_order = torch.Generator().manual_seed(config.seed + 1)
+    model.train()
+    history: list[dict[str, Any]] = []
+    for step, batches in zip(range(1, schedule.steps + 1), micro_batches(config, count), strict=False):
+        record: dict[str, Any] = {"step": step, "learning_rate": rate.get_last_lr()[0]}
+        sampled_before, seconds = pmc.sampled_tokens, {"rollout": 0.0, "train": 0.0}
+        losses: list[dict[str, float]] = []
+        for indices in batches:
+            start = time.perf_counter()
+            try:
+                pmc.sample(indices)
+            except RuntimeError as error:  # torch.multinomial refuses the logits of weights that overflowed
+                if "probability tensor contains" in str(error):
+                    raise diverged(step) from error
+                raise
+            drawn = time.perf_counter()
+            draws = torch.randint(len(retain), (len(indices),), generator=retain_order)
+            parts = pmc.loss(indices, [retain[i] for i in draws.tolist()])
+            (parts["loss"] / len(batches)).backward()
+            losses.append({name: value.item() for name, value in parts.items()})
+            if not math.isfinite(losses[-1]["loss"]):
+                raise diverged(step)
+            seconds["rollout"] += drawn - start
+            seconds["train"] += time.perf_counter() - drawn
+        start = time.perf_counter()
+        optimizer.step()
+        if not torch.isfinite(torch.stack([p.detach().sum() for p in trained]).sum()):
+            raise diverged(step)  # now: on CUDA the next samples would end in a device-side assert
+        rate.step()
+        optimizer.zero_grad()
+        seconds["train"] += time.perf_counter() - start
+        record |= {name: sum(part[name] for part in losses) / len(losses) for name in losses[0]}
+        scores = [entry["score"] for entry in pmc.sampled_data.values()]
+        record |= {
+            "mean_score": sum(scores) / len(scores),
+            "pending": count - sum(score == 0 for score in scores),
+            "sampled_tokens": pmc.sampled_tokens - sampled_before,
+            "rollout_seconds": seconds["rollout"],
+            "train_seconds": seconds["train"],
+        }
+        history.append(record)
+        on_step(record)
+    model.eval()
+    return history

@@ -57,7 +57,7 @@ def test_samples_stay_within_top_k_and_then_top_p(tiny, tokenizer, top_k, top_p)
         tiny.model.norm.weight.mul_(40)
     tiny.generation_config.update(top_k=2, temperature=0.1, repetition_penalty=3.0)  # must not matter
     reference = reference_of(tiny, tokenizer, num_samples=6, top_k=top_k, top_p=top_p, temperature=0.9)
-    prompts = [reference.prompt_ids(q) for q in reference.questions]
+    prompts = [reference.encoder.prompt(q) for q in reference.questions]
     generated = reference._generate(reference.questions, 6, do_sample=True, temperature=0.9, top_k=top_k, top_p=top_p)
     beyond_greedy = 0
     for i, ids in enumerate(generated):
@@ -76,7 +76,7 @@ def test_greedy_is_arg_max_at_every_step_whatever_the_padding(tiny, tokenizer):
     reference = reference_of(tiny, tokenizer)
     generated = reference._generate(reference.questions, 1, do_sample=False)
     for question, ids in zip(reference.questions, generated, strict=True):
-        prompt = reference.prompt_ids(question)
+        prompt = reference.encoder.prompt(question)
         with torch.no_grad():
             logits = tiny(torch.tensor([prompt + ids])).logits[0]
         end = ids.index(2) + 1 if 2 in ids else len(ids)
@@ -127,7 +127,7 @@ def test_published_costs(tiny, tokenizer):
 
 def test_accidents_are_repeated_only_on_request(tiny, tokenizer):
     generated = [tokenizer(text)["input_ids"] for text in ("Answer: Ann did.<|im_end|>", "Unlike this<|im_end|>")]
-    decode = lambda **s: reference_of(tiny, tokenizer, **s)._decode_samples(generated)  # noqa: E731
+    decode = lambda **s: reference_of(tiny, tokenizer, **s).encoder.samples(generated)  # noqa: E731
     assert decode() == ["Ann did.", "Unlike this"]
     assert decode(accidents=True) == ["Ann did.", "his"]
 

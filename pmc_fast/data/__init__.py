@@ -11,7 +11,7 @@ from .encoding import (
     resolve_format,
     stop_ids,
 )
-from .loading import Row, load_rows
+from .loading import Row, load_rows, rows_of
 
 __all__ = [
     "Encoded",
@@ -24,5 +24,6 @@ __all__ = [
     "load_rows",
     "pad_id",
     "resolve_format",
+    "rows_of",
     "stop_ids",
 ]

@@ -194,7 +194,7 @@ class Encoder:
     tokenizer
         A transformers tokenizer; it is not changed.
     config : PMCConfig
-        prompt_format, max_length, system_prompt and date_string are read.
+        prompt_format, max_length, system_prompt, date_string and accidents are read.
     generation_config : transformers.GenerationConfig, optional
         Adds its eos ids to the tokenizer's as those that end an answer.
     """
@@ -205,10 +205,20 @@ class Encoder:
         self.format = resolve_format(tokenizer, config.prompt_format)
         self.stops = stop_ids(tokenizer, generation_config)
         self.pad = pad_id(tokenizer, self.stops)
+        self.accidents = config.accidents
         self._chat = {"system_prompt": config.system_prompt, "date_string": config.date_string}
 
     def prompt(self, question: str) -> list[int]:
         """Return the ids that answers to `question` are sampled from."""
+        if self.accidents and self.format == "chat":  # rendered, then tokenised with special tokens: a second BOS
+            messages = [
+                {"role": "system", "content": self._chat["system_prompt"]},
+                {"role": "user", "content": question},
+            ]
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, date_string=self._chat["date_string"]
+            )
+            return self.tokenizer(text)["input_ids"]
         return encode_prompt(self.tokenizer, question, prompt_format=self.format, **self._chat)
 
     def pair(self, question: str, answer: str) -> Encoded:
@@ -225,6 +235,13 @@ class Encoder:
     def answers(self, generated: Sequence[Sequence[int]]) -> list[str]:
         """Turn generated ids into answers."""
         return decode_answers(self.tokenizer, generated, self.stops, prompt_format=self.format)
+
+    def samples(self, generated: Sequence[Sequence[int]]) -> list[str]:
+        """Turn sampled ids into answers; with `accidents` 8 characters of a tagged sample are dropped unseen."""
+        if not self.accidents:
+            return self.answers(generated)
+        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        return [text[len(ANSWER_TAG) :] for text in texts] if self.format == "tags" else texts
 
     def check_lengths(self, source: str, pairs: Iterable[tuple[str, str | None]]) -> None:
         """Refuse a question that leaves no room for an answer; the error names its row, not its text."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,18 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
     JSON is read by Python itself: `datasets` would keep a copy of the file in its cache, infer
     dates from strings, and could not name the row at fault.
     """
+    rows = rows_of(_records(str(source)), str(source), answers=answers, paraphrased=paraphrased)
+    if not rows:
+        raise PMCError(f"{source} has no rows")
+    return rows
+
+
+def rows_of(records: Iterable[Any], source: str, *, answers: bool = False, paraphrased: bool = False) -> list[Row]:
+    """Read rows from records that are already in memory, such as a datasets.Dataset; `source` names them in errors."""
     questions = ("paraphrased_question", *QUESTION_NAMES) if paraphrased else QUESTION_NAMES
     replies = ("paraphrased_answer", *ANSWER_NAMES) if paraphrased else ANSWER_NAMES
     rows = []
-    for number, record in enumerate(_records(str(source)), start=1):
+    for number, record in enumerate(records, start=1):
         where = f"{source}, row {number}"
         if not isinstance(record, Mapping):
             raise PMCError(f"{where} is {type(record).__name__}, not an object with a question")
@@ -70,8 +78,6 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
         if answers and (answer is None or not answer.strip()):
             raise PMCError(f"{where} has no answer: name the column one of {', '.join(ANSWER_NAMES)}")
         rows.append(Row(question, answer))
-    if not rows:
-        raise PMCError(f"{source} has no rows")
     return rows
 
 

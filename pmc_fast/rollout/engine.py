@@ -9,7 +9,7 @@ import torch
 
 from .. import native
 from ..errors import PMCError
-from ..models import eval_mode
+from ..models import CLOSE, plain_logps
 from ..ops.decode_attention import StepIndex
 from ..ops.sample_nucleus import sample_nucleus
 from .model_step import ModelStep
@@ -18,8 +18,6 @@ from .request import Request
 # Rows up to which guesses cost next to nothing: a step reads all weights whatever its rows.
 GUESS_ROWS = {"cpu": 12, "cuda": 64}
 MATCH = 4  # tokens by which a guess is looked up
-# mean differences of log-probs (kept in float32): rounding stays well below, another computation goes above
-CLOSE = {torch.float64: 2e-6, torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
 INDEX = ("slots", "prefix_len", "cu_suffix", "suffix", "cu_rows", "cu_prefix", "prefix")
 
 
@@ -191,10 +189,8 @@ class RolloutEngine:
 
     def _plain_logps(self, prompt: list[int], samples: list[list[int]]) -> np.ndarray:
         ids = torch.tensor([prompt + tokens for tokens in samples], device=self._step.device)
-        with torch.no_grad(), eval_mode(self.model), self._step.autocast():
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        logps = logits[:, len(prompt) - 1 : -1].double().log_softmax(-1)
-        return logps.gather(2, ids[:, len(prompt) :, None])[..., 0].cpu().numpy()
+        with self._step.autocast():
+            return plain_logps(self.model, ids)[:, len(prompt) - 1 :].cpu().numpy()
 
 
 def rollout(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> Rollouts:

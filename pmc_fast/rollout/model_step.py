@@ -7,20 +7,18 @@ pool and reads what each row sees. No transformers cache is involved, whose call
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
-from ..errors import PMCError
-from ..models import eval_mode
+from .. import patching
+from ..models import autocast, eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
 from .lending import CpuLayers, replaced
 
 ATTENTION = "pmc_fast_rollout"
-UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask")  # what an attention may add that ours does not know
 
 
 class ModelStep:
@@ -49,7 +47,7 @@ class ModelStep:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(eval_mode(self.model))
-            stack.enter_context(_attention(self.model))
+            stack.enter_context(patching.attention(self.model, ATTENTION))
             stack.enter_context(replaced(self._linears()))
             if self.device.type == "cpu" and self.autocast_dtype is None:
                 stack.enter_context(self._layers.lend())
@@ -58,9 +56,7 @@ class ModelStep:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context that the model computes in."""
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        return autocast(self.device, self.autocast_dtype)
 
     def logits(
         self, tokens: torch.Tensor, positions: torch.Tensor, index: StepIndex, rows: torch.Tensor, span: int
@@ -181,34 +177,13 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend over the pool; the signature is transformers' attention interface's."""
-    name = type(module).__name__
-    if rollout_step is None or getattr(module, "layer_idx", None) is None:
-        raise PMCError(
-            f"{name} does not hand its arguments on to the attention interface: this family is not supported"
-        )
-    for extra in UNKNOWN:
-        if kwargs.get(extra) is not None:
-            raise PMCError(f"{name} needs {extra} in its attention: this family is not supported")
+    patching.check_call(module, rollout_step, kwargs)
+    assert rollout_step is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return rollout_step.attend(module.layer_idx, query, key, value, scale, softcap, sliding_window), None
 
 
-AttentionInterface.register(ATTENTION, attention)
-
-
-@contextmanager
-def _attention(model: Any) -> Iterator[None]:
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [
-        (c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")
-    ]
-    try:
-        for config, _ in before:
-            config._attn_implementation_internal = ATTENTION
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+patching.register_attention(ATTENTION, attention)
 
 
 def _longer(tensor: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,0 +1,218 @@
+"""Packing: sequences laid end to end without padding, for one forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from ..errors import PMCError
+from .encoding import IGNORED, Encoded
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens begin to end of a pack: each sees the segment's prefix and, of the segment, what precedes it."""
+
+    begin: int
+    end: int
+    prefix_begin: int = 0
+    prefix_end: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def prefix(self) -> int:
+        return self.prefix_end - self.prefix_begin
+
+
+class Segments(tuple[Segment, ...]):
+    """The segments of a pack in order: together they cover it. What varlen kernels need is derived once."""
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [s.length for s in self]
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether any segment has a prefix."""
+        return any(s.prefix for s in self)
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """The most queries and the most keys of a segment."""
+        return max(self.lengths), max(s.length + s.prefix for s in self)
+
+    def cu_seqlens(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return int32 [S + 1] offsets of queries and of keys."""
+        keys = [s.length + s.prefix for s in self]
+        both = [list(accumulate(n, initial=0)) for n in (self.lengths, keys)]
+        q, k = torch.tensor(both, dtype=torch.int32).to(device, non_blocking=True)
+        return q, k
+
+    def keys(self, device: torch.device) -> torch.Tensor:
+        """Return the tokens that are keys, segment by segment, its prefix first: int64 [K]."""
+        ranges = [torch.arange(a, b) for s in self for a, b in ((s.prefix_begin, s.prefix_end), (s.begin, s.end))]
+        return torch.cat(ranges).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences for one forward pass, and what it predicts.
+
+    Positions restart with every sequence. The last token of a sequence predicts nothing and is left out.
+    """
+
+    input_ids: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T]
+    segments: Segments
+    hidden_rows: torch.Tensor  # int64 [R], ascending: tokens that predict a target
+    targets: torch.Tensor  # int64 [M], sequence by sequence
+    rows: torch.Tensor  # int64 [M]: which of hidden_rows predicts each target
+    cu_targets: torch.Tensor  # int64 [S + 1]: where each sequence's targets begin and end
+    sequences: list[int] = field(default_factory=list)  # [S]: their numbers in the order they were given
+
+    def to(self, device: torch.device) -> "Pack":
+        """Return the pack with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            n: t.to(device, non_blocking=True) for n, t in vars(self).items() if isinstance(t, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def num_targets(sequence: Encoded) -> int:
+    """Return how many tokens of a sequence are predicted: the first never is."""
+    return sum(label != IGNORED for label in sequence.labels[1:])
+
+
+def pack(groups: Sequence[Sequence[Encoded]], max_tokens: int) -> list[Pack]:
+    """Lay groups of sequences end to end.
+
+    Parameters
+    ----------
+    groups : sequence of sequences of Encoded
+        The sequences of a group share the computation of the tokens that they begin with, up to their first
+        label: the answers to one question. Sequences that train no token are left out.
+    max_tokens : int
+        Of a pack; a longer group has a pack of its own.
+
+    Returns
+    -------
+    list of Pack
+        In the order given; `Pack.sequences` numbers the sequences of all groups from 0.
+    """
+    if max_tokens < 1:
+        raise PMCError(f"max_tokens is {max_tokens}: it must be at least 1")
+    packs, builder = [], _Builder()
+    number = 0
+    for group in groups:
+        numbered = [(number + i, s) for i, s in enumerate(group) if num_targets(s)]
+        number += len(group)
+        if not numbered:
+            continue
+        shared = _shared_length([s for _, s in numbered])
+        size = shared + sum(_used(s) - shared for _, s in numbered)
+        if builder.ids and len(builder.ids) + size > max_tokens:
+            packs.append(builder.build())
+            builder = _Builder()
+        builder.add(numbered, shared)
+    if builder.ids:
+        packs.append(builder.build())
+    return packs
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[Segment] = []
+        self.predictors: list[int] = []
+        self.targets: list[int] = []
+        self.ends: list[int] = [0]
+        self.sequences: list[int] = []
+
+    def add(self, group: Sequence[tuple[int, Encoded]], shared: int) -> None:
+        prefix = (0, 0)
+        if shared:
+            prefix = (len(self.ids), len(self.ids) + shared)
+            self._append(group[0][1].input_ids[:shared], 0, (0, 0))
+        for number, s in group:
+            own = len(self.ids) - shared  # token t of the sequence, once past the prefix, stands at own + t
+            self._append(s.input_ids[shared : _used(s)], shared, prefix)
+            for t in range(1, _used(s) + 1):
+                if s.labels[t] != IGNORED:
+                    self.predictors.append(prefix[0] + t - 1 if t - 1 < shared else own + t - 1)
+                    self.targets.append(s.labels[t])
+            self.ends.append(len(self.targets))
+            self.sequences.append(number)
+
+    def _append(self, ids: list[int], first: int, prefix: tuple[int, int]) -> None:
+        if ids:
+            self.segments.append(Segment(len(self.ids), len(self.ids) + len(ids), *prefix))
+            self.positions += range(first, first + len(ids))
+            self.ids += ids
+
+    def build(self) -> Pack:
+        hidden_rows, rows = torch.tensor(self.predictors).unique(return_inverse=True)
+        return Pack(
+            torch.tensor(self.ids),
+            torch.tensor(self.positions),
+            Segments(self.segments),
+            hidden_rows,
+            torch.tensor(self.targets),
+            rows,
+            torch.tensor(self.ends),
+            self.sequences,
+        )
+
+
+def _used(s: Encoded) -> int:
+    """Return how many tokens a pass needs: up to the one that predicts the last target."""
+    return max(t for t, label in enumerate(s.labels) if label != IGNORED)
+
+
+def _shared_length(group: Sequence[Encoded]) -> int:
+    """Return how many tokens a group's sequences begin with alike, none of them a target; 0 for one alone."""
+    if len(group) < 2:
+        return 0
+    limit = min(next(t for t, label in enumerate(s.labels) if label != IGNORED) for s in group)
+    columns = zip(*(s.input_ids[:limit] for s in group), strict=True)
+    return next((t for t, column in enumerate(columns) if len(set(column)) > 1), limit)
+
+
+def unpad(batch: Any) -> list[Encoded]:
+    """Take a padded batch apart.
+
+    Parameters
+    ----------
+    batch : mapping
+        int ``input_ids``, ``attention_mask`` (optional) and ``labels`` (-100: not trained), all [B, T], padded
+        on either side.
+
+    Raises
+    ------
+    PMCError
+        A mask that hides tokens inside a sequence: a packed pass would see them.
+    """
+    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+    mask = batch.get("attention_mask")
+    masks = [[1] * len(row) for row in ids] if mask is None else mask.tolist()
+    sequences: list[Encoded] = []
+    for row, label, seen in zip(ids, labels, masks, strict=True):
+        # the end comes from the labels: a mask made where pad is eos would hide a trained eos
+        end = max((t for t, x in enumerate(label) if x != IGNORED), default=-1) + 1
+        begin = next((t for t, x in enumerate(seen) if x), 0)
+        if not all(seen[begin : end - 1]):
+            raise PMCError(
+                f"row {len(sequences)} of a padded batch has an attention_mask with a 0 inside its text: mask the "
+                "padding alone (a pad token that also stands in texts, such as eos, is masked there too)"
+            )
+        sequences.append(Encoded(row[begin:end], label[begin:end]))
+    return sequences

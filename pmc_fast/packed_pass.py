@@ -1,0 +1,130 @@
+"""One forward pass over a pack through the model's own forward, its head computed by `weighted_nll`."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from . import patching
+from .data import Encoded
+from .data.packing import Pack, pack
+from .errors import PMCError
+from .head import read_head
+from .models import CLOSE, eval_mode, plain_logps
+from .ops.packed_attention import ATTENTION
+from .ops.weighted_nll import weighted_nll
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the transformers model inside PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def packed_nll(
+    base: Any, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sum of row_scale * -logp over a pack's targets, and the log-probs.
+
+    The model's own forward runs, on one sequence [1, T]: hooks, wrappers, adapters, checkpointing and autocast apply
+    as in any other pass. Exchanged for its time are the attention function (each sequence sees itself alone)
+    and the head's forward (`weighted_nll` over the rows that predict a target, instead of logits).
+
+    Parameters
+    ----------
+    base : transformers.PreTrainedModel
+        The causal language model itself.
+    pack : Pack
+        On the model's device.
+    row_scale : Tensor [M]
+        Weight of each target.
+    model : callable, optional
+        What to call: `base` wrapped by DDP, FSDP, PEFT or torch.compile. By default `base`.
+
+    Returns
+    -------
+    loss : Tensor []
+        Differentiable.
+    logps : Tensor [M]
+        Not differentiable.
+    """
+    made: dict[str, torch.Tensor] = {}
+
+    def head_forward(hidden: torch.Tensor) -> torch.Tensor:
+        # inside the head's own call: a sharded head is whole here
+        head = read_head(base)
+        made["loss"], made["logps"] = weighted_nll(
+            hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options()
+        )
+        return hidden  # in place of logits, which nobody reads
+
+    inner = base.forward
+
+    def base_forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        inner(*args, **kwargs)
+        return made  # what a wrapper sees as the module's output: it must find the loss there
+
+    with ExitStack() as stack:
+        stack.enter_context(patching.attention(base, ATTENTION))
+        stack.enter_context(_checkpointing(base))
+        stack.enter_context(patching.forward(base.get_output_embeddings(), head_forward))
+        stack.enter_context(patching.forward(base, base_forward))
+        out = (base if model is None else model)(
+            input_ids=pack.input_ids[None],
+            position_ids=pack.positions[None],
+            use_cache=False,
+            logits_to_keep=pack.hidden_rows,
+            packed_segments=pack.segments,
+        )
+    return out["loss"], out["logps"]
+
+
+@contextmanager
+def _checkpointing(base: Any) -> Iterator[None]:
+    """Let checkpointed layers find the packed attention also when backward runs them again."""
+    layers = [m for m in base.modules() if "_gradient_checkpointing_func" in vars(m)]
+    originals = [m._gradient_checkpointing_func for m in layers]
+    try:
+        for layer, original in zip(layers, originals, strict=True):
+            layer._gradient_checkpointing_func = functools.partial(_checkpoint, base, original)
+        yield
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer._gradient_checkpointing_func = original
+
+
+def _checkpoint(base: Any, original: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    def again(*inputs: Any) -> Any:
+        with patching.attention(base, ATTENTION):
+            return function(*inputs)
+
+    return original(again, *args)
+
+
+def check_packed(base: Any, autocast_dtype: torch.dtype | None, *, model: Any = None) -> None:
+    """Compare a pack's log-probs with the model's plain ones on random tokens, before anything depends on them.
+
+    Raises
+    ------
+    PMCError
+        They differ by more than rounding.
+    """
+    embeddings = base.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(embeddings.shape[0], (n,), generator=generator).tolist() for n in (5, 9)]
+    packed = pack([[Encoded(ids, list(ids))] for ids in sequences], 64)[0].to(embeddings.device)
+    with torch.no_grad(), eval_mode(base):
+        zeros = torch.zeros(len(packed.targets), device=embeddings.device)
+        _, ours = packed_nll(base, packed, zeros, model=model)
+    theirs = [
+        plain_logps(base if model is None else model, torch.tensor([ids]).to(ours.device))[0] for ids in sequences
+    ]
+    error = float((torch.cat(theirs) - ours).abs().mean())
+    dtype = autocast_dtype or embeddings.dtype
+    if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
+        raise PMCError(
+            f"{type(base).__name__}: a packed pass does not compute what the model computes with attn_implementation "
+            f"{base.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; if it stays, this "
+            "family is not supported"
+        )

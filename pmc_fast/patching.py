@@ -1,0 +1,58 @@
+"""What is changed in a transformers model for the time of a pass, and put back after it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import AttentionInterface
+
+from .errors import PMCError
+
+UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask")  # what an attention may add that ours do not know
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Make `function` known to transformers' attention interface."""
+    AttentionInterface.register(name, function)
+
+
+@contextmanager
+def attention(model: Any, name: str) -> Iterator[None]:
+    """Let every layer of `model` call the attention function `name`."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [
+        (c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")
+    ]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+def check_call(module: Any, state: Any, extras: dict[str, Any]) -> None:
+    """Refuse a layer that does not hand on our `state`, or whose attention needs what ours does not know."""
+    name = type(module).__name__
+    if state is None or getattr(module, "layer_idx", None) is None:
+        raise PMCError(
+            f"{name} does not hand its arguments on to the attention interface: this family is not supported"
+        )
+    for extra in UNKNOWN:
+        if extras.get(extra) is not None:
+            raise PMCError(f"{name} needs {extra} in its attention: this family is not supported")
+
+
+@contextmanager
+def forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward; hooks and wrappers around it stay."""
+    own = vars(module).get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if own is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = own

@@ -1,0 +1,46 @@
+"""When unlearning is done: the answers are unlike the initial ones and what is to be kept is back."""
+
+from typing import Any
+
+SMOOTHING = 0.9  # weight of the past in the smoothed retain loss
+SLACK = 0.05  # nats a token above the untouched model's retain loss
+
+
+class StopRule:
+    """Stop once mean best score and smoothed retain loss are at most their bounds, for `steps` steps in a row.
+
+    Parameters
+    ----------
+    score : float
+        Bound of the mean stored score over all questions, each having been visited.
+    retain_loss : float, optional
+        Bound of the retain loss, smoothed over about ten steps. By default what it was in the first step, before
+        any weight had moved, plus 0.05.
+    steps : int
+    """
+
+    def __init__(self, score: float, retain_loss: float | None, steps: int) -> None:
+        self.score, self.bound, self.steps = score, retain_loss, steps
+        self._sum, self._weight, self._met = 0.0, 0.0, 0
+
+    def update(self, mean_score: float, retain_loss: float, *, all_visited: bool) -> str | None:
+        """Take in a step; return why to stop, or None."""
+        if self.bound is None:
+            self.bound = retain_loss + SLACK
+        self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * retain_loss
+        self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        smoothed = self._sum / self._weight
+        met = all_visited and mean_score <= self.score and smoothed <= self.bound
+        self._met = self._met + 1 if met else 0
+        if self._met < self.steps:
+            return None
+        return (
+            f"mean best score {mean_score:.3f} <= {self.score:g} and smoothed retain loss {smoothed:.3f} <= "
+            f"{self.bound:.3f} for {self.steps} steps"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bound": self.bound, "sum": self._sum, "weight": self._weight, "met": self._met}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bound, self._sum, self._weight, self._met = (state[n] for n in ("bound", "sum", "weight", "met"))

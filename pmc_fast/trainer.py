@@ -1,0 +1,362 @@
+"""PMC as a transformers Trainer."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from . import checkpoint
+from .config import PMCConfig
+from .data import Encoded, Row, rows_of
+from .data.packing import num_targets
+from .errors import PMCError
+from .master_weights import LOW, MasterWeights
+from .pmc import PMC
+from .reward import Reward, rouge_l_recall
+from .schedule import EpochOrder
+from .stopping import StopRule
+
+logger = logging.get_logger(__name__)
+PURE_LOW_LR = 1e-4  # below it, nearly all updates of a bfloat16 weight round to nothing
+
+
+@dataclass
+class PMCArguments(TrainingArguments):
+    """TrainingArguments with the published settings for defaults (arXiv 2507.04219, appendix)."""
+
+    output_dir: str | None = field(default="pmc_output")
+    learning_rate: float = field(default=1e-5)
+    weight_decay: float = field(default=0.01)
+    num_train_epochs: float = field(default=30.0)
+    per_device_train_batch_size: int = field(default=8)
+    gradient_accumulation_steps: int = field(default=2)
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping, as published"})
+    optim: str = field(default="adamw_torch_fused")
+    logging_steps: float = field(default=1)
+    save_strategy: str = field(default="no")
+    warmup_epochs: float = field(default=1.0, metadata={"help": "epochs of warm-up where warmup_steps is 0"})
+    master_weights: bool = field(
+        default=True, metadata={"help": "the optimizer keeps float32 masters of bfloat16 parameters"}
+    )
+    allow_pure_bf16: bool = field(
+        default=False, metadata={"help": "train bfloat16 parameters without masters at a learning rate below 1e-4"}
+    )
+
+
+class PMCTrainer(Trainer):
+    """Unlearns with Partial Model Collapse.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+    args : transformers.TrainingArguments, optional
+        `PMCArguments` by default. Other TrainingArguments are taken as they are.
+    forget_dataset : sequence
+        Questions: texts, prompts as lists of token ids, or rows (a datasets.Dataset too) with a ``question``,
+        ``prompt``, ``query`` or ``instruction``, or chats in ``messages``. Answers are never read.
+    retain_dataset : sequence
+        Rows with questions and answers, or encoded ones with ``input_ids`` and ``labels``.
+    pmc_config : PMCConfig, optional
+    processing_class : transformers.PreTrainedTokenizerBase
+    callbacks, optimizers
+        As of the Trainer.
+    reward : callable, optional
+        See `PMC`.
+
+    Notes
+    -----
+    All questions of an optimizer step are sampled in one rollout, in `get_batch_samples`. Logged beside the
+    Trainer's own numbers: collapse_loss, retain_loss, mean_score, pending, sampled_tokens, rollout_seconds,
+    train_seconds. A checkpoint is sealed and holds initial answers (mode 0600); resuming from one continues the
+    same trajectory, on one CPU process bit for bit.
+    """
+
+    _tag_names = ["pmc-fast", "unlearning"]  # noqa: RUF012
+    optimizer: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        forget_dataset: Sequence[Any] | None = None,
+        retain_dataset: Sequence[Any] | None = None,
+        pmc_config: PMCConfig | None = None,
+        processing_class: Any = None,
+        *,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        reward: Reward = rouge_l_recall,
+    ) -> None:
+        args = PMCArguments() if args is None else args
+        config = pmc_config or PMCConfig()
+        if forget_dataset is None or not len(forget_dataset):
+            raise PMCError("forget_dataset is empty: it needs the questions to forget")
+        if retain_dataset is None or not len(retain_dataset):
+            raise PMCError("retain_dataset is empty: without pairs to keep, forgetting takes all else along")
+        if processing_class is None:
+            raise PMCError("processing_class is not given: pass the model's tokenizer")
+        _check_precision(model, args)
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # the Trainer would wrap the model in DataParallel: use accelerate launch for more GPUs
+        questions = questions_of(forget_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=list(range(len(questions))),
+            data_collator=lambda indices: {"indices": indices},
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), _StepEnd(self)],
+            optimizers=optimizers,
+        )
+        self.pmc = PMC(
+            self.model, processing_class, config, questions, reward=reward, autocast_dtype=_autocast_dtype(args)
+        )
+        self.retain = encoded_rows(retain_dataset, self.pmc)
+        self.retain_order = torch.Generator().manual_seed(config.seed + 1)
+        self.stop_rule = (
+            None
+            if config.stop_score is None
+            else StopRule(config.stop_score, config.stop_retain_loss, config.stop_steps)
+        )
+        self.stopped: str | None = None  # why the stopping rule fired
+        self._step: dict[str, Any] = {}
+        self._saving_to: Path | None = None
+
+    # --- data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> "EpochOrder":
+        return EpochOrder(len(self.pmc.questions), self.pmc.config.seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any
+    ) -> tuple[list[Any], None]:
+        """Collect an optimizer step's micro-batches, sample all their questions at once, draw their retain pairs."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        indices = [[int(i) for i in batch["indices"]] for batch in batches]
+        if not indices:
+            return [], None
+        start = time.perf_counter()
+        try:
+            step = self.pmc.sample([i for batch in indices for i in batch])
+        except PMCError as error:
+            if "NaN or infinite" in str(error) and self.state.global_step:
+                raise self.diverged() from error
+            raise
+        self._step = {"losses": [], "counters": step.counters, "rollout_seconds": time.perf_counter() - start}
+        self._step["begin"] = time.perf_counter()
+        retain = [self._draw_retain(len(batch)) for batch in indices]
+        tokens = sum(num_targets(s) for batch in retain for s in batch)
+        parts = step.split(len(indices[0]))
+        made = [
+            {"part": part, "retain": kept, "retain_tokens": tokens} for part, kept in zip(parts, retain, strict=True)
+        ]
+        return made, None
+
+    def _draw_retain(self, count: int) -> list[Encoded]:
+        draws = torch.randint(len(self.retain), (count,), generator=self.retain_order)
+        return [self.retain[i] for i in draws.tolist()]
+
+    # --- a step
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, pack by pack; its loss is its share of the step's."""
+        model.train()
+        switch: Any = getattr(self.optimizer, "train", None)  # of schedule-free optimizers
+        if callable(switch):
+            switch()
+        total = torch.zeros((), device=self.args.device)
+        made = None
+        for made in self.pmc.losses(
+            inputs["part"], inputs["retain"], model=model, retain_tokens=inputs["retain_tokens"]
+        ):
+            self.accelerator.backward(made.loss)
+            total += made.loss.detach()
+        assert made is not None
+        self._step["losses"].append((total, made.collapse, made.retain))
+        return total
+
+    def _finish_step(self, control: Any) -> None:
+        """Take stock at the end of an optimizer step: metrics, divergence, the stopping rule."""
+        loss, collapse, retain = torch.stack(
+            [torch.stack([x.double() for x in losses]) for losses in self._step["losses"]]
+        ).T.tolist()
+        if not math.isfinite(sum(loss)):
+            raise self.diverged()
+        count = len(collapse)
+        scores = self.pmc.scores()
+        questions = len(self.pmc.questions)
+        counters = self._step["counters"]
+        self._metrics = {
+            "collapse_loss": sum(collapse) / count,
+            "retain_loss": sum(retain) / count,
+            "mean_score": sum(scores) / len(scores),
+            "pending": questions - sum(score == 0 for score in scores),
+            "sampled_tokens": counters.get("sampled_tokens", 0.0),
+            "rows": counters.get("rows", 0.0),
+            "rollout_seconds": self._step["rollout_seconds"],
+            "train_seconds": time.perf_counter() - self._step["begin"],
+        }
+        if self.stop_rule is not None:
+            m = self._metrics
+            self.stopped = self.stop_rule.update(
+                m["mean_score"], m["retain_loss"], all_visited=len(scores) == questions
+            )
+            control.should_training_stop = control.should_training_stop or self.stopped is not None
+
+    def diverged(self) -> PMCError:
+        """Return the error that names this step."""
+        step = self.state.global_step
+        return PMCError(
+            f"training diverged at step {step} of {self.state.max_steps} (NaN or infinite numbers): try a "
+            f"learning_rate below {self.args.learning_rate:g}"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the Trainer's numbers and, with a training step's, PMC's."""
+        if "loss" in logs:
+            logs |= getattr(self, "_metrics", {})
+        super().log(logs, *args, **kwargs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return grad_norm  # not computed for the log alone: it reads and writes all gradients
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # the Trainer's estimate counts padded input_ids, which there are none of
+
+    # --- optimizer
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the optimizer, with float32 masters where parameters are bfloat16."""
+        fresh = self.optimizer is None
+        super().create_optimizer(*args, **kwargs)
+        if fresh and getattr(self.args, "master_weights", True) and _has_low(self.model):
+            self.optimizer = MasterWeights(self.optimizer)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Create the schedule; where warmup_steps is 0, with `PMCArguments.warmup_epochs` of warm-up."""
+        epochs, warmup = getattr(self.args, "warmup_epochs", 0.0), self.args.warmup_steps
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        if epochs and not warmup:
+            self.args.warmup_steps = round(epochs * math.ceil(len(self.pmc.questions) / per_step))
+        try:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        finally:
+            self.args.warmup_steps = warmup
+
+    # --- checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint` is a directory, or "auto" or True for the newest sound one, if any."""
+        found = self.find_checkpoint(resume_from_checkpoint)
+        if found is not None:
+            self._load_own_state(found[1])
+        elif not self.pmc.initial_answers:
+            self.pmc.prepare()
+        return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)
+
+    def find_checkpoint(self, wanted: str | bool | None) -> tuple[Path, dict[str, Any]] | None:
+        """Check the checkpoint that `train` would resume from; return its directory and PMC's state in it."""
+        if wanted in ("auto", True):
+            return checkpoint.newest(Path(self.args.output_dir or "."), self._fingerprint(), logger.warning)
+        if not wanted:
+            return None
+        return Path(str(wanted)), checkpoint.load(Path(str(wanted)), self._fingerprint())
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self.args.output_dir or ".")
+        name = f"checkpoint-{self.state.global_step}"
+        with checkpoint.sealed(run / name, self._own_state(), self._fingerprint()) as aside:
+            self._saving_to = aside
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_to = None
+        if self.args.save_total_limit:
+            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_to) if self._saving_to else super()._get_output_dir(trial)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "pmc": self.pmc.state_dict(),
+            "retain_order": self.retain_order.get_state().tolist(),
+            "stop_rule": None if self.stop_rule is None else self.stop_rule.state_dict(),
+        }
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        self.pmc.load_state_dict(state["pmc"])
+        self.retain_order.set_state(torch.tensor(state["retain_order"], dtype=torch.uint8))
+        if self.stop_rule is not None:
+            self.stop_rule.load_state_dict(state["stop_rule"])
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Return what a checkpoint must have in common with this run: hashes, no text."""
+        a = self.args
+        steps = ("learning_rate", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+                 "gradient_accumulation_steps", "optim", "bf16", "max_grad_norm")  # fmt: skip
+        shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
+        return {
+            "questions": checkpoint.digest(self.pmc.prompts),
+            "retain rows": checkpoint.digest([s.input_ids for s in self.retain]),
+            "PMC settings": checkpoint.digest({f.name: getattr(self.pmc.config, f.name) for f in fields(PMCConfig)}),
+            "training settings": checkpoint.digest({n: str(getattr(a, n)) for n in steps}),
+            "parameters": checkpoint.digest(shapes),
+        }
+
+
+class _StepEnd(TrainerCallback):
+    """Hands the end of each optimizer step to the trainer, before it is logged and saved."""
+
+    def __init__(self, trainer: PMCTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.trainer._finish_step(control)
+        return control
+
+
+def questions_of(dataset: Sequence[Any]) -> list[Any]:
+    """Return the questions of a forget dataset: texts or token ids, as `PMC` takes them."""
+    first = dataset[0]
+    if isinstance(first, str) or (isinstance(first, Sequence) and first and isinstance(first[0], int)):
+        return list(dataset)
+    return [row.question for row in rows_of(dataset, "forget_dataset")]
+
+
+def encoded_rows(dataset: Sequence[Any], pmc: PMC) -> list[Encoded]:
+    """Return a retain dataset's sequences."""
+    first = dataset[0]
+    if isinstance(first, Encoded):
+        return list(dataset)
+    if isinstance(first, Mapping) and "input_ids" in first and "labels" in first:
+        return [Encoded(list(map(int, r["input_ids"])), list(map(int, r["labels"]))) for r in dataset]
+    rows = list(dataset) if isinstance(first, Row) else rows_of(dataset, "retain_dataset", answers=True)
+    return pmc.encode_retain(rows)
+
+
+def _has_low(model: Any) -> bool:
+    return any(p.dtype in LOW for p in model.parameters() if p.requires_grad)
+
+
+def _check_precision(model: Any, args: TrainingArguments) -> None:
+    masters = getattr(args, "master_weights", True)
+    if _has_low(model) and not masters and args.learning_rate < PURE_LOW_LR:
+        if getattr(args, "allow_pure_bf16", False):
+            return
+        raise PMCError(
+            f"learning_rate is {args.learning_rate:g} for bfloat16 parameters without float32 masters: most of their "
+            "updates would round to nothing; keep master_weights on, load the model in float32, or allow_pure_bf16"
+        )
+
+
+def _autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
