@@ -9,12 +9,15 @@ Each round runs every contestant once, in a rotating order, so that a slow minut
 all of them. Results go to benchmarks/results/SUITE.json; `python -m benchmarks.report` prints them.
 """
 
+import fcntl
 import gc
 import json
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +30,26 @@ RESULTS = Path(__file__).parent / "results"
 Contestant = Callable[[], Any]
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hold a lock that other benchmark processes of this machine wait for: timed sections never overlap."""
+    with (Path(tempfile.gettempdir()) / "pmc_fast_benchmark.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def time_round(contestants: Mapping[str, Contestant], number: int) -> dict[str, float]:
     """Run every contestant once and return its seconds; round `number` begins with another one."""
     names = list(contestants)
     seconds = {}
-    for i in range(len(names)):
-        name = names[(i + number) % len(names)]
-        start = time.perf_counter()
-        contestants[name]()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds[name] = time.perf_counter() - start
+    with alone():
+        for i in range(len(names)):
+            name = names[(i + number) % len(names)]
+            start = time.perf_counter()
+            contestants[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name] = time.perf_counter() - start
     return seconds
 
 
