@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from . import models, report
 from .config import UnlearnConfig
@@ -19,6 +20,7 @@ from .environment import machine, versions
 from .errors import PMCError
 from .evaluation import EvalSet, evaluate, greedy_answers, load_sets, with_initial_answers
 from .output import check_output, written_aside
+from .pmc import PMC
 from .rollout import RolloutEngine
 from .schedule import Schedule
 from .trainer import PMCArguments, PMCTrainer
@@ -74,6 +76,10 @@ def check(config: UnlearnConfig) -> Plan:
     if not config.retain:
         raise PMCError(
             "retain is not given: --retain takes pairs to keep; without them forgetting takes all else along"
+        )
+    if config.optimizer not in {name.value for name in OptimizerNames}:
+        raise PMCError(
+            f"optimizer is {config.optimizer!r}: use one that transformers knows, such as adamw_torch_fused"
         )
     check_output(config.output, 0)
     forget = load_rows(config.forget)
@@ -149,7 +155,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         path = check_output(config.output, size + (64 << 20))
     trainer = _trainer(plan, loaded, monitor)
     pmc, engine = trainer.pmc, trainer.pmc.engine
-    resumed = trainer.find_checkpoint(config.resume)
+    resumed = trainer.find_checkpoint(config.resume, warn=monitor.warn)
 
     def answer(asked: Any) -> list[str]:
         return greedy_answers(engine, pmc.encoder, asked)
@@ -182,6 +188,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         **result,
         "history": [r for r in trainer.state.log_history if "collapse_loss" in r],
         "stopped": trainer.stopped,
+        **({"sampled_answers": _sampled(pmc)} if config.log_text else {}),
         "failed_gates": failed_gates(config, result.get("after", {})),
         "warnings": plan.warnings,
         "stage_seconds": stages.seconds,
@@ -194,6 +201,20 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
             (directory / name).write_text(text, encoding="utf-8")
     shutil.rmtree(_checkpoints(config), ignore_errors=True)  # they hold the initial answers
     return made
+
+
+def _sampled(pmc: PMC) -> list[dict[str, Any]]:
+    """Return what was trained on: each question's initial answer, stored answers and score."""
+    return [
+        {
+            "question": q,
+            "initial": y,
+            "stored": [answer for answer, _ in pmc.store.answer(i)],
+            "score": pmc.store.score(i),
+        }
+        for i, (q, y) in enumerate(zip(pmc.questions, pmc.initial_answers, strict=True))
+        if pmc.store.visits(i)
+    ]
 
 
 def _checkpoints(config: UnlearnConfig) -> Path:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -262,10 +262,15 @@ class PMCTrainer(Trainer):
             self.pmc.prepare()
         return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)
 
-    def find_checkpoint(self, wanted: str | bool | None) -> tuple[Path, dict[str, Any]] | None:
-        """Check the checkpoint that `train` would resume from; return its directory and PMC's state in it."""
+    def find_checkpoint(
+        self, wanted: str | bool | None, *, warn: Callable[[str], None] = logger.warning
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """Check the checkpoint that `train` would resume from; return its directory and PMC's state in it.
+
+        With "auto" or True, `warn` hears why newer checkpoints are passed over.
+        """
         if wanted in ("auto", True):
-            return checkpoint.newest(Path(self.args.output_dir or "."), self._fingerprint(), logger.warning)
+            return checkpoint.newest(Path(self.args.output_dir or "."), self._fingerprint(), warn)
         if not wanted:
             return None
         return Path(str(wanted)), checkpoint.load(Path(str(wanted)), self._fingerprint())

@@ -107,6 +107,55 @@ def test_text_stays_out_unless_asked_for(arguments, data, tiny, tokenizer, capsy
         shutil.rmtree(data / "out")
 
 
+def test_sampled_answers_are_shown_on_demand(arguments, data):
+    assert run([*arguments, "--log-text"]) == 0
+    made = json.loads((data / "out/report.json").read_text())
+    assert [row["question"] for row in made["sampled_answers"]] == [f"What is fact {i}?" for i in range(4)]
+    assert all(len(row["stored"]) == 1 and 0 <= row["score"] <= 1 for row in made["sampled_answers"])
+    assert "Sampled answers that were trained on" in (data / "out/report.html").read_text()
+
+
+def test_a_killed_job_goes_on_from_its_newest_checkpoint(arguments, data, monkeypatch, capsys):
+    """Cut off after step 3 of 4; the same weights as a run that was not, and no checkpoint left."""
+    longer = [*replaced(arguments, epochs="2"), "--checkpoint-steps", "1", "--no-evaluate"]
+    assert run(replaced(longer, output=data / "whole")) == 0
+    step_end = PMCTrainer._finish_step
+
+    def cut(self, control):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        step_end(self, control)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PMCTrainer, "_finish_step", cut)
+        assert run(longer) == 130
+    assert left_behind(data) == ["out.checkpoints", "whole"]
+    capsys.readouterr()
+    assert run(replaced([*longer, "--resume", "auto"], seed=1)) == 0  # another run's: it starts anew
+    assert "belongs to another run" in capsys.readouterr().err
+    shutil.rmtree(data / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(PMCTrainer, "_finish_step", cut)
+        assert run(longer) == 130
+    assert run([*longer, "--resume", "auto"]) == 0
+    assert "from checkpoint-2 on" in capsys.readouterr().err
+    assert left_behind(data) == ["out", "whole"]
+    ours, whole = (
+        transformers.AutoModelForCausalLM.from_pretrained(data / name, dtype=torch.float32)
+        for name in ("out", "whole")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), whole.parameters(), strict=True))
+    made = json.loads((data / "out/report.json").read_text())
+    assert [r["step"] for r in made["history"]] == [1, 2, 3, 4]
+
+
+def test_bfloat16_parameters_are_trained_through_masters(arguments, data):
+    assert run([*replaced(arguments, lr="1e-5"), "--param-dtype", "bfloat16", "--no-evaluate"]) == 0
+    settings = json.loads((data / "out/report.json").read_text())["settings"]
+    assert settings["param_dtype"] == "bfloat16"
+    shutil.rmtree(data / "out")
+
+
 def trajectory(arguments, data, monkeypatch):
     """Train as the job does and return what can depend on data: losses, scores and the final weights."""
     seen = []
@@ -156,6 +205,7 @@ def test_pad_equal_to_eos_changes_nothing(arguments, data, tiny_dir, monkeypatch
         ({"output": None}, "output is not given"),
         ({"num_samples": 0}, "num_samples is 0: it must be at least 1"),
         ({"top_p": 1.5}, "top_p is 1.5: it must be above 0 and at most 1"),
+        ({"optimizer": "no_such_one"}, "optimizer is 'no_such_one': use one that transformers knows"),
         ({"top_k": -1}, "top_k is -1: it must be 0 (off) or more"),
         ({"max_length": 9}, "row 1: the question takes 9 tokens and leaves none of max_length 9"),
         ({"device": "cuda:9"}, "device is 'cuda:9'"),
