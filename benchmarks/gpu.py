@@ -43,6 +43,7 @@ def check_correctness() -> str:
         "tests/test_sampling.py",
         "tests/test_decode_cuda.py",
         "tests/test_rollout.py",
+        "tests/test_rollout_graphs.py",
     )
     command = [sys.executable, "-m", "pytest", *tests]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

@@ -24,9 +24,11 @@ class LoadedModel:
         return autocast(self.model.device, self.autocast_dtype)
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def autocast(
+    device: torch.device, dtype: torch.dtype | None, *, cache_enabled: bool = True
+) -> AbstractContextManager[Any]:
     """Return torch.autocast's context, or one that does nothing where `dtype` is None."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=cache_enabled)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Tiny random models of many transformers families, for tests that import `tests.families`."""
+"""Tiny random models of many transformers families, and what the tests of rollouts ask of them."""
 
 import torch
 import transformers as tf
@@ -30,6 +30,9 @@ REFUSED = {
                                            intermediate_size_mlp=48), "chunked"),
     "gpt_oss": (lambda: tf.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1), "s_aux"),
 }  # fmt: skip
+PROMPTS = [[5, 7, 9, 11, 4], [3], [8, 8, 2, 30, 41, 17, 22, 6, 9], [5, 7, 9, 12]]
+HOW = {"num_samples": 6, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "max_new_tokens": 14, "seed": 3,
+       "stop_ids": [1, 2]}  # fmt: skip
 
 
 def build(config, dtype=torch.float64):

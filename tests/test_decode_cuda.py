@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pmc_fast import native
 from pmc_fast.errors import PMCError
 from pmc_fast.ops.decode_attention import DTYPES, StepIndex, decode_attention
+from pmc_fast.rollout.buckets import DRAWS, ENTRIES, INDEX, Bucket, pad
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = importlib.util.find_spec("pmc_fast._cuda") is not None
@@ -67,6 +68,18 @@ def random_step(seed, dtype, kv_heads, group, dim, questions, longest=12, rows=2
     r = len(prefix_len)
     q, k = make(kv_heads * group, r, dim).transpose(0, 1), make(kv_heads, r, dim).transpose(0, 1)
     return index, q, k, make(r, kv_heads, dim), make(at, kv_heads, dim), make(at, kv_heads, dim)
+
+
+def padded_step(index, q, k, v, k_pool, v_pool, rows, blocks):
+    """The same step with more rows and more, also empty, blocks; q, k, v and the pool longer, by NaN where unused."""
+    plan = {name: getattr(index, name).numpy() for name in INDEX}
+    plan |= {name: np.arange(len(q)) for name in ("tokens", "positions", "logit_rows", *DRAWS)}
+    bucket = Bucket(len(q) + rows, len(index.cu_rows) + blocks)
+    arrays = pad(plan, bucket, len(k_pool))
+    arrays |= {"suffix": arrays[ENTRIES], "prefix": arrays[ENTRIES]}
+    longer = lambda t, fill: torch.cat([t, torch.full((rows, *t.shape[1:]), fill, dtype=t.dtype)])  # noqa: E731
+    index = StepIndex(*(torch.from_numpy(arrays[name]) for name in INDEX))
+    return index, *(longer(t, 1.0) for t in (q, k, v)), *(longer(t, torch.nan) for t in (k_pool, v_pool))
 
 
 def exact_and_bound(index, q, k, v, k_pool, v_pool, how):
@@ -143,6 +156,24 @@ def test_emulated_kernel_in_any_order(
     assert all(torch.equal(a.double(), b) for a, b in zip(ours, pools, strict=True))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), dtype=st.sampled_from(list(DTYPES)), group=st.sampled_from([1, 3, 5]),
+    questions=st.integers(1, 4), rows=st.integers(0, 19), blocks=st.integers(0, 9),
+    window=st.sampled_from([None, 1, 5]), order=st.integers(0, 3),
+)  # fmt: skip
+def test_emulated_kernel_of_a_padded_step(emulation, seed, dtype, group, questions, rows, blocks, window, order):
+    step = random_step(seed, dtype, 2, group, 16, questions, rows=7)
+    wide = padded_step(*step, rows, blocks)
+    expected = emulate(emulation, *step, scale=0.25, window=window, order=order)
+    out = emulate(emulation, *wide, scale=0.25, window=window, order=order)
+    real = len(expected)
+    assert torch.equal(out[:real], expected)  # digit by digit: a tile holds rows of one question
+    assert torch.equal(out[real:], torch.ones_like(out[real:]))  # they see their own value alone
+    for pool, longer in zip(step[4:], wide[4:], strict=True):
+        assert torch.equal(longer[: len(pool)], pool)
+
+
 def test_emulated_kernel_keeps_what_is_not_finite(emulation):
     index, q, k, v, k_pool, v_pool = random_step(4, torch.float32, 1, 2, 16, 1)
     row = int(index.cu_rows[1]) - 1
@@ -211,6 +242,19 @@ def test_gpu(shape, how, dtype):
     out = decode_attention(q, k, v, *ours, index, **how)
     assert (out.double().cpu() - exact).abs().max().item() <= bound
     assert all(torch.equal(a.double().cpu(), b) for a, b in zip(ours, pools, strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "blocks"), [(0, 0), (0, 5), (1, 0), (37, 60)])
+def test_gpu_padded_step(rows, blocks, dtype):
+    step = random_step(6, dtype, 3, 3, 64, 8, 100, 20, 60)
+    index, *tensors = on_gpu(*step)
+    expected = decode_attention(*tensors, index, scale=0.1)
+    index, *tensors = on_gpu(*padded_step(*step, rows, blocks))
+    out = decode_attention(*tensors, index, scale=0.1)
+    assert torch.equal(out[: len(expected)], expected)
+    assert out.isfinite().all()
 
 
 @needs_gpu

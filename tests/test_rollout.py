@@ -12,11 +12,7 @@ from pmc_fast.errors import PMCError
 from pmc_fast.ops import sample_nucleus
 from pmc_fast.rollout import RolloutEngine, rollout
 from pmc_fast.rollout.model_step import ATTENTION, attention
-from tests.families import FAMILIES, REFUSED, build
-
-PROMPTS = [[5, 7, 9, 11, 4], [3], [8, 8, 2, 30, 41, 17, 22, 6, 9], [5, 7, 9, 12]]
-HOW = {"num_samples": 6, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "max_new_tokens": 14, "seed": 3,
-       "stop_ids": [1, 2]}  # fmt: skip
+from tests.families import FAMILIES, HOW, PROMPTS, REFUSED, build
 
 
 @pytest.fixture(scope="module")

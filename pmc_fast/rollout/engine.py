@@ -10,15 +10,14 @@ import torch
 from .. import native
 from ..errors import PMCError
 from ..models import CLOSE, plain_logps
-from ..ops.decode_attention import StepIndex
-from ..ops.sample_nucleus import sample_nucleus
+from ..ops.sample_nucleus import Draws, sample_nucleus
+from .inputs import StepInputs
 from .model_step import ModelStep
 from .request import Request
 
 # Rows up to which guesses cost next to nothing: a step reads all weights whatever its rows.
 GUESS_ROWS = {"cpu": 12, "cuda": 64}
 MATCH = 4  # tokens by which a guess is looked up
-INDEX = ("slots", "prefix_len", "cu_suffix", "suffix", "cu_rows", "cu_prefix", "prefix")
 
 
 @dataclass(slots=True)
@@ -29,7 +28,9 @@ class Rollouts:
     logps: list[list[np.ndarray]]  # float32, of the full softmax at temperature 1
     nucleus_mass: list[list[np.ndarray]]  # float32, the share of the tempered softmax that top_k and top_p kept
     finish_reason: list[list[Literal["stop", "length"]]]
-    counters: dict[str, int]  # rows, sampled_tokens, prefill_tokens, steps, peak_slots, draft_rows, ...
+    counters: dict[
+        str, int
+    ]  # rows, sampled_tokens, prefill_tokens, steps, peak_slots, draft_rows, graph_replays, ...
 
 
 class RolloutEngine:
@@ -42,16 +43,30 @@ class RolloutEngine:
         weights are used; it is left as it was found.
     autocast_dtype : torch.dtype, optional
         What training computes in under torch.autocast, if it does.
+    cuda_graphs : bool
+        Pad decode steps to a few sizes and replay CUDA graphs of them. Has not run on a GPU yet.
+    pad_steps : bool
+        Pad them without that: for tests and measurements.
 
     Raises
     ------
     PMCError
-        On first use: a model whose log-probs on a short sample are not those of its own forward pass.
+        On first use: a model whose log-probs on a short sample are not those of its own forward pass;
+        cuda_graphs where there is no GPU, or for a model whose steps can't be captured.
     """
 
-    def __init__(self, model: Any, *, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        cuda_graphs: bool = False,
+        pad_steps: bool = False,
+    ) -> None:
         self.model = model
-        self._step = ModelStep(model, autocast_dtype)
+        self._step = ModelStep(model, autocast_dtype, cuda_graphs=cuda_graphs)
+        self._cuda_graphs, self._pads = cuda_graphs, cuda_graphs or pad_steps
+        self._inputs = StepInputs(self._step.device, pads=self._pads)
         self._checked = False
 
     def __call__(
@@ -139,31 +154,24 @@ class RolloutEngine:
                 state.add(prompt, stream, group, longest, drafts)
         with self._step.lend():
             device = self._step.device  # known only now: the model may have been moved
+            if self._cuda_graphs and device.type != "cuda":
+                raise PMCError(f"cuda_graphs=True but the model is on {device}: move it to cuda, or leave it out")
             guess_rows = GUESS_ROWS[device.type] if guesses else 0
+            if self._inputs.device != device:
+                self._inputs = StepInputs(device, pads=self._pads)
+            padded, before = 0, self._step.graph_counters()
             while (plan := state.plan(work.max_rows, guess_rows)) is not None:
-                on_device = {
-                    name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in plan.items()
-                }
-                logits = self._step.logits(
-                    on_device["tokens"],
-                    on_device["positions"],
-                    StepIndex(*(on_device[name] for name in INDEX)),
-                    on_device["logit_rows"],
-                    state.span,
-                )
-                drawn = sample_nucleus(
-                    logits,
-                    on_device["cu_draws"],
-                    on_device["streams"],
-                    on_device["samples"],
-                    on_device["draw_positions"],
-                    **draw,
-                )
-                tokens = drawn.tokens.cpu().numpy()
+                step = self._inputs(plan, state.span, work.max_rows)
+                rows = len(plan["logit_rows"])
+                padded += len(step.logit_rows) - rows
+                drawn = sample_nucleus(self._step.logits(step)[:rows], *step.draws, **draw)
+                tokens, logps, mass = _to_host(drawn)
                 if (tokens < 0).any():
                     raise PMCError("the model's logits are NaN or infinite: its weights are damaged, or it overflows")
-                state.advance(tokens, drawn.logps.cpu().numpy(), drawn.nucleus_mass.cpu().numpy())
+                state.advance(tokens, logps, mass)
+        graphs = {name: n - before[name] for name, n in self._step.graph_counters().items()}
         counters = state.counters() | {"pool_bytes": self._step.pool_bytes(), "copy_bytes": self._step.copy_bytes()}
+        counters |= {"padded_rows": padded} | graphs
         return _collect(state, len(work.prompts), len(groups), counters)
 
     def _check(self) -> None:
@@ -171,7 +179,7 @@ class RolloutEngine:
         vocab = self.model.get_input_embeddings().weight.shape[0]
         generator = np.random.default_rng(0)
         prompts = [generator.integers(0, vocab, n).tolist() for n in (5, 9)]
-        work = Request.checked(self.model, prompts, 4, 1.0, 4, None, None, (), 7, None, None)
+        work = Request.checked(self.model, prompts, 4, 1.0, 4, None, None, (), 8, None, None)
         ours = self._run(work, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}, guesses=True, trie=True)
         _check_windows(self.model, self._step.windows)
         errors = []
@@ -196,6 +204,13 @@ class RolloutEngine:
 def rollout(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> Rollouts:
     """Sample answers to prompts; see `RolloutEngine`, which is worth keeping for a second call."""
     return RolloutEngine(model)(prompts, **settings)
+
+
+def _to_host(drawn: Draws) -> list[np.ndarray]:
+    """Bring draws to the host in one copy, the only thing that a step waits for; as bits, so that none change."""
+    parts = [drawn.tokens, drawn.logps.view(torch.int64), drawn.nucleus_mass.view(torch.int64)]
+    tokens, logps, mass = torch.cat(parts).cpu().split([len(p) for p in parts])
+    return [tokens.numpy(), logps.view(torch.float64).numpy(), mass.view(torch.float64).numpy()]
 
 
 def _check_windows(model: Any, windows: dict[int, int | None]) -> None:

@@ -16,9 +16,12 @@ from .. import patching
 from ..models import autocast, eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
+from .graphs import CudaRecorder, StepGraphs, fingerprint
+from .inputs import StepTensors
 from .lending import CpuLayers, replaced
 
 ATTENTION = "pmc_fast_rollout"
+LEAST_SLOTS = 1024  # of a pool under graphs: as it grows they are captured again
 
 
 class ModelStep:
@@ -30,10 +33,14 @@ class ModelStep:
     autocast_dtype : torch.dtype, optional
         The dtype that training runs under with torch.autocast: the linear layers then read a copy of their
         weights in it, renewed by every `lend`.
+    cuda_graphs : bool
+        Replay CUDA graphs of padded steps.
     """
 
-    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None, *, cuda_graphs: bool = False) -> None:
         self.model, self.autocast_dtype = model, autocast_dtype
+        self.graphs = StepGraphs(lambda: CudaRecorder(self.device), type(model).__name__) if cuda_graphs else None
+        self._relies_on: Any = None
         self._forget_buffers()
         self._index: StepIndex | None = None
         self._backend: str | None = None
@@ -52,38 +59,41 @@ class ModelStep:
             if self.device.type == "cpu" and self.autocast_dtype is None:
                 stack.enter_context(self._layers.lend())
             stack.enter_context(self.autocast())
+            if self.graphs is not None:  # once a rollout: weights do not move during one
+                self._relies_on = fingerprint(self.model, self._copies)
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context that the model computes in."""
-        return autocast(self.device, self.autocast_dtype)
+        # a graph would read what autocast casts once and keeps, long after that is gone
+        return autocast(self.device, self.autocast_dtype, cache_enabled=self.graphs is None)
 
-    def logits(
-        self, tokens: torch.Tensor, positions: torch.Tensor, index: StepIndex, rows: torch.Tensor, span: int
-    ) -> torch.Tensor:
-        """Compute a step and return the logits of some of its rows.
+    def logits(self, step: StepTensors) -> torch.Tensor:
+        """Compute a step and return the logits of the rows that it wants them of.
 
         Parameters
         ----------
-        tokens, positions : int64 Tensor [R]
-        index : StepIndex
-            The slots that each row writes and sees.
-        rows : int64 Tensor [L]
-            Rows whose logits are wanted.
-        span : int
-            Slots that the pool must have.
+        step : StepTensors
 
         Returns
         -------
         float32 Tensor [L, V], or float64 for a float64 model on the CPU
+            Under graphs gone with the next step.
         """
-        self._reserve(span)
-        self._index = index
+        self._reserve(step.span)
+        compute = functools.partial(self._compute, step)
+        if self.graphs is None or step.bucket is None:
+            return compute()
+        pool = [t.data_ptr() for pair in self.pool.values() for t in pair]
+        return self.graphs(step.bucket, step.tokens.data_ptr(), (self._relies_on, pool), compute)
+
+    def _compute(self, step: StepTensors) -> torch.Tensor:
+        self._index = step.index
         out = self.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
+            input_ids=step.tokens[None],
+            position_ids=step.positions[None],
             use_cache=False,
-            logits_to_keep=rows,
+            logits_to_keep=step.logit_rows,
             rollout_step=self,
         )
         self._index = None
@@ -123,6 +133,11 @@ class ModelStep:
         """Return the memory of the weights' copies under autocast."""
         return sum(t.nbytes for pair in self._copies.values() for t in pair if t is not None)
 
+    def graph_counters(self) -> dict[str, int]:
+        """Return how many steps were captured and replayed so far."""
+        captures, replays = (0, 0) if self.graphs is None else (self.graphs.captures, self.graphs.replays)
+        return {"graph_captures": captures, "graph_replays": replays}
+
     def _forget_buffers(self) -> None:
         weight = self.model.get_input_embeddings().weight
         self.device, self._dtype = weight.device, weight.dtype
@@ -131,11 +146,14 @@ class ModelStep:
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._layers = CpuLayers(self.model)
         self._span = 0
+        if self.graphs is not None:
+            self.graphs.drop()
 
     def _reserve(self, span: int) -> None:
         if span <= self._span:
             return
-        self._span = max(span, self._span * 3 // 2)
+        spare = self._span * 3 // 2 if self.graphs is None else max(2 * self._span, LEAST_SLOTS)
+        self._span = max(span, spare)
         for layer, pair in self.pool.items():
             self.pool[layer] = tuple(_longer(t, self._span) for t in pair)  # type: ignore[assignment]
 
