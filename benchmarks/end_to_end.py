@@ -23,10 +23,8 @@ from examples.demo_model import finetuned_model
 from pmc_fast import PMCArguments, PMCTrainer
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
-from pmc_fast.data.packing import pack
 from pmc_fast.evaluation import evaluate, greedy_answers, load_sets
-from pmc_fast.ops import row_scales
-from pmc_fast.packed_pass import packed_nll
+from pmc_fast.packed_pass import mean_nll
 from pmc_fast.reference import Reference, train
 from pmc_fast.schedule import Schedule
 
@@ -183,18 +181,12 @@ def retain_only(run: Run) -> dict[str, Any]:
     run.start()
     for step in range(1, run.steps + 1):
         draws = torch.randint(len(kept), (c.batch_size,), generator=order)
-        total = 0.0
-        packs = pack([[kept[i]] for i in draws.tolist()], c.max_tokens)
-        count = sum(len(p.targets) for p in packs)
-        for p in packs:
-            weights = torch.full((len(p.sequences),), 1 / count)
-            loss, _ = packed_nll(run.model, p, row_scales(weights, p.cu_targets, p.targets, reduction="sum"))
-            loss.backward()
-            total += loss.item()
+        loss = mean_nll(run.model, [kept[i] for i in draws.tolist()])
+        loss.backward()
         optimizer.step()
         rate.step()
         optimizer.zero_grad()
-        run.on_step({"step": step, "loss": total})
+        run.on_step({"step": step, "loss": loss.item()})
         run.model.train()
     return run.result(run.steps)
 

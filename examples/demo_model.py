@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import transformers
 
-from pmc_fast.data import Row, collate, encode_pair, load_rows
+from pmc_fast.data import Row, encode_pair, load_rows
+from pmc_fast.packed_pass import mean_nll
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -97,7 +98,7 @@ def _finetune(directory: Path, epochs: int = 10, batch_size: int = 8, lr: float 
         *load_rows(TOFU / "retain60.jsonl", answers=True),
     ]
     pairs = [encode_pair(tokenizer, r.question, r.answer or "", prompt_format="tags") for r in rows]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     steps = epochs * (len(pairs) // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order = torch.Generator().manual_seed(0)
@@ -106,7 +107,7 @@ def _finetune(directory: Path, epochs: int = 10, batch_size: int = 8, lr: float 
     for epoch in range(epochs):
         losses = []
         for chosen in torch.randperm(len(pairs), generator=order).split(batch_size):
-            loss = model(**collate([pairs[i] for i in chosen.tolist()], PAD)).loss
+            loss = mean_nll(model, [pairs[i] for i in chosen.tolist()])
             loss.backward()
             optimizer.step()
             schedule.step()

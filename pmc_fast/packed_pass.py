@@ -1,7 +1,7 @@
 """One forward pass over a pack through the model's own forward, its head computed by `weighted_nll`."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from . import patching
 from .data import Encoded
-from .data.packing import Pack, pack
+from .data.packing import Pack, num_targets, pack
 from .errors import PMCError
 from .head import read_head
 from .models import CLOSE, eval_mode, plain_logps
@@ -78,6 +78,17 @@ def packed_nll(
             packed_segments=pack.segments,
         )
     return out["loss"], out["logps"]
+
+
+def mean_nll(base: Any, sequences: Sequence[Encoded], *, max_tokens: int = 8192, model: Any = None) -> torch.Tensor:
+    """Return the mean cross-entropy of the sequences' trained tokens: plain fine-tuning without padding."""
+    count = sum(map(num_targets, sequences))
+    device = base.get_input_embeddings().weight.device
+    losses = []
+    for p in pack([[s] for s in sequences], max_tokens):
+        scale = torch.full((len(p.targets),), 1 / count, device=device)
+        losses.append(packed_nll(base, p.to(device), scale, model=model)[0])
+    return torch.stack(losses).sum()
 
 
 @contextmanager

@@ -6,12 +6,12 @@ import transformers as tf
 from torch.nn.parallel import DistributedDataParallel
 
 from pmc_fast import patching
-from pmc_fast.data import Encoded
+from pmc_fast.data import Encoded, collate
 from pmc_fast.data.packing import num_targets, pack
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import packed_attention as op
 from pmc_fast.ops import row_scales, weighted_nll
-from pmc_fast.packed_pass import causal_lm, check_packed, packed_nll
+from pmc_fast.packed_pass import causal_lm, check_packed, mean_nll, packed_nll
 from tests.families import FAMILIES, REFUSED, build
 
 IGNORED = -100
@@ -70,6 +70,14 @@ def test_gradients_are_the_plain_models(family):
         torch.testing.assert_close(loss, plain_loss(model))
         same(gradients(model, loss), theirs)
     check_packed(model, None)
+
+
+def test_mean_nll_is_the_padded_batchs_loss():
+    model = build(FAMILIES["gpt2"]())
+    batch = collate(FLAT, 0)
+    theirs = gradients(model, model(**batch).loss)
+    for max_tokens in (8192, 10):
+        same(gradients(model, mean_nll(model, FLAT, max_tokens=max_tokens)), theirs)
 
 
 def test_shared_prompts_change_nothing():
