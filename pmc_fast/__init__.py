@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .arguments import PMCArguments
     from .config import PMCConfig
     from .errors import PMCError
     from .pmc import PMC
-    from .trainer import PMCArguments, PMCTrainer
+    from .trainer import PMCTrainer
 
 __version__ = "0.1.0"
 __all__ = ["PMC", "PMCArguments", "PMCConfig", "PMCError", "PMCTrainer"]
@@ -16,7 +17,7 @@ _HOMES = {
     "PMC": "pmc",
     "PMCConfig": "config",
     "PMCError": "errors",
-    "PMCArguments": "trainer",
+    "PMCArguments": "arguments",
     "PMCTrainer": "trainer",
 }
 

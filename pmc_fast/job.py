@@ -2,18 +2,17 @@
 
 import dataclasses
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from . import models, report
+from .arguments import PMCArguments
 from .config import UnlearnConfig
 from .data import Encoder, Row, load_rows
 from .environment import machine, versions
@@ -21,37 +20,12 @@ from .errors import PMCError
 from .evaluation import EvalSet, evaluate, greedy_answers, load_sets, with_initial_answers
 from .output import check_output, written_aside
 from .pmc import PMC
+from .progress import Monitor, Silent, Stages
 from .rollout import RolloutEngine
 from .schedule import Schedule
-from .trainer import PMCArguments, PMCTrainer
+from .trainer import PMCTrainer
 
 FEW_STEPS = 50
-
-
-class Monitor(Protocol):
-    """Who is told what a job does."""
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-
-    def step(self, record: dict[str, Any], steps: int) -> None:
-        """An optimizer step of `steps` is done."""
-
-    def warn(self, text: str) -> None:
-        """Something the user should know before waiting for it."""
-
-
-class Silent:
-    """A monitor that shows nothing."""
-
-    def stage(self, name: str) -> None:
-        pass
-
-    def step(self, record: dict[str, Any], steps: int) -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        pass
 
 
 @dataclass(slots=True)
@@ -100,24 +74,6 @@ def check(config: UnlearnConfig) -> Plan:
     return plan
 
 
-class _Stages:
-    """Names and times the stages of a run."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self.monitor, self.seconds = monitor, dict[str, float]()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.monitor.stage(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-    def on_set(self, s: EvalSet) -> None:
-        """Show which questions are asked: an evaluation takes a while."""
-        self.monitor.stage(f"  {s.name}: {len(s.rows)} questions")
-
-
 def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
     """Run the whole job and return its report.
 
@@ -139,7 +95,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         Bad input, a loss that is not finite, or a full disk; then nothing was written.
     """
     monitor = monitor or Silent()
-    stages = _Stages(monitor)
+    stages = Stages(monitor)
     with stages("checking"):
         plan = check(config)
     config = plan.config
@@ -265,7 +221,7 @@ class _Told(TrainerCallback):
 
 def evaluate_model(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
     """Score a model on the forget and kept data of `config`, as `unlearn` does before and after."""
-    stages = _Stages(monitor or Silent())
+    stages = Stages(monitor or Silent())
     with stages("checking"):
         forget = load_rows(config.forget, answers=True)
         retain = load_rows(config.retain, answers=True) if config.retain else []

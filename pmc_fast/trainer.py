@@ -2,52 +2,32 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from . import checkpoint
+from .arguments import PMCArguments, autocast_dtype, check_precision, has_low_precision
 from .config import PMCConfig
-from .data import Encoded, Row, rows_of
+from .data import Encoded, questions_of, sequences_of
 from .data.packing import num_targets
 from .errors import PMCError
-from .master_weights import LOW, MasterWeights
+from .master_weights import MasterWeights
 from .pmc import PMC
 from .reward import Reward, rouge_l_recall
 from .schedule import EpochOrder
 from .stopping import StopRule
 
 logger = logging.get_logger(__name__)
-PURE_LOW_LR = 1e-4  # below it, nearly all updates of a bfloat16 weight round to nothing
-
-
-@dataclass
-class PMCArguments(TrainingArguments):
-    """TrainingArguments with the published settings for defaults (arXiv 2507.04219, appendix)."""
-
-    output_dir: str | None = field(default="pmc_output")
-    learning_rate: float = field(default=1e-5)
-    weight_decay: float = field(default=0.01)
-    num_train_epochs: float = field(default=30.0)
-    per_device_train_batch_size: int = field(default=8)
-    gradient_accumulation_steps: int = field(default=2)
-    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping, as published"})
-    optim: str = field(default="adamw_torch_fused")
-    logging_steps: float = field(default=1)
-    save_strategy: str = field(default="no")
-    warmup_epochs: float = field(default=1.0, metadata={"help": "epochs of warm-up where warmup_steps is 0"})
-    master_weights: bool = field(
-        default=True, metadata={"help": "the optimizer keeps float32 masters of bfloat16 parameters"}
-    )
-    allow_pure_bf16: bool = field(
-        default=False, metadata={"help": "train bfloat16 parameters without masters at a learning rate below 1e-4"}
-    )
 
 
 class PMCTrainer(Trainer):
@@ -102,7 +82,7 @@ class PMCTrainer(Trainer):
             raise PMCError("retain_dataset is empty: without pairs to keep, forgetting takes all else along")
         if processing_class is None:
             raise PMCError("processing_class is not given: pass the model's tokenizer")
-        _check_precision(model, args)
+        check_precision(model, args)
         if args.n_gpu > 1:
             args._n_gpu = 1  # the Trainer would wrap the model in DataParallel: use accelerate launch for more GPUs
         questions = questions_of(forget_dataset)
@@ -116,9 +96,9 @@ class PMCTrainer(Trainer):
             optimizers=optimizers,
         )
         self.pmc = PMC(
-            self.model, processing_class, config, questions, reward=reward, autocast_dtype=_autocast_dtype(args)
+            self.model, processing_class, config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
         )
-        self.retain = encoded_rows(retain_dataset, self.pmc)
+        self.retain = sequences_of(retain_dataset, self.pmc.encoder)
         self.retain_order = torch.Generator().manual_seed(config.seed + 1)
         self.stop_rule = (
             None
@@ -127,6 +107,7 @@ class PMCTrainer(Trainer):
         )
         self.stopped: str | None = None  # why the stopping rule fired
         self._step: dict[str, Any] = {}
+        self._metrics: dict[str, float] = {}
         self._saving_to: Path | None = None
 
     # --- data
@@ -150,6 +131,7 @@ class PMCTrainer(Trainer):
                 raise self.diverged() from error
             raise
         self._step = {"losses": [], "counters": step.counters, "rollout_seconds": time.perf_counter() - start}
+        self._step["indices"] = step.indices
         self._step["begin"] = time.perf_counter()
         retain = [self._draw_retain(len(batch)) for batch in indices]
         tokens = sum(num_targets(s) for batch in retain for s in batch)
@@ -221,8 +203,19 @@ class PMCTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the Trainer's numbers and, with a training step's, PMC's."""
         if "loss" in logs:
-            logs |= getattr(self, "_metrics", {})
+            logs |= self._metrics
+            if getattr(self.args, "log_text", False):
+                self._print_answers()
         super().log(logs, *args, **kwargs)
+
+    def _print_answers(self) -> None:
+        table = Table("question", "initial answer", "stored", "score", title=f"step {self.state.global_step}")
+        pmc = self.pmc
+        for i in self._step["indices"]:
+            stored = " | ".join(str(answer) for answer, _ in pmc.store.answer(i))
+            row = (str(pmc.questions[i]), pmc.initial_answers[i], stored, f"{pmc.store.score(i):.3f}")
+            table.add_row(*map(escape, row))
+        Console().print(table)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return grad_norm  # not computed for the log alone: it reads and writes all gradients
@@ -236,7 +229,7 @@ class PMCTrainer(Trainer):
         """Create the optimizer, with float32 masters where parameters are bfloat16."""
         fresh = self.optimizer is None
         super().create_optimizer(*args, **kwargs)
-        if fresh and getattr(self.args, "master_weights", True) and _has_low(self.model):
+        if fresh and getattr(self.args, "master_weights", True) and has_low_precision(self.model):
             self.optimizer = MasterWeights(self.optimizer)
         return self.optimizer
 
@@ -327,41 +320,3 @@ class _StepEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.trainer._finish_step(control)
         return control
-
-
-def questions_of(dataset: Sequence[Any]) -> list[Any]:
-    """Return the questions of a forget dataset: texts or token ids, as `PMC` takes them."""
-    first = dataset[0]
-    if isinstance(first, str) or (isinstance(first, Sequence) and first and isinstance(first[0], int)):
-        return list(dataset)
-    return [row.question for row in rows_of(dataset, "forget_dataset")]
-
-
-def encoded_rows(dataset: Sequence[Any], pmc: PMC) -> list[Encoded]:
-    """Return a retain dataset's sequences."""
-    first = dataset[0]
-    if isinstance(first, Encoded):
-        return list(dataset)
-    if isinstance(first, Mapping) and "input_ids" in first and "labels" in first:
-        return [Encoded(list(map(int, r["input_ids"])), list(map(int, r["labels"]))) for r in dataset]
-    rows = list(dataset) if isinstance(first, Row) else rows_of(dataset, "retain_dataset", answers=True)
-    return pmc.encode_retain(rows)
-
-
-def _has_low(model: Any) -> bool:
-    return any(p.dtype in LOW for p in model.parameters() if p.requires_grad)
-
-
-def _check_precision(model: Any, args: TrainingArguments) -> None:
-    masters = getattr(args, "master_weights", True)
-    if _has_low(model) and not masters and args.learning_rate < PURE_LOW_LR:
-        if getattr(args, "allow_pure_bf16", False):
-            return
-        raise PMCError(
-            f"learning_rate is {args.learning_rate:g} for bfloat16 parameters without float32 masters: most of their "
-            "updates would round to nothing; keep master_weights on, load the model in float32, or allow_pure_bf16"
-        )
-
-
-def _autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -121,6 +121,13 @@ def test_logs_say_what_happens_and_hold_no_text(fresh, tokenizer, tmp_path):
     assert all(isinstance(v, (int, float)) for r in trainer.state.log_history for v in r.values())
 
 
+def test_texts_are_printed_on_demand(fresh, tokenizer, tmp_path, capsys):
+    for log_text in (False, True):
+        args = arguments(tmp_path, max_steps=1, log_text=log_text, per_device_train_batch_size=6)
+        trainer_of(fresh(), tokenizer, args, forget=[*QUESTIONS, "What [bold]is[/bold] it?"]).train()
+        assert ("[/bold]" in capsys.readouterr().out) is log_text
+
+
 class Stop(transformers.TrainerCallback):
     """Breaks off after a step, as a crash would."""
 

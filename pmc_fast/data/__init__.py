@@ -1,5 +1,6 @@
 """Reading questions and answers, and turning them into token ids."""
 
+from .datasets import questions_of, sequences_of
 from .encoding import (
     Encoded,
     Encoder,
@@ -23,7 +24,9 @@ __all__ = [
     "encode_prompt",
     "load_rows",
     "pad_id",
+    "questions_of",
     "resolve_format",
     "rows_of",
+    "sequences_of",
     "stop_ids",
 ]

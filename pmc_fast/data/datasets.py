@@ -1,0 +1,26 @@
+"""Forget and retain data as trainers hold them: texts, rows or token ids."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .encoding import Encoded, Encoder
+from .loading import Row, rows_of
+
+
+def questions_of(dataset: Sequence[Any]) -> list[Any]:
+    """Return the questions of a forget dataset: texts or token ids, as `PMC` takes them."""
+    first = dataset[0]
+    if isinstance(first, str) or (isinstance(first, Sequence) and first and isinstance(first[0], int)):
+        return list(dataset)
+    return [row.question for row in rows_of(dataset, "forget_dataset")]
+
+
+def sequences_of(dataset: Sequence[Any], encoder: Encoder) -> list[Encoded]:
+    """Return a retain dataset's sequences."""
+    first = dataset[0]
+    if isinstance(first, Encoded):
+        return list(dataset)
+    if isinstance(first, Mapping) and "input_ids" in first and "labels" in first:
+        return [Encoded(list(map(int, r["input_ids"])), list(map(int, r["labels"]))) for r in dataset]
+    rows = list(dataset) if isinstance(first, Row) else rows_of(dataset, "retain_dataset", answers=True)
+    return [encoder.pair(row.question, row.answer or "") for row in rows]
