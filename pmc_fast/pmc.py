@@ -244,15 +244,15 @@ class PMC:
         # what `collapse` and `retain` report: each a mean over its own batch, whatever the weights in the loss are
         means = pmc_weights(lengths, weights, 1.0)
         for p in packs:
-            numbers = torch.tensor(p.sequences)
-            to_rows = lambda of, p=p, numbers=numbers: row_scales(  # noqa: E731
-                of[numbers], p.cu_targets, p.targets, reduction="sum"
+            row_scale, mean = (
+                row_scales(of[p.sequences], p.cu_targets, p.targets, reduction="sum").to(device)
+                for of in (scale, means)
             )
-            row_scale, mean = to_rows(scale).to(device), to_rows(means).to(device)
-            is_retain = torch.repeat_interleave(numbers >= len(collapse), p.cu_targets.diff()).long().to(device)
+            is_retain = torch.tensor(p.sequences) >= len(collapse)
             with models.autocast(device, self.autocast_dtype):
                 loss, logps = packed_nll(base, p.to(device), row_scale, model=model)
-            sums = sums.index_add(0, is_retain, -logps.double() * mean.double())
+            part_of = is_retain.repeat_interleave(p.cu_targets.diff()).long().to(device)
+            sums = sums.index_add(0, part_of, -logps.double() * mean.double())
             yield Loss(loss, sums[0], sums[1], _counters(p))
 
     def _weights(
