@@ -4,18 +4,12 @@ import torch
 
 from .. import native
 from ..errors import PMCError
-
-AVX512 = 2  # csrc/simd.h
+from .gemm import gemm_serves
 
 
 def fast_linear_serves(weight: torch.Tensor) -> bool:
     """Return whether `linear` beats torch's for this weight: float32 on a CPU with AVX-512."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.is_contiguous()
-        and native.cpu().best_isa() >= AVX512
-    )
+    return weight.is_contiguous() and gemm_serves(weight)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
