@@ -3,8 +3,8 @@
 #include <string>
 
 #include "bindings.h"
-#include "decode_layers.h"
 #include "gemm.h"
+#include "layers.h"
 #include "linear.h"
 
 namespace py = pybind11;
@@ -54,40 +54,46 @@ void bound_gemm(uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t c, py::tuple
   gemm(args, threads);
 }
 
-void bound_rms_norm(uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t size, float eps,
-                    float offset, int isa, int threads) {
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+void bound_rms_norm(uintptr_t x, uintptr_t weight, uintptr_t y, uintptr_t rstd, int64_t rows, int64_t size,
+                    float eps, float offset, int isa, int threads) {
   check_isa(isa);
-  const RmsNorm args{reinterpret_cast<const float*>(x),
-                     reinterpret_cast<const float*>(weight),
-                     reinterpret_cast<float*>(y),
-                     rows,
-                     size,
-                     eps,
-                     offset};
+  const RmsNorm args{floats(x), floats(weight), floats(y), rows, size, eps, offset, floats(rstd)};
   py::gil_scoped_release nogil;
   rms_norm(args, static_cast<Isa>(isa), threads);
 }
 
+void bound_rms_norm_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t rstd, uintptr_t dx,
+                             uintptr_t dweight, int64_t rows, int64_t size, float offset, int isa,
+                             int threads) {
+  check_isa(isa);
+  const RmsNormBackward args{floats(dy),      floats(x), floats(weight), floats(rstd), floats(dx),
+                             floats(dweight), rows,      size,           offset};
+  py::gil_scoped_release nogil;
+  rms_norm_backward(args, static_cast<Isa>(isa), threads);
+}
+
 void bound_silu_mul(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t size, int isa, int threads) {
   check_isa(isa);
-  const SiluMul args{reinterpret_cast<const float*>(gate), reinterpret_cast<const float*>(up),
-                     reinterpret_cast<float*>(y), size};
+  const SiluMul args{floats(gate), floats(up), floats(y), size};
   py::gil_scoped_release nogil;
   silu_mul(args, static_cast<Isa>(isa), threads);
 }
 
-void bound_rotary(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t y, int64_t rows, int64_t heads,
-                  int64_t dim, int64_t row_stride, int64_t head_stride, int isa, int threads) {
+void bound_silu_mul_backward(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t dgate, uintptr_t dup,
+                             int64_t size, int isa, int threads) {
   check_isa(isa);
-  const Rotary args{reinterpret_cast<const float*>(x),
-                    reinterpret_cast<const float*>(cos),
-                    reinterpret_cast<const float*>(sin),
-                    reinterpret_cast<float*>(y),
-                    rows,
-                    heads,
-                    dim,
-                    row_stride,
-                    head_stride};
+  const SiluMulBackward args{floats(dy), floats(gate), floats(up), floats(dgate), floats(dup), size};
+  py::gil_scoped_release nogil;
+  silu_mul_backward(args, static_cast<Isa>(isa), threads);
+}
+
+void bound_rotary(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t y, int64_t rows, int64_t heads,
+                  int64_t dim, int64_t row_stride, int64_t head_stride, bool back, int isa, int threads) {
+  check_isa(isa);
+  const Rotary args{floats(x), floats(cos), floats(sin), floats(y),   rows,
+                    heads,     dim,         row_stride,  head_stride, back};
   py::gil_scoped_release nogil;
   rotary(args, static_cast<Isa>(isa), threads);
 }
@@ -98,7 +104,9 @@ void bind_layers(py::module_& m) {
   m.def("linear_f32", &bound_linear);
   m.def("gemm_f32", &bound_gemm);
   m.def("rms_norm_f32", &bound_rms_norm);
+  m.def("rms_norm_backward_f32", &bound_rms_norm_backward);
   m.def("silu_mul_f32", &bound_silu_mul);
+  m.def("silu_mul_backward_f32", &bound_silu_mul_backward);
   m.def("rotary_f32", &bound_rotary);
 }
 
