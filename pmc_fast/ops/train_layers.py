@@ -198,7 +198,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        return _rotated(dy, *ctx.saved_tensors, back=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(dy, cos, sin, back=True), None, None
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:

@@ -14,10 +14,10 @@ import torch
 from transformers import AttentionInterface
 
 from ..errors import PMCError
+from ..lending import CpuLayers, replaced
 from ..models import eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
-from .lending import CpuLayers, replaced
 
 ATTENTION = "pmc_fast_rollout"
 UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask")  # what an attention may add that ours does not know
