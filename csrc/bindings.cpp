@@ -1,4 +1,6 @@
-// The one file that knows pybind11: checks shapes, releases the GIL, calls plain C++.
+// What Python sees of the CPU's C++: checks shapes, releases the GIL, calls plain C++.
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,9 +8,7 @@
 #include <stdexcept>
 
 #include "decode_attention.h"
-#include "decode_layers.h"
 #include "kv_pool.h"
-#include "linear.h"
 #include "nll_rows.h"
 #include "rollout_trie.h"
 #include "rouge.h"
@@ -51,18 +51,12 @@ Array<double> rouge_l_recall(const Array<int32_t>& references, const Array<int64
   return recall;
 }
 
-void check_isa(int isa) {
-  if (isa < 0 || isa > static_cast<int>(pmc::best_isa())) {
-    throw std::invalid_argument("isa " + std::to_string(isa) + " is not to be had on this processor");
-  }
-}
-
 // Tensors come as addresses: the caller (pmc_fast.ops) has checked devices, types, shapes and targets.
 template <typename T>
 void nll_rows(uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, uintptr_t bias,
               double temperature, double softcap, double logit_scale, uintptr_t cu_targets, uintptr_t targets,
               uintptr_t row_scale, uintptr_t logps, bool grad, int isa, int threads) {
-  check_isa(isa);
+  pmc::check_isa(isa);
   const pmc::NllRows<T> args{reinterpret_cast<T*>(logits),
                              stride,
                              rows,
@@ -85,7 +79,7 @@ void sample_nucleus(uintptr_t logits, int64_t stride, int64_t rows, int64_t voca
                     int64_t top_k, double top_p, uint64_t seed, uintptr_t cu_draws, uintptr_t streams,
                     uintptr_t samples, uintptr_t positions, uintptr_t tokens, uintptr_t logps, uintptr_t mass,
                     int isa, int threads) {
-  check_isa(isa);
+  pmc::check_isa(isa);
   const pmc::SampleNucleus<T> args{reinterpret_cast<const T*>(logits),
                                    stride,
                                    rows,
@@ -105,63 +99,11 @@ void sample_nucleus(uintptr_t logits, int64_t stride, int64_t rows, int64_t voca
   pmc::sample_nucleus(args, static_cast<pmc::Isa>(isa), threads);
 }
 
-void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, int64_t rows, int64_t in, int64_t out,
-            int threads) {
-  check_isa(static_cast<int>(pmc::Isa::kAvx512));
-  const pmc::Linear args{reinterpret_cast<const float*>(x),
-                         reinterpret_cast<const float*>(weight),
-                         reinterpret_cast<const float*>(bias),
-                         reinterpret_cast<float*>(y),
-                         rows,
-                         in,
-                         out};
-  py::gil_scoped_release nogil;
-  pmc::linear(args, threads);
-}
-
-void rms_norm(uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t size, float eps, float offset,
-              int isa, int threads) {
-  check_isa(isa);
-  const pmc::RmsNorm args{reinterpret_cast<const float*>(x),
-                          reinterpret_cast<const float*>(weight),
-                          reinterpret_cast<float*>(y),
-                          rows,
-                          size,
-                          eps,
-                          offset};
-  py::gil_scoped_release nogil;
-  pmc::rms_norm(args, static_cast<pmc::Isa>(isa), threads);
-}
-
-void silu_mul(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t size, int isa, int threads) {
-  check_isa(isa);
-  const pmc::SiluMul args{reinterpret_cast<const float*>(gate), reinterpret_cast<const float*>(up),
-                          reinterpret_cast<float*>(y), size};
-  py::gil_scoped_release nogil;
-  pmc::silu_mul(args, static_cast<pmc::Isa>(isa), threads);
-}
-
-void rotary(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t y, int64_t rows, int64_t heads, int64_t dim,
-            int64_t row_stride, int64_t head_stride, int isa, int threads) {
-  check_isa(isa);
-  const pmc::Rotary args{reinterpret_cast<const float*>(x),
-                         reinterpret_cast<const float*>(cos),
-                         reinterpret_cast<const float*>(sin),
-                         reinterpret_cast<float*>(y),
-                         rows,
-                         heads,
-                         dim,
-                         row_stride,
-                         head_stride};
-  py::gil_scoped_release nogil;
-  pmc::rotary(args, static_cast<pmc::Isa>(isa), threads);
-}
-
 template <typename T>
 void decode_attention(py::tuple q, py::tuple k, py::tuple v, uintptr_t k_pool, uintptr_t v_pool,
                       uintptr_t out, py::tuple shape, double scale, double softcap, int64_t window,
                       py::tuple index, int isa, int threads) {
-  check_isa(isa);
+  pmc::check_isa(isa);
   // an address with two strides each; heads, kv_heads and dim; the index's arrays, rows and blocks
   const auto address = [](const py::tuple& t) { return reinterpret_cast<T*>(t[0].cast<uintptr_t>()); };
   const auto number = [](const py::tuple& t, int i) { return t[i].cast<int64_t>(); };
@@ -257,10 +199,7 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("reference_offsets").noconvert(), py::arg("candidates").noconvert(),
         py::arg("candidate_offsets").noconvert());
   m.def("best_isa", [] { return static_cast<int>(pmc::best_isa()); });
-  m.def("linear_f32", &linear);
-  m.def("rms_norm_f32", &rms_norm);
-  m.def("silu_mul_f32", &silu_mul);
-  m.def("rotary_f32", &rotary);
+  pmc::bind_layers(m);
   m.def("nll_rows_f32", &nll_rows<float>);
   m.def("nll_rows_f64", &nll_rows<double>);
   m.def("sample_nucleus_f32", &sample_nucleus<float>);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "avx512.h"
+#include "gemm.h"
 #include "parallel.h"
 
 namespace pmc {
@@ -13,8 +14,10 @@ namespace pmc {
 namespace {
 
 // Up to kFewRows, rows of weight are multiplied as they lie (up to about 12 rows of x memory is the limit).
-// Above, a panel of weight is turned on its side first, which pays when enough rows of x use it.
+// Above, a panel of weight is turned on its side first, which pays when enough rows of x use it; above
+// kManyRows, x no longer stays in cache and has to be cut as well.
 constexpr int64_t kFewRows = 96;
+constexpr int64_t kManyRows = 256;
 constexpr int64_t kFewTile = 6;  // rows of x at once: 6 x 4 sums fill the registers
 constexpr int64_t kTile = 12;    // rows of x of one tile of y: 12 x 2 sums fill the registers
 constexpr int64_t kPanel = 32;   // columns of y of one panel of weight
@@ -103,47 +106,6 @@ PMC_AVX512 void few_rows(const Linear& a, int64_t begin, int64_t end) {
   }
 }
 
-// panel[k][column] = weight[n + column][k0 + k], columns past the end 0.
-PMC_AVX512 void turn(const Linear& a, int64_t n, int64_t columns, int64_t k0, int64_t depth, float* panel) {
-  for (int64_t half = 0; half < kPanel; half += 16) {
-    const float* source[16];
-    for (int j = 0; j < 16; ++j) {
-      const int64_t column = std::min(half + j, columns - 1);
-      source[j] = a.weight + (n + column) * a.in + k0;
-    }
-    for (int64_t k = 0; k < depth; k += 16) {
-      const __mmask16 mask = tail_mask(depth - k);
-      __m512 r[16], t[16];
-      for (int j = 0; j < 16; ++j) r[j] = _mm512_maskz_loadu_ps(mask, source[j] + k);
-      for (int j = 0; j < 16; j += 2) {
-        t[j] = _mm512_unpacklo_ps(r[j], r[j + 1]);
-        t[j + 1] = _mm512_unpackhi_ps(r[j], r[j + 1]);
-      }
-      for (int j = 0; j < 16; j += 4) {
-        r[j] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[j]), _mm512_castps_pd(t[j + 2])));
-        r[j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[j]), _mm512_castps_pd(t[j + 2])));
-        r[j + 2] =
-            _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[j + 1]), _mm512_castps_pd(t[j + 3])));
-        r[j + 3] =
-            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[j + 1]), _mm512_castps_pd(t[j + 3])));
-      }
-      // r[4 g + i] holds, in 128-bit lane l, column k = 4 l + i of rows 4 g .. 4 g + 3
-      for (int i = 0; i < 4; ++i) {
-        const __m512 a0 = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
-        const __m512 a1 = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
-        const __m512 b0 = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
-        const __m512 b1 = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
-        t[i] = _mm512_shuffle_f32x4(a0, a1, 0x88);
-        t[8 + i] = _mm512_shuffle_f32x4(a0, a1, 0xdd);
-        t[4 + i] = _mm512_shuffle_f32x4(b0, b1, 0x88);
-        t[12 + i] = _mm512_shuffle_f32x4(b0, b1, 0xdd);
-      }
-      const int64_t count = std::min<int64_t>(16, depth - k);
-      for (int64_t i = 0; i < count; ++i) _mm512_store_ps(panel + (k + i) * kPanel + half, t[i]);
-    }
-  }
-}
-
 // y[MR, columns] += x[MR, depth] @ panel; the first block of `in` starts from the bias.
 template <int MR>
 PMC_AVX512 void outer_tile(const Linear& a, int64_t m, int64_t n, int64_t columns, int64_t k0, int64_t depth,
@@ -191,7 +153,10 @@ void many_rows(const Linear& a, int64_t begin, int64_t end) {
     const int64_t columns = std::min(kPanel, a.out - n);
     for (int64_t k0 = 0; k0 < a.in; k0 += block) {
       const int64_t depth = std::min(block, a.in - k0);
-      turn(a, n, columns, k0, depth, panel);
+      // columns past the end repeat the last: their sums are never stored
+      for (int64_t half = 0; half < columns; half += 16) {
+        turn16(a.weight + (n + half) * a.in + k0, a.in, columns - half, depth, panel + half, kPanel);
+      }
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t m = a.rows * t / tiles, size = a.rows * (t + 1) / tiles - m;
         // each tile of x fetches some rows of the weight's next panel
@@ -207,6 +172,8 @@ void many_rows(const Linear& a, int64_t begin, int64_t end) {
 void linear(const Linear& a, int threads) {
   if (a.rows <= kFewRows) {
     parallel_for(a.out, threads, [&](int64_t begin, int64_t end) { few_rows(a, begin, end); });
+  } else if (a.rows > kManyRows) {
+    gemm({a.x, a.weight, a.bias, a.y, a.rows, a.out, a.in, a.in, a.in, a.out, false, true, false}, threads);
   } else {
     const int64_t panels = (a.out + kPanel - 1) / kPanel;
     parallel_for(panels, threads, [&](int64_t begin, int64_t end) { many_rows(a, begin, end); });

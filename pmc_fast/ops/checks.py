@@ -1,4 +1,4 @@
-"""Argument checks shared by weighted_nll and gather_logps: a named error before any work."""
+"""Argument checks that several ops share: a named error before any work."""
 
 import torch
 
@@ -50,6 +50,13 @@ def check_ranges(op: str, targets: torch.Tensor, rows: torch.Tensor | None, voca
         raise PMCError(f"{op}: target {int(targets[at])} at {at} is outside the head's {vocab} rows (-100: ignored)")
     if rows is not None and not (int(rows.min()) >= 0 and int(rows.max()) < num_rows):
         raise PMCError(f"{op}: rows {int(rows.min())} to {int(rows.max())} do not fit {num_rows} hidden rows")
+
+
+def check_float32_cpu(op: str, *tensors: torch.Tensor | None) -> None:
+    """Refuse what C++ that takes float32 would read as something else."""
+    for t in tensors:
+        if t is not None and (t.dtype != torch.float32 or t.device.type != "cpu"):
+            raise PMCError(f"{op}: a tensor is {t.dtype} on {t.device}: need float32 on the CPU")
 
 
 def under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:

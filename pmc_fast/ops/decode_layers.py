@@ -4,18 +4,13 @@ import torch
 
 from .. import native
 from ..errors import PMCError
-
-AVX512 = 2  # csrc/simd.h
+from .checks import check_float32_cpu
+from .gemm import gemm_serves
 
 
 def fast_linear_serves(weight: torch.Tensor) -> bool:
     """Return whether `linear` beats torch's for this weight: float32 on a CPU with AVX-512."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.is_contiguous()
-        and native.cpu().best_isa() >= AVX512
-    )
+    return weight.is_contiguous() and gemm_serves(weight)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -33,7 +28,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Tensor [..., V]
         Not differentiable.
     """
-    _check("linear", x, weight, bias)
+    check_float32_cpu("linear", x, weight, bias)
     rows = x if x.is_contiguous() else x.contiguous()
     outer, inner = weight.shape
     if x.shape[-1] != inner:
@@ -69,13 +64,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
     Tensor [..., D]
         Not differentiable.
     """
-    _check("rms_norm", x, weight)
+    check_float32_cpu("rms_norm", x, weight)
     x = x.contiguous()
     y = torch.empty_like(x)
     module = native.cpu()
     size = weight.shape[0]
     module.rms_norm_f32(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps, offset,
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), 0, x.numel() // size, size, eps, offset,
         module.best_isa(), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -94,7 +89,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Tensor
         Not differentiable.
     """
-    _check("silu_mul", gate, up)
+    check_float32_cpu("silu_mul", gate, up)
     gate, up = gate.contiguous(), up.contiguous()
     if gate.shape != up.shape:
         raise PMCError(f"silu_mul: gate is {tuple(gate.shape)} and up {tuple(up.shape)}: they must agree")
@@ -120,7 +115,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Tensor [1, heads, R, D]
         Laid out as [R, heads, D]; not differentiable.
     """
-    _check("rotary", x, cos, sin)
+    check_float32_cpu("rotary", x, cos, sin)
     _, heads, rows, dim = x.shape
     if x.shape[0] != 1 or dim % 2 or x.stride(3) != 1 or not cos.shape == sin.shape == (1, rows, dim):
         raise PMCError(f"rotary: x is {tuple(x.shape)} and cos {tuple(cos.shape)}: need [1, H, R, D] and [1, R, D]")
@@ -129,13 +124,6 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     module = native.cpu()
     module.rotary_f32(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), rows, heads, dim, x.stride(2), x.stride(1),
-        module.best_isa(), torch.get_num_threads(),
+        False, module.best_isa(), torch.get_num_threads(),
     )  # fmt: skip
     return y.transpose(1, 2)
-
-
-def _check(op: str, *tensors: torch.Tensor | None) -> None:
-    """Refuse what the C++ would read as something else."""
-    for t in tensors:
-        if t is not None and (t.dtype != torch.float32 or t.device.type != "cpu"):
-            raise PMCError(f"{op}: a tensor is {t.dtype} on {t.device}: need float32 on the CPU")

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from .. import patching
+from ..lending import CpuLayers, replaced
 from ..models import autocast, eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
 from .graphs import CudaRecorder, StepGraphs, fingerprint
 from .inputs import StepTensors
-from .lending import CpuLayers, replaced
 
 ATTENTION = "pmc_fast_rollout"
 LEAST_SLOTS = 1024  # of a pool under graphs: as it grows they are captured again

@@ -1,0 +1,14 @@
+// What the files that know pybind11 share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pmc {
+
+// Throws where this processor lacks an instruction set.
+void check_isa(int isa);
+
+// The layers of a model: linear, norms, activations.
+void bind_layers(pybind11::module_& module);
+
+}  // namespace pmc
