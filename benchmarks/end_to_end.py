@@ -24,7 +24,7 @@ from pmc_fast import PMCArguments, PMCTrainer
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.evaluation import evaluate, greedy_answers, load_sets
-from pmc_fast.packed_pass import mean_nll
+from pmc_fast.packed_pass import PackedPass
 from pmc_fast.reference import Reference, train
 from pmc_fast.schedule import Schedule
 
@@ -175,13 +175,13 @@ def retain_only(run: Run) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay, fused=True)
     warmup = Schedule.plan(c, len(run.forget)).steps_per_epoch
     rate = transformers.get_linear_schedule_with_warmup(optimizer, warmup, run.steps)
-    order = torch.Generator().manual_seed(c.seed + 1)
+    order, packed = torch.Generator().manual_seed(c.seed + 1), PackedPass(run.model)
     run.evaluate(0)
     run.model.train()
     run.start()
     for step in range(1, run.steps + 1):
         draws = torch.randint(len(kept), (c.batch_size,), generator=order)
-        loss = mean_nll(run.model, [kept[i] for i in draws.tolist()])
+        loss = packed.mean_nll([kept[i] for i in draws.tolist()])
         loss.backward()
         optimizer.step()
         rate.step()

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from pmc_fast.data import Row, encode_pair, load_rows
-from pmc_fast.packed_pass import mean_nll
+from pmc_fast.packed_pass import PackedPass
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -102,12 +102,12 @@ def _finetune(directory: Path, epochs: int = 10, batch_size: int = 8, lr: float 
     steps = epochs * (len(pairs) // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order = torch.Generator().manual_seed(0)
-    start = time.perf_counter()
+    start, packed = time.perf_counter(), PackedPass(model)
     model.train()
     for epoch in range(epochs):
         losses = []
         for chosen in torch.randperm(len(pairs), generator=order).split(batch_size):
-            loss = mean_nll(model, [pairs[i] for i in chosen.tolist()])
+            loss = packed.mean_nll([pairs[i] for i in chosen.tolist()])
             loss.backward()
             optimizer.step()
             schedule.step()

@@ -1,4 +1,4 @@
-"""One forward pass over a pack through the model's own forward, its head computed by `weighted_nll`."""
+"""Forward passes over packs through the model's own forward, the head computed by `weighted_nll`."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,8 @@ from .data import Encoded
 from .data.packing import Pack, num_targets, pack
 from .errors import PMCError
 from .head import read_head
-from .models import CLOSE, eval_mode, plain_logps
+from .lending import CpuLayers
+from .models import CLOSE, autocast, eval_mode, plain_logps
 from .ops.packed_attention import ATTENTION
 from .ops.weighted_nll import weighted_nll
 
@@ -22,73 +23,122 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def packed_nll(
-    base: Any, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return sum of row_scale * -logp over a pack's targets, and the log-probs.
+class PackedPass:
+    """Runs packs through a causal language model.
 
     The model's own forward runs, on one sequence [1, T]: hooks, wrappers, adapters, checkpointing and autocast apply
     as in any other pass. Exchanged for its time are the attention function (each sequence sees itself alone)
-    and the head's forward (`weighted_nll` over the rows that predict a target, instead of logits).
+    and the head's forward (`weighted_nll` over the rows that predict a target, instead of logits); in float32 on
+    the CPU also layers that our kernels compute faster (`CpuLayers`).
 
     Parameters
     ----------
     base : transformers.PreTrainedModel
-        The causal language model itself.
-    pack : Pack
-        On the model's device.
-    row_scale : Tensor [M]
-        Weight of each target.
-    model : callable, optional
-        What to call: `base` wrapped by DDP, FSDP, PEFT or torch.compile. By default `base`.
-
-    Returns
-    -------
-    loss : Tensor []
-        Differentiable.
-    logps : Tensor [M]
-        Not differentiable.
+        The causal language model itself, without wrappers.
     """
-    made: dict[str, torch.Tensor] = {}
 
-    def head_forward(hidden: torch.Tensor) -> torch.Tensor:
-        # inside the head's own call: a sharded head is whole here
-        head = read_head(base)
-        made["loss"], made["logps"] = weighted_nll(
-            hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options()
-        )
-        return hidden  # in place of logits, which nobody reads
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self._layers = CpuLayers(base, training=True)
 
-    inner = base.forward
+    def __call__(
+        self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sum of row_scale * -logp over a pack's targets, and the log-probs.
 
-    def base_forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        inner(*args, **kwargs)
-        return made  # what a wrapper sees as the module's output: it must find the loss there
+        Parameters
+        ----------
+        pack : Pack
+            On the model's device.
+        row_scale : Tensor [M]
+            Weight of each target.
+        model : callable, optional
+            What to call: the model wrapped by DDP, FSDP, PEFT or torch.compile. By default the bare one.
 
-    with ExitStack() as stack:
-        stack.enter_context(patching.attention(base, ATTENTION))
-        stack.enter_context(_checkpointing(base))
-        stack.enter_context(patching.forward(base.get_output_embeddings(), head_forward))
-        stack.enter_context(patching.forward(base, base_forward))
-        out = (base if model is None else model)(
-            input_ids=pack.input_ids[None],
-            position_ids=pack.positions[None],
-            use_cache=False,
-            logits_to_keep=pack.hidden_rows,
-            packed_segments=pack.segments,
-        )
-    return out["loss"], out["logps"]
+        Returns
+        -------
+        loss : Tensor []
+            Differentiable.
+        logps : Tensor [M]
+            Not differentiable.
+        """
+        base = self.base
+        made: dict[str, torch.Tensor] = {}
+
+        def head_forward(hidden: torch.Tensor) -> torch.Tensor:
+            # inside the head's own call: a sharded head is whole here
+            head = read_head(base)
+            made["loss"], made["logps"] = weighted_nll(
+                hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options()
+            )
+            return hidden  # in place of logits, which nobody reads
+
+        inner = base.forward
+
+        def base_forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+            inner(*args, **kwargs)
+            return made  # what a wrapper sees as the module's output: it must find the loss there
+
+        call = base if model is None else model
+        with ExitStack() as stack:
+            stack.enter_context(patching.attention(base, ATTENTION))
+            stack.enter_context(_checkpointing(base))
+            stack.enter_context(patching.forward(base.get_output_embeddings(), head_forward))
+            stack.enter_context(patching.forward(base, base_forward))
+            if pack.input_ids.device.type == "cpu" and not _compiled(call):
+                stack.enter_context(self._layers.lend())
+            out = call(
+                input_ids=pack.input_ids[None],
+                position_ids=pack.positions[None],
+                use_cache=False,
+                logits_to_keep=pack.hidden_rows,
+                packed_segments=pack.segments,
+            )
+        return out["loss"], out["logps"]
+
+    def mean_nll(self, sequences: Sequence[Encoded], *, max_tokens: int = 8192, model: Any = None) -> torch.Tensor:
+        """Return the mean cross-entropy of the sequences' trained tokens: plain fine-tuning without padding."""
+        count = sum(map(num_targets, sequences))
+        device = self.base.get_input_embeddings().weight.device
+        losses = []
+        for p in pack([[s] for s in sequences], max_tokens):
+            scale = torch.full((len(p.targets),), 1 / count, device=device)
+            losses.append(self(p.to(device), scale, model=model)[0])
+        return torch.stack(losses).sum()
+
+    def check(self, autocast_dtype: torch.dtype | None = None, *, model: Any = None) -> None:
+        """Compare a pack's log-probs with the model's plain ones on random tokens, before anything depends on them.
+
+        Raises
+        ------
+        PMCError
+            They differ by more than rounding.
+        """
+        base, call = self.base, self.base if model is None else model
+        embeddings = base.get_input_embeddings().weight
+        generator = torch.Generator().manual_seed(0)
+        sequences = [torch.randint(embeddings.shape[0], (n,), generator=generator).tolist() for n in (5, 9)]
+        packed = pack([[Encoded(ids, list(ids))] for ids in sequences], 64)[0].to(embeddings.device)
+        with torch.no_grad(), eval_mode(base), autocast(embeddings.device, autocast_dtype):
+            zeros = torch.zeros(len(packed.targets), device=embeddings.device)
+            _, ours = self(packed, zeros, model=model)
+            theirs = [plain_logps(call, torch.tensor([ids], device=ours.device))[0] for ids in sequences]
+        error = float((torch.cat(theirs) - ours).abs().mean())
+        dtype = autocast_dtype or embeddings.dtype
+        if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
+            raise PMCError(
+                f"{type(base).__name__}: a packed pass does not compute what the model computes with "
+                f"attn_implementation {base.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; "
+                "if it stays, this family is not supported"
+            )
 
 
-def mean_nll(base: Any, sequences: Sequence[Encoded], *, max_tokens: int = 8192, model: Any = None) -> torch.Tensor:
-    """Return the mean cross-entropy of the sequences' trained tokens: plain fine-tuning without padding."""
-    count = sum(map(num_targets, sequences))
-    device = base.get_input_embeddings().weight.device
-    losses = []
-    for p in pack([[s] for s in sequences], max_tokens):
-        scale = torch.full((len(p.targets),), 1 / count, device=device)
-        losses.append(packed_nll(base, p.to(device), scale, model=model)[0])
-    return torch.stack(losses).sum()
+def _compiled(model: Any) -> bool:
+    """Return whether torch.compile traces the model: it must see torch's layers then."""
+    return any(
+        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
+        for m in model.modules()
+    )
 
 
 @contextmanager
@@ -111,31 +161,3 @@ def _checkpoint(base: Any, original: Callable[..., Any], function: Callable[...,
             return function(*inputs)
 
     return original(again, *args)
-
-
-def check_packed(base: Any, autocast_dtype: torch.dtype | None, *, model: Any = None) -> None:
-    """Compare a pack's log-probs with the model's plain ones on random tokens, before anything depends on them.
-
-    Raises
-    ------
-    PMCError
-        They differ by more than rounding.
-    """
-    embeddings = base.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(embeddings.shape[0], (n,), generator=generator).tolist() for n in (5, 9)]
-    packed = pack([[Encoded(ids, list(ids))] for ids in sequences], 64)[0].to(embeddings.device)
-    with torch.no_grad(), eval_mode(base):
-        zeros = torch.zeros(len(packed.targets), device=embeddings.device)
-        _, ours = packed_nll(base, packed, zeros, model=model)
-    theirs = [
-        plain_logps(base if model is None else model, torch.tensor([ids]).to(ours.device))[0] for ids in sequences
-    ]
-    error = float((torch.cat(theirs) - ours).abs().mean())
-    dtype = autocast_dtype or embeddings.dtype
-    if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
-        raise PMCError(
-            f"{type(base).__name__}: a packed pass does not compute what the model computes with attn_implementation "
-            f"{base.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; if it stays, this "
-            "family is not supported"
-        )

@@ -14,7 +14,7 @@ from .data.packing import Pack, num_targets, pack, unpad
 from .errors import PMCError
 from .objectives import pmc_weights
 from .ops import row_scales
-from .packed_pass import causal_lm, check_packed, packed_nll
+from .packed_pass import PackedPass, causal_lm
 from .reward import Reward, rouge_l_recall
 from .rollout import RolloutEngine
 from .store import BestStore
@@ -110,6 +110,7 @@ class PMC:
                 )
         self.initial_answers: list[str] = []
         self._initial_ids: list[list[int]] = []
+        self._pass = PackedPass(causal_lm(model))
         self._checked = False
 
     def prepare(self) -> list[str]:
@@ -229,10 +230,8 @@ class PMC:
     ) -> Iterator[Loss]:
         """Yield the loss of each pack of at most max_tokens; `collapse` and `retain` are sums up to that pack."""
         device = self.model.get_input_embeddings().weight.device
-        base = causal_lm(self.model)
         if not self._checked:
-            with models.autocast(device, self.autocast_dtype):
-                check_packed(base, self.autocast_dtype, model=model)
+            self._pass.check(self.autocast_dtype, model=model)
             self._checked = True
         kept = unpad(retain) if isinstance(retain, Mapping) else list(retain)
         collapse = [a for of in part.answers for a in of]
@@ -250,7 +249,7 @@ class PMC:
             )
             is_retain = torch.tensor(p.sequences) >= len(collapse)
             with models.autocast(device, self.autocast_dtype):
-                loss, logps = packed_nll(base, p.to(device), row_scale, model=model)
+                loss, logps = self._pass(p.to(device), row_scale, model=model)
             part_of = is_retain.repeat_interleave(p.cu_targets.diff()).long().to(device)
             sums = sums.index_add(0, part_of, -logps.double() * mean.double())
             yield Loss(loss, sums[0], sums[1], _counters(p))

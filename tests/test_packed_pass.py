@@ -11,7 +11,7 @@ from pmc_fast.data.packing import num_targets, pack
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import packed_attention as op
 from pmc_fast.ops import row_scales, weighted_nll
-from pmc_fast.packed_pass import causal_lm, check_packed, mean_nll, packed_nll
+from pmc_fast.packed_pass import PackedPass, causal_lm
 from tests.families import FAMILIES, REFUSED, build
 
 IGNORED = -100
@@ -45,7 +45,7 @@ def packed_loss(base, max_tokens=1000, groups=GROUPS, **how):
     total = 0
     for p in pack(groups, max_tokens):
         scale = row_scales(WEIGHTS[p.sequences], p.cu_targets, p.targets, reduction="sum")
-        total = total + packed_nll(base, p, scale, **how)[0]
+        total = total + PackedPass(base)(p, scale, **how)[0]
     return total
 
 
@@ -69,7 +69,7 @@ def test_gradients_are_the_plain_models(family):
         loss = packed_loss(model, max_tokens)
         torch.testing.assert_close(loss, plain_loss(model))
         same(gradients(model, loss), theirs)
-    check_packed(model, None)
+    PackedPass(model).check()
 
 
 def test_mean_nll_is_the_padded_batchs_loss():
@@ -77,7 +77,7 @@ def test_mean_nll_is_the_padded_batchs_loss():
     batch = collate(FLAT, 0)
     theirs = gradients(model, model(**batch).loss)
     for max_tokens in (8192, 10):
-        same(gradients(model, mean_nll(model, FLAT, max_tokens=max_tokens)), theirs)
+        same(gradients(model, PackedPass(model).mean_nll(FLAT, max_tokens=max_tokens)), theirs)
 
 
 def test_shared_prompts_change_nothing():
@@ -93,7 +93,7 @@ def test_other_families_are_refused_by_name(family):
     if family == "llama4":  # its chunks end beyond the short check: the rollout engine refuses it
         pytest.skip("refused by the rollout engine alone")
     with pytest.raises(PMCError, match=f"(?i){type(model).__name__[:5]}.*not supported"):
-        check_packed(model, None)
+        PackedPass(model).check()
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_frozen_head_computes_no_gradient_for_itself(monkeypatch):
 
 def test_logps_are_those_of_each_target(llama):
     (p,) = pack(GROUPS, 1000)
-    _, logps = packed_nll(llama, p, torch.zeros(len(p.targets), dtype=torch.float64))
+    _, logps = PackedPass(llama)(p, torch.zeros(len(p.targets), dtype=torch.float64))
     expected = []
     for s in FLAT:
         with torch.no_grad():
@@ -225,7 +225,7 @@ def test_an_attention_that_is_wrong_is_found(llama):
     patching.register_attention(op.ATTENTION, wrong)
     try:
         with pytest.raises(PMCError, match="a packed pass does not compute what the model computes"):
-            check_packed(llama, None)
+            PackedPass(llama).check()
     finally:
         patching.register_attention(op.ATTENTION, right)
 
