@@ -60,3 +60,20 @@ def test_report_refuses_other_files(tmp_path):
         report.main([str(tmp_path / "a.json")])
     with pytest.raises(SystemExit, match="can't be read"):
         report.main([str(tmp_path / "b.json")])
+
+
+def test_runs_end_to_end_are_compared_seed_by_seed(tmp_path, monkeypatch):
+    from benchmarks import end_to_end
+
+    def run(method, seed, seconds, quality):
+        point = {"step": 60, "seconds": seconds, "unlearn_quality": quality, "utility": 50.0,
+                 "sets": {"retain": {"rouge_l_recall": 0.9}, "forget": {"degenerate": 0.0}}}  # fmt: skip
+        return {"method": method, "seed": seed, "seconds": seconds, "steps": 60, "curve": [point]}
+
+    runs = [run("reference", 0, 1000.0, 80.0), run("reference", 1, 1200.0, 84.0), run("pmc_fast", 0, 200.0, 81.0)]
+    lines = end_to_end.table(runs).splitlines()
+    assert "| 0, 1 | 60 | 1100 | 1.00 | 82.0 | 50.0 | 0.900 |" in lines[2]
+    assert "| 0 | 60 | 200 | 5.00 | 81.0 | 50.0 | 0.900 |" in lines[3]
+    monkeypatch.setattr(end_to_end, "PLOT", tmp_path / "plot.svg")
+    end_to_end.plot(runs)
+    assert "<svg" in (tmp_path / "plot.svg").read_text()

@@ -1,8 +1,9 @@
-"""The CPU's GEMMs (torch) and row kernel (C++), for `nll_chunks`."""
+"""The CPU's GEMMs and row kernel (C++), for `nll_chunks`."""
 
 import torch
 
 from .. import native
+from .gemm import gemm, gemm_serves
 from .nll_chunks import Logits
 
 CHUNK_BYTES = 64 << 20  # logits held at once: larger chunks bring the GEMMs nothing more
@@ -23,12 +24,12 @@ class Cpu:
     def logits(self, hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
         hidden = hidden.to(out.dtype)
         for block in _blocks(head, out.dtype):
-            torch.mm(hidden, head[block].to(out.dtype).T, out=out[:, block])
+            _mm(hidden, head[block].to(out.dtype).T, out=out[:, block])
 
     def d_hidden(self, d_logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         total = None
         for block in _blocks(head, d_logits.dtype):
-            part = d_logits[:, block] @ head[block].to(d_logits.dtype)
+            part = _mm(d_logits[:, block], head[block].to(d_logits.dtype))
             total = part if total is None else total.add_(part)
         assert total is not None  # a head has rows
         return total
@@ -37,7 +38,7 @@ class Cpu:
         self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         hidden = hidden.to(d_logits.dtype)
-        return d_logits.T @ hidden if total is None else total.addmm_(d_logits.T, hidden)
+        return _mm(d_logits.T, hidden, total, add=total is not None)
 
     def nll_rows(
         self,
@@ -70,6 +71,15 @@ class Cpu:
             module.best_isa() if isa is None else isa,
             torch.get_num_threads(),
         )
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None, *, add: bool = False) -> torch.Tensor:
+    """Return a @ b, written or added into `out` if there is one."""
+    if gemm_serves(a, b):
+        return gemm(a, b, out=out, add=add)
+    if add and out is not None:
+        return out.addmm_(a, b)
+    return torch.mm(a, b, out=out)
 
 
 def _blocks(head: torch.Tensor, dtype: torch.dtype) -> list[slice]:
