@@ -9,6 +9,13 @@ import pytest
 from . import harness
 
 
+@pytest.fixture(scope="module", autouse=True)
+def machine_for_ourselves() -> Iterator[None]:
+    """Hold the machine's benchmark lock for a whole suite: also what is not timed would disturb other benchmarks."""
+    with harness.alone():
+        yield
+
+
 @pytest.fixture(scope="module")
 def suite_results(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     results: list[dict[str, Any]] = []
