@@ -9,6 +9,7 @@ Each round runs every contestant once, in a rotating order, so that a slow minut
 all of them. Results go to benchmarks/results/SUITE.json; `python -m benchmarks.report` prints them.
 """
 
+import ctypes
 import fcntl
 import gc
 import json
@@ -62,6 +63,7 @@ def peak_bytes(contestant: Contestant) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed would hide what this one takes
         Path("/proc/self/clear_refs").write_text("5")  # Linux: peak := now
     except OSError:
         return None

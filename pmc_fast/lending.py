@@ -12,6 +12,7 @@ import torch
 from .ops import decode_layers, train_layers
 from .ops.decode_layers import fast_linear_serves
 
+THIN = 64  # linear layers of fewer inputs or outputs, such as LoRA's, are torch's: panels bring them nothing
 ROTARY = "apply_rotary_pos_emb"  # the function's name in transformers' modelling files
 
 Forward = Callable[..., torch.Tensor]
@@ -161,7 +162,8 @@ def _plain(*tensors: torch.Tensor) -> bool:
 
 
 def _is_plain_linear(module: Any) -> bool:
-    return type(module) is torch.nn.Linear and "forward" not in vars(module) and fast_linear_serves(module.weight)
+    plain = type(module) is torch.nn.Linear and "forward" not in vars(module) and fast_linear_serves(module.weight)
+    return plain and min(module.weight.shape) >= THIN
 
 
 def _checkpointed(model: Any) -> bool:
