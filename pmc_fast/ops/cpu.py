@@ -1,12 +1,14 @@
-"""The CPU's GEMMs (torch) and row kernel (C++), for `nll_chunks`."""
+"""The CPU's GEMMs (ours where they are faster, else torch's) and row kernel (C++), for `nll_chunks`."""
 
 import torch
 
 from .. import native
+from .gemm import gemm, gemm_serves
 from .nll_chunks import Logits
 
 CHUNK_BYTES = 64 << 20  # logits held at once: larger chunks bring the GEMMs nothing more
 VOCAB_BLOCK = 8192  # rows of a bfloat16 or float16 head made float32 at a time
+GEMM_ROWS = 100  # from which on our GEMM computes both gradients faster; logits it always does
 
 
 class Cpu:
@@ -23,12 +25,17 @@ class Cpu:
     def logits(self, hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
         hidden = hidden.to(out.dtype)
         for block in _blocks(head, out.dtype):
-            torch.mm(hidden, head[block].to(out.dtype).T, out=out[:, block])
+            turned = head[block].to(out.dtype).T
+            if gemm_serves(hidden, turned):
+                gemm(hidden, turned, out=out[:, block])
+            else:
+                torch.mm(hidden, turned, out=out[:, block])
 
     def d_hidden(self, d_logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         total = None
         for block in _blocks(head, d_logits.dtype):
-            part = d_logits[:, block] @ head[block].to(d_logits.dtype)
+            d_block, wide = d_logits[:, block], head[block].to(d_logits.dtype)
+            part = gemm(d_block, wide) if _many(d_block, wide) else d_block @ wide
             total = part if total is None else total.add_(part)
         assert total is not None  # a head has rows
         return total
@@ -37,6 +44,8 @@ class Cpu:
         self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         hidden = hidden.to(d_logits.dtype)
+        if _many(d_logits, hidden):
+            return gemm(d_logits.T, hidden, out=total, add=total is not None)
         return d_logits.T @ hidden if total is None else total.addmm_(d_logits.T, hidden)
 
     def nll_rows(
@@ -70,6 +79,10 @@ class Cpu:
             module.best_isa() if isa is None else isa,
             torch.get_num_threads(),
         )
+
+
+def _many(d_logits: torch.Tensor, other: torch.Tensor) -> bool:
+    return d_logits.shape[0] >= GEMM_ROWS and gemm_serves(d_logits, other)
 
 
 def _blocks(head: torch.Tensor, dtype: torch.dtype) -> list[slice]:
