@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmc_fast.errors import PMCError
+from pmc_fast.ops.cpu import GEMM_ROWS, VOCAB_BLOCK, Cpu
 from pmc_fast.ops.gemm import gemm, gemm_serves
 
 pytestmark = pytest.mark.skipif(not gemm_serves(torch.zeros(1, 1)), reason="gemm needs AVX-512")
@@ -94,3 +95,22 @@ def test_gemm_hands_on_what_is_not_a_number():
 def test_gemm_refuses(call):
     with pytest.raises(PMCError, match="gemm: "):
         call(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # a bfloat16 head is read in blocks
+@pytest.mark.parametrize("rows", [3, GEMM_ROWS + 1])
+def test_the_heads_three_products(rows, dtype):
+    g = torch.Generator().manual_seed(0)
+    vocab, device = VOCAB_BLOCK + 77, Cpu()
+    hidden, head = (torch.randn(n, 40, generator=g).to(dtype) for n in (rows, vocab))
+    logits, d_logits = torch.empty(rows, vocab), torch.randn(rows, vocab, generator=g)
+    device.logits(hidden, head, logits)
+    first = device.d_head(d_logits, hidden, None, torch.float32).clone()
+    total = torch.randn(vocab, 40, generator=g)
+    both = device.d_head(d_logits, hidden, total.clone(), torch.float32)
+    hidden, head, d_logits = hidden.double(), head.double(), d_logits.double()
+    for ours, a, b, more in [
+        (logits, hidden, head.T, 0), (device.d_hidden(d_logits.float(), head.to(dtype)), d_logits, head, 0),
+        (first, d_logits.T, hidden, 0), (both, d_logits.T, hidden, total.double()),
+    ]:  # fmt: skip
+        assert ((ours - (a @ b + more)).abs() <= bound(a, b, torch.as_tensor(more))).all()

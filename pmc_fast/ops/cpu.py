@@ -1,4 +1,4 @@
-"""The CPU's GEMMs and row kernel (C++), for `nll_chunks`."""
+"""The CPU's GEMMs (ours where they are faster, else torch's) and row kernel (C++), for `nll_chunks`."""
 
 import torch
 
@@ -8,6 +8,7 @@ from .nll_chunks import Logits
 
 CHUNK_BYTES = 64 << 20  # logits held at once: larger chunks bring the GEMMs nothing more
 VOCAB_BLOCK = 8192  # rows of a bfloat16 or float16 head made float32 at a time
+GEMM_ROWS = 100  # from which on our GEMM computes both gradients faster; logits it always does
 
 
 class Cpu:
@@ -24,12 +25,17 @@ class Cpu:
     def logits(self, hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
         hidden = hidden.to(out.dtype)
         for block in _blocks(head, out.dtype):
-            _mm(hidden, head[block].to(out.dtype).T, out=out[:, block])
+            turned = head[block].to(out.dtype).T
+            if gemm_serves(hidden, turned):
+                gemm(hidden, turned, out=out[:, block])
+            else:
+                torch.mm(hidden, turned, out=out[:, block])
 
     def d_hidden(self, d_logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         total = None
         for block in _blocks(head, d_logits.dtype):
-            part = _mm(d_logits[:, block], head[block].to(d_logits.dtype))
+            d_block, wide = d_logits[:, block], head[block].to(d_logits.dtype)
+            part = gemm(d_block, wide) if _many(d_block, wide) else d_block @ wide
             total = part if total is None else total.add_(part)
         assert total is not None  # a head has rows
         return total
@@ -38,7 +44,9 @@ class Cpu:
         self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         hidden = hidden.to(d_logits.dtype)
-        return _mm(d_logits.T, hidden, total, add=total is not None)
+        if _many(d_logits, hidden):
+            return gemm(d_logits.T, hidden, out=total, add=total is not None)
+        return d_logits.T @ hidden if total is None else total.addmm_(d_logits.T, hidden)
 
     def nll_rows(
         self,
@@ -73,13 +81,8 @@ class Cpu:
         )
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None, *, add: bool = False) -> torch.Tensor:
-    """Return a @ b, written or added into `out` if there is one."""
-    if gemm_serves(a, b):
-        return gemm(a, b, out=out, add=add)
-    if add and out is not None:
-        return out.addmm_(a, b)
-    return torch.mm(a, b, out=out)
+def _many(d_logits: torch.Tensor, other: torch.Tensor) -> bool:
+    return d_logits.shape[0] >= GEMM_ROWS and gemm_serves(d_logits, other)
 
 
 def _blocks(head: torch.Tensor, dtype: torch.dtype) -> list[slice]:
