@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 
+from pmc_fast import lending
 from pmc_fast.lending import ROTARY, CpuLayers
 from pmc_fast.ops.gemm import gemm_serves
 from pmc_fast.ops.train_layers import rms_norm
@@ -21,6 +22,12 @@ FAMILIES = {  # and what of them must be lent
     "phi": (lambda: tf.PhiConfig(**SIZES | {"num_key_value_heads": 4}), KINDS[2:]),
     "gpt2": (lambda: tf.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64), KINDS[2:]),
 }
+
+
+@pytest.fixture(autouse=True)
+def thin_layers_too(monkeypatch):
+    """The tiny models have no others."""
+    monkeypatch.setattr(lending, "THIN", 1)
 
 
 def build(config, **options):
@@ -70,6 +77,19 @@ def test_a_model_trains_as_by_itself(family, batch):
     with layers.lend():
         assert lent(model) == {m for m in model.modules() if type(m).__name__.endswith(kinds)}
     assert not lent(model)
+
+
+def test_thin_layers_stay(monkeypatch):
+    monkeypatch.setattr(lending, "THIN", 40)
+    model = build(FAMILIES["llama"][0]())
+    with CpuLayers(model, training=True).lend():
+        linears = {m for m in lent(model) if isinstance(m, torch.nn.Linear)}
+    assert linears == set()  # one side of each has 32
+    wide = build(tf.LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 96}))
+    with CpuLayers(wide, training=True).lend():
+        names = {n for n, m in wide.named_modules() if m in lent(wide) and isinstance(m, torch.nn.Linear)}
+    mlps = {f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")}
+    assert names == ({*mlps, "lm_head"} if "Linear" in KINDS else set())
 
 
 def test_rotary_is_lent_and_given_back_after_an_error():
