@@ -11,6 +11,7 @@ Runs are added to results/end_to_end.json one by one; a run that is there is not
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -146,7 +147,7 @@ def pmc_fast(run: Run) -> dict[str, Any]:
     """Run PMCTrainer with the job's settings."""
     c = run.config
     arguments = PMCArguments(
-        output_dir="/tmp/unused", num_train_epochs=c.num_epochs, per_device_train_batch_size=c.batch_size,
+        output_dir=tempfile.mkdtemp(), num_train_epochs=c.num_epochs, per_device_train_batch_size=c.batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps, learning_rate=c.learning_rate,
         weight_decay=c.weight_decay, use_cpu=True, disable_tqdm=True, report_to="none", seed=c.seed,
     )  # fmt: skip

@@ -10,9 +10,8 @@ from pmc_fast import lending
 from pmc_fast.lending import ROTARY, CpuLayers
 from pmc_fast.ops.gemm import gemm_serves
 from pmc_fast.ops.train_layers import rms_norm
+from tests.families import SIZES
 
-SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
 KINDS = ("RMSNorm", "MLP", "Linear") if gemm_serves(torch.zeros(1, 1)) else ("RMSNorm", "MLP")
 FAMILIES = {  # and what of them must be lent
     "llama": (lambda: tf.LlamaConfig(**SIZES), KINDS),
