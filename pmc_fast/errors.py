@@ -1,5 +1,9 @@
-"""The one exception that means: the input, not the program, is at fault."""
+"""The exceptions that mean: the input, not the program, is at fault."""
 
 
 class PMCError(ValueError):
     """Bad input or a run that cannot go on; its text is one line that names the value and the remedy."""
+
+
+class NotFiniteError(PMCError):
+    """The model computes NaN or infinite numbers: its weights are damaged, or training has diverged."""

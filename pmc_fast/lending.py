@@ -3,12 +3,13 @@
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from . import patching
 from .ops import decode_layers, train_layers
 from .ops.decode_layers import fast_linear_serves
 
@@ -21,13 +22,10 @@ Forward = Callable[..., torch.Tensor]
 @contextmanager
 def replaced(forwards: dict[Any, Forward]) -> Iterator[None]:
     """Give modules another forward, and take it away again."""
-    try:
+    with ExitStack() as stack:
         for module, forward in forwards.items():
-            module.forward = forward
+            stack.enter_context(patching.forward(module, forward))
         yield
-    finally:
-        for module in forwards:
-            vars(module).pop("forward", None)
 
 
 class CpuLayers:

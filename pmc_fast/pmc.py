@@ -10,6 +10,7 @@ import torch
 from . import models, selection
 from .config import PMCConfig
 from .data import Encoded, Encoder, Row
+from .data.encoding import IGNORED
 from .data.packing import Pack, num_targets, pack, unpad
 from .errors import PMCError
 from .objectives import pmc_weights
@@ -195,7 +196,7 @@ class PMC:
             return self.encoder.pair(self.questions[index], answer)
         prompt = self.prompts[index]
         ids = (prompt + [int(t) for t in answer])[: self.config.max_length]
-        return Encoded(ids, [-100] * len(prompt) + ids[len(prompt) :])
+        return Encoded(ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
 
     def encode_retain(self, rows: Sequence[Row]) -> list[Encoded]:
         """Encode retain pairs in the questions' prompt format."""

@@ -20,7 +20,7 @@ from .arguments import PMCArguments, autocast_dtype, check_precision, has_low_pr
 from .config import PMCConfig
 from .data import Encoded, questions_of, sequences_of
 from .data.packing import num_targets
-from .errors import PMCError
+from .errors import NotFiniteError, PMCError
 from .master_weights import MasterWeights
 from .pmc import PMC
 from .reward import Reward, rouge_l_recall
@@ -126,10 +126,10 @@ class PMCTrainer(Trainer):
         start = time.perf_counter()
         try:
             step = self.pmc.sample([i for batch in indices for i in batch])
-        except PMCError as error:
-            if "NaN or infinite" in str(error) and self.state.global_step:
-                raise self.diverged() from error
-            raise
+        except NotFiniteError as error:
+            if not self.state.global_step:  # the model came like that
+                raise
+            raise self.diverged() from error
         self._step = {"losses": [], "counters": step.counters, "rollout_seconds": time.perf_counter() - start}
         self._step["indices"] = step.indices
         self._step["begin"] = time.perf_counter()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .. import native
-from ..errors import PMCError
+from ..errors import NotFiniteError, PMCError
 from ..models import CLOSE, plain_logps
 from ..ops.sample_nucleus import Draws, sample_nucleus
 from .inputs import StepInputs
@@ -167,7 +167,9 @@ class RolloutEngine:
                 drawn = sample_nucleus(self._step.logits(step)[:rows], *step.draws, **draw)
                 tokens, logps, mass = _to_host(drawn)
                 if (tokens < 0).any():
-                    raise PMCError("the model's logits are NaN or infinite: its weights are damaged, or it overflows")
+                    raise NotFiniteError(
+                        "the model's logits are NaN or infinite: its weights are damaged, or it overflows"
+                    )
                 state.advance(tokens, logps, mass)
         graphs = {name: n - before[name] for name, n in self._step.graph_counters().items()}
         counters = state.counters() | {"pool_bytes": self._step.pool_bytes(), "copy_bytes": self._step.copy_bytes()}
