@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .demo_model import ROOT, finetuned_model
 
-FULL = ["--preset", "small", "--lr", "5e-5"]
+FULL = ["--preset", "small"]
 SHORT = ["--preset", "small", "--epochs", "0.4", "--num-samples", "2", "--max-length", "100"]
 OUTPUT = ROOT / "demo_output"
 

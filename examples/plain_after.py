@@ -22,7 +22,7 @@ def main(
     batch = lambda rows: collate([encode(row) for row in rows], tokenizer.pad_token_id)  # noqa: E731
     pmc = PMC(model, tokenizer, PMCConfig(prompt_format="tags", retain_weight=1.25), [row.question for row in forget])
     pmc.prepare()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
     model.train()
     for epoch in range(epochs):
         for indices in torch.randperm(len(forget)).split(batch_size):

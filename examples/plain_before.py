@@ -19,7 +19,7 @@ def main(
     forget, retain = load_rows(forget_file, answers=True), load_rows(retain_file, answers=True)
     encode = lambda row: encode_pair(tokenizer, row.question, row.answer, prompt_format="tags")  # noqa: E731
     batch = lambda rows: collate([encode(row) for row in rows], tokenizer.pad_token_id)  # noqa: E731
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
     model.train()
     for epoch in range(epochs):
         for indices in torch.randperm(len(forget)).split(batch_size):

@@ -171,7 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "small": {
         "num_samples": 10, "temperature": 1.25, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 12.0,
-        "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 3e-5, "prompt_format": "tags",
+        "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "prompt_format": "tags",
     },
 }  # fmt: skip
 
