@@ -89,7 +89,7 @@ def _save(model: Any, tokenizer: Any, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _finetune(directory: Path, epochs: int = 7, batch_size: int = 8, lr: float = 1e-4) -> None:
+def _finetune(directory: Path, epochs: int = 10, batch_size: int = 8, lr: float = 1e-4) -> None:
     base = base_model()
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
