@@ -7,3 +7,7 @@ class PMCError(ValueError):
 
 class NotFiniteError(PMCError):
     """The model computes NaN or infinite numbers: its weights are damaged, or training has diverged."""
+
+
+class LostProcessError(PMCError):
+    """Another process of a distributed run is gone."""

@@ -8,6 +8,7 @@ import torch
 from .errors import PMCError
 from .models import eval_mode
 from .ops.nll_reference import transform_logits
+from .sharding import plain_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,10 @@ def read_head(model: Any) -> Head:
 
 
 def _effective_weight(layer: Any) -> torch.Tensor:
-    if type(layer) is torch.nn.Linear:
+    if plain_type(layer) is torch.nn.Linear:
         return layer.weight
     name, base = type(layer).__name__, getattr(layer, "base_layer", None)
-    if type(base) is not torch.nn.Linear or not hasattr(layer, "lora_A"):
+    if plain_type(base) is not torch.nn.Linear or not hasattr(layer, "lora_A"):
         raise PMCError(f"the head is a {name}: pmc_fast needs torch.nn.Linear, or LoRA on one")
     if layer.disable_adapters or layer.merged:
         return base.weight

@@ -16,6 +16,7 @@ from .lending import CpuLayers
 from .models import CLOSE, autocast, eval_mode, plain_logps
 from .ops.packed_attention import ATTENTION
 from .ops.weighted_nll import weighted_nll
+from .sharding import is_sharded
 
 
 def causal_lm(model: Any) -> Any:
@@ -85,7 +86,7 @@ class PackedPass:
             stack.enter_context(_checkpointing(base))
             stack.enter_context(patching.forward(base.get_output_embeddings(), head_forward))
             stack.enter_context(patching.forward(base, base_forward))
-            if pack.input_ids.device.type == "cpu" and not _compiled(call):
+            if pack.input_ids.device.type == "cpu" and not _compiled(call) and not is_sharded(base):
                 stack.enter_context(self._layers.lend())
             out = call(
                 input_ids=pack.input_ids[None],

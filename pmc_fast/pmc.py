@@ -1,7 +1,7 @@
 """Partial Model Collapse for any training loop: prepare, sample, loss (arXiv 2507.04219, section 4)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from .errors import PMCError
 from .objectives import pmc_weights
 from .ops import row_scales
 from .packed_pass import PackedPass, causal_lm
+from .ranks import Ranks
 from .reward import Reward, rouge_l_recall
 from .rollout import RolloutEngine
 from .store import BestStore
@@ -30,17 +31,23 @@ class Step:
     indices: list[int]
     answers: list[list[Encoded]]  # of each question: one, or all N
     weights: list[list[float]]  # of each answer; a question's sum to 1
-    micro_batches: int = 1  # of the optimizer step
-    collapse_tokens: float = 0.0  # of the optimizer step, each answer's times its weight
+    sizes: list[int]  # number of questions of the optimizer step on each process
+    parts: int = 1  # micro-batches of the optimizer step on each process
+    groups: int = 1  # micro-batches of the optimizer step on all processes that have questions
+    collapse_tokens: float = 0.0  # of the optimizer step on all processes, each answer's times its weight
     counters: dict[str, float] = field(default_factory=dict)  # of the rollout
 
     def split(self, size: int) -> list["Step"]:
-        """Return micro-batches of at most `size` questions."""
+        """Return micro-batches of at most `size` questions: as many on every process, the last ones may be empty."""
         if size < 1:
             raise PMCError(f"size of a micro-batch is {size}: it must be at least 1")
-        at = [slice(i, i + size) for i in range(0, len(self.indices), size)]
+        parts = [-(-n // size) for n in self.sizes]
+        at = [slice(i * size, (i + 1) * size) for i in range(max(parts))]
         return [
-            replace(self, indices=self.indices[s], answers=self.answers[s], weights=self.weights[s], micro_batches=len(at))
+            replace(
+                self, indices=self.indices[s], answers=self.answers[s], weights=self.weights[s], parts=len(at),
+                groups=sum(parts),
+            )
             for s in at
         ]  # fmt: skip
 
@@ -70,16 +77,23 @@ class PMC:
         (initial [Q], candidates [Q][N], min_len) -> [Q, N] in [0, 1]; 0: fully unlike.
     autocast_dtype : torch.dtype, optional
         What the model computes in under torch.autocast; rollouts and losses then enter it themselves.
+    process_group : torch.distributed.ProcessGroup, optional
+        The processes that train the model together; by default all, once torch.distributed is initialised.
 
     Raises
     ------
     PMCError
-        A question that leaves no room for an answer; a model that is not supported, by name, on first use.
+        A question that leaves no room for an answer; a model that is not supported, by name, on first use;
+        processes with different questions or settings.
 
     Notes
     -----
     `step = pmc.sample(indices)` once an optimizer step, then `pmc.loss(part, retain).loss.backward()` for each
     part of `step.split(size)`: the gradients add up to the step's, whatever the number of parts.
+
+    On several processes all of them call `prepare`, `sample` and `loss`, with questions of their own: rollouts
+    are shared out evenly, every store holds every answer, and losses are scaled for gradients that are averaged
+    over the processes, as DDP and FSDP do. Which answers a question gets does not depend on their number.
     """
 
     def __init__(
@@ -91,11 +105,12 @@ class PMC:
         *,
         reward: Reward = rouge_l_recall,
         autocast_dtype: torch.dtype | None = None,
+        process_group: Any = None,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self.ranks = model, config, Ranks(process_group)
         self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)
         self.reward, self.autocast_dtype = reward, autocast_dtype
-        self.engine = RolloutEngine(model, autocast_dtype=autocast_dtype)
+        self.engine = RolloutEngine(model, autocast_dtype=autocast_dtype, process_group=process_group)
         self.store = BestStore(len(questions))
         self.questions: list[Any] = list(questions)
         texts = isinstance(self.questions[0], str)
@@ -116,10 +131,20 @@ class PMC:
 
     def prepare(self) -> list[str]:
         """Answer every forget question greedily with the untouched model, y_i, and return the answers."""
-        made = self.engine(
-            self.prompts, num_samples=1, temperature=0, max_length=self.config.max_length, stop_ids=self.encoder.stops
+        self.ranks.require_equal(
+            {
+                "questions": self.prompts,
+                "PMC settings": {f.name: getattr(self.config, f.name) for f in fields(PMCConfig)},
+            }
         )
-        self._initial_ids = [tokens for [tokens] in made.tokens]
+        mine = self.ranks.share(range(len(self.prompts)))
+        made = self.engine(
+            [self.prompts[i] for i in mine], num_samples=1, temperature=0, max_length=self.config.max_length,
+            stop_ids=self.encoder.stops,
+        )  # fmt: skip
+        answers = {i: tokens for i, [tokens] in zip(mine, made.tokens, strict=True)}
+        answers = {i: tokens for of in self.ranks.gather(answers) for i, tokens in of.items()}
+        self._initial_ids = [answers[i] for i in range(len(self.prompts))]
         self.initial_answers = self.encoder.answers(self._initial_ids)
         if all(not y.split() for y in self.initial_answers):
             raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
@@ -131,12 +156,14 @@ class PMC:
         Parameters
         ----------
         indices : sequence of int
-            Of all its micro-batches: the weights do not move between them, so one rollout serves all.
+            Of all its micro-batches: the weights do not move between them, so one rollout serves all. On several
+            processes, this one's share of them, which may be empty.
         """
         if not self.initial_answers:
             raise PMCError("there are no initial answers: call prepare() before the first step")
         indices = [int(i) for i in indices]
-        asked = self.store.pending(list(dict.fromkeys(indices)))
+        everyones = self.ranks.gather(indices)
+        asked = self.store.pending(list(dict.fromkeys(i for of in everyones for i in of)))
         counters: dict[str, float] = {"questions_sampled": len(asked)}
         if asked:
             counters |= self._visit(asked)
@@ -148,9 +175,23 @@ class PMC:
         tokens = sum(
             w * num_targets(a) for of, ws in zip(answers, weights, strict=True) for a, w in zip(of, ws, strict=True)
         )
-        return Step(indices, answers, weights, 1, tokens, counters)
+        sizes = [len(of) for of in everyones]
+        groups = sum(n > 0 for n in sizes)
+        return Step(indices, answers, weights, sizes, 1, groups, sum(self.ranks.gather(tokens)), counters)
 
     def _visit(self, asked: list[int]) -> dict[str, float]:
+        """Sample and judge this process's share of the questions, and offer the store everyone's."""
+        found: dict[int, tuple[list[list[Any]], float]] = {}
+        total: dict[str, float] = {}
+        for theirs, counted in self.ranks.gather(self._sample(self.ranks.share(asked))):
+            found |= theirs
+            total = {name: total.get(name, 0.0) + n for name, n in counted.items()}
+        for i in asked:
+            self.store.offer(i, *found[i])
+        return total
+
+    def _sample(self, asked: list[int]) -> tuple[dict[int, tuple[list[list[Any]], float]], dict[str, float]]:
+        """Sample questions; return what to keep of each, with its score, and the rollout's counters."""
         c = self.config
         visits = [self.store.visits(i) for i in asked]
         made = self.engine(
@@ -166,13 +207,15 @@ class PMC:
             drafts=[[self._initial_ids[i]] for i in asked],
         )
         texts = [self.encoder.samples(samples) for samples in made.tokens]
-        initial = [self.initial_answers[i] for i in asked]
-        scores = np.asarray(self.reward(initial, texts, c.min_len), dtype=np.float64)
         candidates: list[Any] = texts if self.keeps_text else made.tokens
-        for row, (i, visit) in enumerate(zip(asked, visits, strict=True)):
-            kept, score = self._select(candidates[row], scores[row], (c.seed, i, visit))
-            self.store.offer(i, kept, score)
-        return {name: float(n) for name, n in made.counters.items()}
+        picks = {}
+        if asked:
+            scores = np.asarray(
+                self.reward([self.initial_answers[i] for i in asked], texts, c.min_len), dtype=np.float64
+            )
+            for row, (i, visit) in enumerate(zip(asked, visits, strict=True)):
+                picks[i] = self._select(candidates[row], scores[row], (c.seed, i, visit))
+        return picks, {name: float(n) for name, n in made.counters.items()}
 
     def _select(
         self, candidates: Sequence[Any], scores: np.ndarray, key: tuple[int, ...]
@@ -213,8 +256,8 @@ class PMC:
         model : callable, optional
             The model as it is wrapped for training (DDP, FSDP, torch.compile). By default the bare one.
         retain_tokens : int, optional
-            Trained tokens of the retain batches of the whole step: needed where normalization is "step" and the
-            step has several parts.
+            Trained tokens of this process's retain batches of the whole step: needed where normalization is "step"
+            and the step has several parts.
 
         Returns
         -------
@@ -229,17 +272,30 @@ class PMC:
     def losses(
         self, part: Step, retain: Retain, *, model: Any = None, retain_tokens: int | None = None
     ) -> Iterator[Loss]:
-        """Yield the loss of each pack of at most max_tokens; `collapse` and `retain` are sums up to that pack."""
+        """Yield the loss of each pack of at most max_tokens; `collapse` and `retain` are sums up to that pack.
+
+        On several processes all yield equally many: a shorter one adds packs of weight 0, since backward is collective.
+        """
         device = self.model.get_input_embeddings().weight.device
         if not self._checked:
             self._pass.check(self.autocast_dtype, model=model)
             self._checked = True
         kept = unpad(retain) if isinstance(retain, Mapping) else list(retain)
+        if not part.indices and self.config.normalization == "micro_batch":
+            kept = []  # retain pairs come with questions, in their group
         collapse = [a for of in part.answers for a in of]
-        weights, lengths, scale = self._weights(part, kept, collapse, retain_tokens)
         packs = pack([*part.answers, *([s] for s in kept)], self.config.max_tokens)
-        if not packs:
+        own_tokens = sum(map(num_targets, kept)) if retain_tokens is None else retain_tokens
+        everyones = self.ranks.gather((len(packs), own_tokens))
+        count = max(n for n, _ in everyones)
+        if not count:
             raise PMCError("a micro-batch has no token to train on: all its answers are empty")
+        if retain_tokens is None and part.parts > 1 and self.config.normalization == "step":
+            raise PMCError(
+                "normalization is 'step' and the step has several parts: give loss(..., retain_tokens=) the trained "
+                "tokens of all its retain batches"
+            )
+        weights, lengths, scale = self._weights(part, kept, collapse, sum(n for _, n in everyones))
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         # what `collapse` and `retain` report: each a mean over its own batch, whatever the weights in the loss are
         means = pmc_weights(lengths, weights, 1.0)
@@ -254,24 +310,25 @@ class PMC:
             part_of = is_retain.repeat_interleave(p.cu_targets.diff()).long().to(device)
             sums = sums.index_add(0, part_of, -logps.double() * mean.double())
             yield Loss(loss, sums[0], sums[1], _counters(p))
+        for _ in range(count - len(packs)):
+            blank = pack([[Encoded([0, 0], [IGNORED, 0])]], 2)[0].to(device)
+            with models.autocast(device, self.autocast_dtype):
+                loss, _ = self._pass(blank, torch.zeros(1, device=device), model=model)
+            yield Loss(loss, sums[0], sums[1], dict.fromkeys(_counters(blank), 0))
 
     def _weights(
-        self, part: Step, retain: list[Encoded], collapse: list[Encoded], retain_tokens: int | None
+        self, part: Step, retain: list[Encoded], collapse: list[Encoded], retain_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the collapse sequences' weights, all sequences' lengths, and their weights in the loss: float64."""
         weights = torch.tensor([w for of in part.weights for w in of], dtype=torch.float64)
         lengths = torch.tensor([num_targets(s) for s in [*collapse, *retain]], dtype=torch.float64)
         lambda_ = self.config.retain_weight
+        # gradients are averaged over the processes: that makes sums of these means of groups, and means of tokens
         if self.config.normalization == "micro_batch":
-            return weights, lengths, pmc_weights(lengths, weights, lambda_) / part.micro_batches
-        if retain_tokens is None:
-            if part.micro_batches > 1:
-                raise PMCError(
-                    "normalization is 'step' and the step has several parts: give loss(..., retain_tokens=) the trained "
-                    "tokens of all its retain batches"
-                )
-            retain_tokens = int(lengths[len(collapse) :].sum())
-        return weights, lengths, pmc_weights(lengths, weights, lambda_, (part.collapse_tokens, retain_tokens))
+            scale = pmc_weights(lengths, weights, lambda_) / part.groups
+        else:
+            scale = pmc_weights(lengths, weights, lambda_, (part.collapse_tokens, retain_tokens))
+        return weights, lengths, scale * self.ranks.size
 
     def scores(self) -> list[float]:
         """Return the stored answers' scores, of the questions that have one."""

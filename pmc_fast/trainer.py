@@ -3,11 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,7 +22,7 @@ from .arguments import PMCArguments, autocast_dtype, check_precision, has_low_pr
 from .config import PMCConfig
 from .data import Encoded, questions_of, sequences_of
 from .data.packing import num_targets
-from .errors import NotFiniteError, PMCError
+from .errors import LostProcessError, NotFiniteError, PMCError
 from .master_weights import MasterWeights
 from .pmc import PMC
 from .reward import Reward, rouge_l_recall
@@ -56,6 +58,9 @@ class PMCTrainer(Trainer):
     Trainer's own numbers: collapse_loss, retain_loss, mean_score, pending, sampled_tokens, rollout_seconds,
     train_seconds. A checkpoint is sealed and holds initial answers (mode 0600); resuming from one continues the
     same trajectory, on one CPU process bit for bit.
+
+    Under `accelerate launch` every process takes its part of each micro-batch; none is trained on twice where the
+    last one is uneven. A checkpoint may be continued on another number of processes with as many questions a step.
     """
 
     _tag_names = ["pmc-fast", "unlearning"]  # noqa: RUF012
@@ -112,18 +117,37 @@ class PMCTrainer(Trainer):
 
     # --- data
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> "EpochOrder":
-        return EpochOrder(len(self.pmc.questions), self.pmc.config.seed)
+    def get_train_dataloader(self) -> Any:
+        """Return a loader of the indices of all processes' questions, the same on each; `_mine` takes them apart.
+
+        Accelerate's own sharding would fill up an uneven last batch with questions a second time.
+        """
+        loader = torch.utils.data.DataLoader(
+            range(len(self.pmc.questions)),  # type: ignore[arg-type]
+            batch_size=self.args.train_batch_size * self.pmc.ranks.size,
+            sampler=EpochOrder(len(self.pmc.questions), self.pmc.config.seed),
+            collate_fn=self.data_collator,
+        )
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def _mine(self, count: int) -> slice:
+        """Return this process's part of `count` questions: where they are few, the last get fewer or none.
+
+        So normalization "micro_batch" has the groups that one process has with more micro-batches.
+        """
+        size, rank = self.args.train_batch_size, self.pmc.ranks.rank
+        return slice(min(rank * size, count), min((rank + 1) * size, count))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any
     ) -> tuple[list[Any], None]:
         """Collect an optimizer step's micro-batches, sample all their questions at once, draw their retain pairs."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *args)
-        indices = [[int(i) for i in batch["indices"]] for batch in batches]
-        if not indices:
+        everyones = [[int(i) for i in batch["indices"]] for batch in batches]
+        if not everyones:
             return [], None
         start = time.perf_counter()
+        indices = [batch[self._mine(len(batch))] for batch in everyones]
         try:
             step = self.pmc.sample([i for batch in indices for i in batch])
         except NotFiniteError as error:
@@ -133,9 +157,9 @@ class PMCTrainer(Trainer):
         self._step = {"losses": [], "counters": step.counters, "rollout_seconds": time.perf_counter() - start}
         self._step["indices"] = step.indices
         self._step["begin"] = time.perf_counter()
-        retain = [self._draw_retain(len(batch)) for batch in indices]
+        retain = [self._draw_retain(len(batch))[self._mine(len(batch))] for batch in everyones]
         tokens = sum(num_targets(s) for batch in retain for s in batch)
-        parts = step.split(len(indices[0]))
+        parts = step.split(self.args.train_batch_size)
         made = [
             {"part": part, "retain": kept, "retain_tokens": tokens} for part, kept in zip(parts, retain, strict=True)
         ]
@@ -158,17 +182,17 @@ class PMCTrainer(Trainer):
         for made in self.pmc.losses(
             inputs["part"], inputs["retain"], model=model, retain_tokens=inputs["retain_tokens"]
         ):
-            self.accelerator.backward(made.loss)
+            with self.pmc.ranks.watched():
+                self.accelerator.backward(made.loss)
             total += made.loss.detach()
         assert made is not None
-        self._step["losses"].append((total, made.collapse, made.retain))
+        self._step["losses"].append((total, made.collapse, made.retain, len(inputs["part"].indices)))
         return total
 
     def _finish_step(self, control: Any) -> None:
         """Take stock at the end of an optimizer step: metrics, divergence, the stopping rule."""
-        loss, collapse, retain = torch.stack(
-            [torch.stack([x.double() for x in losses]) for losses in self._step["losses"]]
-        ).T.tolist()
+        own = [torch.stack([x.double() for x in of]).tolist() for *of, questions in self._step["losses"] if questions]
+        loss, collapse, retain = zip(*(of for theirs in self.pmc.ranks.gather(own) for of in theirs), strict=True)
         if not math.isfinite(sum(loss)):
             raise self.diverged()
         count = len(collapse)
@@ -204,7 +228,7 @@ class PMCTrainer(Trainer):
         """Log the Trainer's numbers and, with a training step's, PMC's."""
         if "loss" in logs:
             logs |= self._metrics
-            if getattr(self.args, "log_text", False):
+            if getattr(self.args, "log_text", False) and self.is_world_process_zero():
                 self._print_answers()
         super().log(logs, *args, **kwargs)
 
@@ -253,7 +277,17 @@ class PMCTrainer(Trainer):
             self._load_own_state(found[1])
         elif not self.pmc.initial_answers:
             self.pmc.prepare()
-        return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)
+        try:
+            with self.pmc.ranks.told():
+                return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)
+        except LostProcessError as error:
+            raise LostProcessError(f"{error}; {self._how_to_resume()}") from error
+
+    def _how_to_resume(self) -> str:
+        kept = checkpoint.newest(Path(self.args.output_dir or "."), self._fingerprint())
+        if kept is None:
+            return "no checkpoint was written (save_strategy, save_steps): start again"
+        return f"{kept[0]} is sound: resume_from_checkpoint='auto' goes on from it, on one process too"
 
     def find_checkpoint(
         self, wanted: str | bool | None, *, warn: Callable[[str], None] = logger.warning
@@ -269,16 +303,21 @@ class PMCTrainer(Trainer):
         return Path(str(wanted)), checkpoint.load(Path(str(wanted)), self._fingerprint())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run = Path(self.args.output_dir or ".")
+        run, ranks = Path(self.args.output_dir or "."), self.pmc.ranks
         name = f"checkpoint-{self.state.global_step}"
-        with checkpoint.sealed(run / name, self._own_state(), self._fingerprint()) as aside:
-            self._saving_to = aside
+        with ExitStack() as stack:
+            if self.args.should_save:
+                stack.enter_context(checkpoint.sealed(run / name, self._own_state(), self._fingerprint()))
+            ranks.gather(None)  # the folder is there
+            self._saving_to = run / checkpoint.ASIDE
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving_to = None
-        if self.args.save_total_limit:
+            ranks.gather(None)  # all files are
+        if self.args.save_total_limit and self.args.should_save:
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+        ranks.gather(None)  # nobody goes on before the checkpoint stands
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_to) if self._saving_to else super()._get_output_dir(trial)
@@ -298,15 +337,19 @@ class PMCTrainer(Trainer):
 
     def _fingerprint(self) -> dict[str, Any]:
         """Return what a checkpoint must have in common with this run: hashes, no text."""
-        a = self.args
-        steps = ("learning_rate", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-                 "gradient_accumulation_steps", "optim", "bf16", "max_grad_norm")  # fmt: skip
+        a, config = self.args, self.pmc.config
+        names = ("learning_rate", "weight_decay", "num_train_epochs", "max_steps", "optim", "bf16", "max_grad_norm")
+        settings = {n: str(getattr(a, n)) for n in names}
+        # on more processes a step has as many questions if there are less micro-batches to it, or smaller ones
+        settings["questions a step"] = str(a.train_batch_size * a.gradient_accumulation_steps * self.pmc.ranks.size)
+        if config.normalization == "micro_batch":
+            settings["group"] = str(a.train_batch_size)
         shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
         return {
             "questions": checkpoint.digest(self.pmc.prompts),
             "retain rows": checkpoint.digest([s.input_ids for s in self.retain]),
-            "PMC settings": checkpoint.digest({f.name: getattr(self.pmc.config, f.name) for f in fields(PMCConfig)}),
-            "training settings": checkpoint.digest({n: str(getattr(a, n)) for n in steps}),
+            "PMC settings": checkpoint.digest({f.name: getattr(config, f.name) for f in fields(PMCConfig)}),
+            "training settings": checkpoint.digest(settings),
             "parameters": checkpoint.digest(shapes),
         }
 

@@ -11,6 +11,8 @@ from .. import native
 from ..errors import NotFiniteError, PMCError
 from ..models import CLOSE, plain_logps
 from ..ops.sample_nucleus import Draws, sample_nucleus
+from ..ranks import Ranks
+from ..sharding import Lockstep
 from .inputs import StepInputs
 from .model_step import ModelStep
 from .request import Request
@@ -47,6 +49,9 @@ class RolloutEngine:
         Pad decode steps to a few sizes and replay CUDA graphs of them. Has not run on a GPU yet.
     pad_steps : bool
         Pad them without that: for tests and measurements.
+    process_group : torch.distributed.ProcessGroup, optional
+        The processes that hold a sharded model (FSDP2): all of them call the engine together, each with prompts of
+        its own, or none. Other models need no company.
 
     Raises
     ------
@@ -62,8 +67,9 @@ class RolloutEngine:
         autocast_dtype: torch.dtype | None = None,
         cuda_graphs: bool = False,
         pad_steps: bool = False,
+        process_group: Any = None,
     ) -> None:
-        self.model = model
+        self.model, self._ranks = model, Ranks(process_group)
         self._step = ModelStep(model, autocast_dtype, cuda_graphs=cuda_graphs)
         self._cuda_graphs, self._pads = cuda_graphs, cuda_graphs or pad_steps
         self._inputs = StepInputs(self._step.device, pads=self._pads)
@@ -152,7 +158,7 @@ class RolloutEngine:
         ):
             for group in groups:
                 state.add(prompt, stream, group, longest, drafts)
-        with self._step.lend():
+        with Lockstep(self.model, self._ranks) as lockstep, self._step.lend():
             device = self._step.device  # known only now: the model may have been moved
             if self._cuda_graphs and device.type != "cuda":
                 raise PMCError(f"cuda_graphs=True but the model is on {device}: move it to cuda, or leave it out")
@@ -161,6 +167,7 @@ class RolloutEngine:
                 self._inputs = StepInputs(device, pads=self._pads)
             padded, before = 0, self._step.graph_counters()
             while (plan := state.plan(work.max_rows, guess_rows)) is not None:
+                lockstep.forward()
                 step = self._inputs(plan, state.span, work.max_rows)
                 rows = len(plan["logit_rows"])
                 padded += len(step.logit_rows) - rows

@@ -17,6 +17,7 @@ from ..lending import CpuLayers, replaced
 from ..models import autocast, eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
+from ..sharding import is_sharded
 from .graphs import CudaRecorder, StepGraphs, fingerprint
 from .inputs import StepTensors
 
@@ -55,9 +56,10 @@ class ModelStep:
             stack.enter_context(torch.no_grad())
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(patching.attention(self.model, ATTENTION))
-            stack.enter_context(replaced(self._linears()))
-            if self.device.type == "cpu" and self.autocast_dtype is None:
-                stack.enter_context(self._layers.lend())
+            if not is_sharded(self.model):  # whose weights are there during a layer's own forward only
+                stack.enter_context(replaced(self._linears()))
+                if self.device.type == "cpu" and self.autocast_dtype is None:
+                    stack.enter_context(self._layers.lend())
             stack.enter_context(self.autocast())
             if self.graphs is not None:  # once a rollout: weights do not move during one
                 self._relies_on = fingerprint(self.model, self._copies)

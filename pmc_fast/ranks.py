@@ -1,0 +1,106 @@
+"""The processes that train one model together: what they tell each other, and how they share work."""
+
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from .errors import LostProcessError, PMCError
+
+T = TypeVar("T")
+LOST = "another process of this run is gone: its own error, or the launcher's, says why"
+GONE = re.compile(r"gloo|nccl|connection|peer|timed? ?out", re.IGNORECASE)  # in what torch.distributed raises
+
+
+class Ranks:
+    """This process among those of a torch.distributed group; alone where there is none.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup, optional
+        By default the default group, once it is initialised.
+
+    Notes
+    -----
+    Everything but `share` is a collective call: all processes make it, in the same order.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return distributed.get_world_size(self._group) if _initialised() else 1
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return distributed.get_rank(self._group) if _initialised() else 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return those of `items`, the same list on all processes, that fall to this one."""
+        return list(items[self.rank :: self.size])
+
+    def gather(self, item: T) -> list[T]:
+        """Return every process's `item`, in the order of their ranks."""
+        if self.size == 1:
+            return [item]
+        made: list[Any] = [None] * self.size
+        with self.watched():
+            distributed.all_gather_object(made, item, group=self._group)
+        return made
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Return whether any process's `flag` is true; cheaper than `gather`."""
+        if self.size == 1:
+            return flag
+        count = torch.tensor([int(flag)], device=device)
+        with self.watched():
+            distributed.all_reduce(count, group=self._group)
+            return bool(count.item())
+
+    def require_equal(self, what: dict[str, Any]) -> None:
+        """Refuse processes that do not agree on what the algorithm needs them to agree on."""
+        for rank, theirs in enumerate(self.gather(what)):
+            for name, value in what.items():
+                if theirs[name] != value:
+                    raise PMCError(
+                        f"the {name} of process {rank} are not those of process {self.rank}: start all processes with "
+                        "the same"
+                    )
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turn the errors of collective calls whose peers are gone into LostProcessError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size > 1 and GONE.search(str(error)):
+                raise LostProcessError(LOST) from error
+            raise
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Raise LostProcessError when the launcher ends this process because another one failed (SIGTERM)."""
+        if self.size == 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def end(signum: int, frame: Any) -> None:
+            raise LostProcessError(LOST)
+
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _initialised() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
