@@ -1,5 +1,6 @@
 """The processes that train one model together: what they tell each other, and how they share work."""
 
+import os
 import re
 import signal
 import threading
@@ -66,7 +67,13 @@ class Ranks:
             return bool(count.item())
 
     def require_equal(self, what: dict[str, Any]) -> None:
-        """Refuse processes that do not agree on what the algorithm needs them to agree on."""
+        """Refuse processes that do not agree on what the algorithm needs them to agree on, or do not know each other."""
+        launched = int(os.environ.get("WORLD_SIZE") or 1)
+        if launched > 1 and not _initialised():
+            raise PMCError(
+                f"WORLD_SIZE is {launched} but torch.distributed is not initialised: each process would train alone; "
+                "initialise it first (accelerate on CPUs: ACCELERATE_USE_CPU=true)"
+            )
         for rank, theirs in enumerate(self.gather(what)):
             for name, value in what.items():
                 if theirs[name] != value:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pmc_fast import PMC, PMCConfig
 from pmc_fast.data import Row
+from pmc_fast.errors import PMCError
 from pmc_fast.packed_pass import causal_lm
 
 QUESTIONS = ["Who wrote it?", "Where was the author born, and when was it?", "Why?", "Who?", "What is her cat's name?",
@@ -68,8 +69,10 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def run(path, case, part_size, wrap=lambda model: model, normalization="step"):
+def run(path, case, part_size, wrap=lambda model: model):
     """Take the steps by plain gradient descent; return each step's gradients, the store and the counters."""
+    groups = "groups" in case  # a mean each, of two questions at most, on one process as on two
+    part_size, steps = (2, STEPS[:4]) if groups else (part_size, STEPS)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = load(path, case)
     rank, size = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
@@ -78,18 +81,22 @@ def run(path, case, part_size, wrap=lambda model: model, normalization="step"):
         max_length=40,
         prompt_format="tags",
         temperature=1.25,
-        normalization=normalization,
+        normalization="micro_batch" if groups else "step",
         max_tokens=64,
+        seed=rank if "differ" in case else 0,
     )
     pmc = PMC(model, tokenizer, config, QUESTIONS, reward=some)
     if "before" in case:
         pmc.prepare()
     wrapped = wrap(model)
-    if "before" not in case:
-        pmc.prepare()
+    try:
+        if "before" not in case:
+            pmc.prepare()
+    except PMCError as error:
+        return str(error)
     wrapped.train()
     made, rng, rows = [], np.random.default_rng(0), []
-    for everyones in STEPS:
+    for everyones in steps:
         draws = rng.integers(len(RETAIN), size=len(everyones))
         mine = np.array_split(np.arange(len(everyones)), size)[rank]
         step = pmc.sample([everyones[i] for i in mine])

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from examples import plain_after, plain_before
+from examples import accelerate_after, accelerate_before, plain_after, plain_before, trainer_after, trainer_before
+from tests.test_ranks import start
 
 
 @pytest.fixture
@@ -20,21 +21,43 @@ def files(tmp_path):
     return write("forget.jsonl", forget), write("retain.jsonl", [{"question": "Is 4 even?", "answer": "It is."}])
 
 
-@pytest.mark.parametrize("example", [plain_before, plain_after], ids=["before", "after"])
-def test_plain_loops_run(example, files, tiny, tiny_dir, tmp_path):
+LOOPS = {
+    "plain": (plain_before, plain_after),
+    "accelerate": (accelerate_before, accelerate_after),
+    "trainer": (trainer_before, trainer_after),
+}
+
+
+def moved(tiny, path):
+    changed = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return all(not torch.equal(a, b) for a, b in zip(tiny.parameters(), changed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("example", [e for of in LOOPS.values() for e in of], ids=lambda e: e.__name__)
+def test_examples_run(example, files, tiny, tiny_dir, tmp_path):
     example.main(str(tiny_dir), *files, str(tmp_path / "out"), epochs=1)
-    changed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert all(not torch.equal(a, b) for a, b in zip(tiny.parameters(), changed.parameters(), strict=True))
+    assert moved(tiny, tmp_path / "out")
 
 
-def test_pmc_in_a_plain_loop_is_at_most_five_lines(pytestconfig):
+def test_accelerate_with_two_processes(pytestconfig, files, tiny, tiny_dir, tmp_path):
+    done = start(pytestconfig, "-m", "examples.accelerate_after", tiny_dir, *files, tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 5: loss") == 1
+    assert moved(tiny, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_what_changes_is_at_most_five_lines(pytestconfig, name):
     before, after = (
         [
             line
-            for line in (pytestconfig.rootpath / f"examples/{name}.py").read_text().split('"""', 2)[2].splitlines()
+            for line in (pytestconfig.rootpath / f"examples/{name}_{when}.py")
+            .read_text()
+            .split('"""', 2)[2]
+            .splitlines()
             if not line.startswith(("import ", "from "))
         ]
-        for name in ("plain_before", "plain_after")
+        for when in ("before", "after")
     )
     changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
     added = [line for line in changes if line.startswith("+")]

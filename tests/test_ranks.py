@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from pmc_fast import PMC, PMCConfig
+from pmc_fast.errors import PMCError
 from tests.ranks_worker import run
 from tests.trainer_worker import result, trainer_of
 
@@ -14,19 +16,33 @@ from tests.trainer_worker import result, trainer_of
 def start(pytestconfig, *arguments, processes=2, timeout=300):
     """Run a script on several processes. (On CPUs `accelerate launch` starts several through MPI alone.)"""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(pytestconfig.rootpath)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(pytestconfig.rootpath),
+    }
     return subprocess.run([sys.executable, *launch, *map(str, arguments)], cwd=pytestconfig.rootpath, timeout=timeout,
                           capture_output=True, text=True, env=environment)  # fmt: skip
 
 
-CASES = ["ddp", "ddp-before", "ddp-lora", "fsdp", "fsdp-untied", "fsdp-before", "fsdp-lora", "fsdp-checkpointing"]
+CASES = [
+    "ddp",
+    "ddp-before",
+    "ddp-lora",
+    "fsdp",
+    "fsdp-untied",
+    "fsdp-before",
+    "fsdp-lora",
+    "fsdp-checkpointing",
+    "ddp-groups",
+]
 
 
 @pytest.fixture(scope="module")
 def two(pytestconfig, tiny_dir, tmp_path_factory):
     """What two processes made of every case."""
     out = tmp_path_factory.mktemp("ranks") / "out.pt"
-    done = start(pytestconfig, "tests/ranks_worker.py", tiny_dir, out, *CASES)
+    done = start(pytestconfig, "tests/ranks_worker.py", tiny_dir, out, *CASES, "ddp-differ")
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)
 
@@ -34,7 +50,7 @@ def two(pytestconfig, tiny_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(tiny_dir):
     """What one process makes of a case, with other parts."""
-    return {kind: run(str(tiny_dir), kind, 3) for kind in ("", "untied", "lora")}
+    return {kind: run(str(tiny_dir), kind, 3) for kind in ("", "untied", "lora", "groups")}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -59,6 +75,10 @@ def test_the_trainer_on_two_processes(pytestconfig, tiny_dir, tmp_path, normaliz
     same(ours, result(alone))
 
 
+def test_processes_must_agree(two):
+    assert "the PMC settings of process 1 are not those of process 0" in two["ddp-differ"]
+
+
 def same(ours, theirs):
     assert ours["state"] == theirs["state"]
     for name, p in theirs["parameters"].items():
@@ -72,9 +92,16 @@ def test_a_killed_process_ends_the_run_and_one_goes_on(pytestconfig, tiny_dir, t
     done = start(pytestconfig, "tests/trainer_worker.py", tiny_dir, run_to, "--save", "1", "--kill", "3", timeout=120)
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if "another process of this run is gone" in line]
-    assert told and "checkpoint-3 is sound" in told[-1]
+    assert told
+    assert "checkpoint-3 is sound" in told[-1]
     ours = trainer_of(tiny_dir, run_to, 4, save=1)
     ours.train(resume_from_checkpoint="auto")
     whole = trainer_of(tiny_dir, tmp_path / "whole", 4)
     whole.train()
     same({**result(ours), "logs": []}, {**result(whole), "logs": []})
+
+
+def test_processes_that_do_not_know_each_other_are_refused(tiny, tokenizer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PMCError, match="WORLD_SIZE is 2"):
+        PMC(tiny, tokenizer, PMCConfig(prompt_format="tags"), ["Who?"]).prepare()

@@ -12,7 +12,8 @@ def questions_of(dataset: Sequence[Any]) -> list[Any]:
     first = dataset[0]
     if isinstance(first, str) or (isinstance(first, Sequence) and first and isinstance(first[0], int)):
         return list(dataset)
-    return [row.question for row in rows_of(dataset, "forget_dataset")]
+    rows = list(dataset) if isinstance(first, Row) else rows_of(dataset, "forget_dataset")
+    return [row.question for row in rows]
 
 
 def sequences_of(dataset: Sequence[Any], encoder: Encoder) -> list[Encoded]:
