@@ -66,6 +66,8 @@ class PMC:
     config : PMCConfig
     questions : sequence of str, or of lists of int
         To be forgotten: texts, put into the prompt format, or prompts as token ids.
+    positions : sequence of int list or None, optional
+        Of each prompt's ids, where they are not 0, 1, ...; see `pmc_fast.data.packing.unpad`.
     reward : callable, optional
         (initial [Q], candidates [Q][N], min_len) -> [Q, N] in [0, 1]; 0: fully unlike.
     autocast_dtype : torch.dtype, optional
@@ -89,6 +91,7 @@ class PMC:
         config: PMCConfig,
         questions: Sequence[str] | Sequence[list[int]],
         *,
+        positions: Sequence[list[int] | None] | None = None,
         reward: Reward = rouge_l_recall,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
@@ -103,6 +106,7 @@ class PMC:
             raise PMCError("store is 'text' but the questions are token ids: use store='ids'")
         self.keeps_text = texts and config.store != "ids"
         self.prompts = [self.encoder.prompt(q) if isinstance(q, str) else [int(t) for t in q] for q in self.questions]
+        self.positions = [None] * len(self.prompts) if positions is None else list(positions)
         for i, prompt in enumerate(self.prompts):
             if len(prompt) >= config.max_length:
                 raise PMCError(
@@ -117,8 +121,9 @@ class PMC:
     def prepare(self) -> list[str]:
         """Answer every forget question greedily with the untouched model, y_i, and return the answers."""
         made = self.engine(
-            self.prompts, num_samples=1, temperature=0, max_length=self.config.max_length, stop_ids=self.encoder.stops
-        )
+            self.prompts, num_samples=1, temperature=0, max_length=self.config.max_length, stop_ids=self.encoder.stops,
+            positions=self.positions,
+        )  # fmt: skip
         self._initial_ids = [tokens for [tokens] in made.tokens]
         self.initial_answers = self.encoder.answers(self._initial_ids)
         if all(not y.split() for y in self.initial_answers):
@@ -164,6 +169,7 @@ class PMC:
             stream_ids=[(visit << 32) + i for i, visit in zip(asked, visits, strict=True)],
             stop_ids=self.encoder.stops,
             drafts=[[self._initial_ids[i]] for i in asked],
+            positions=[self.positions[i] for i in asked],
         )
         texts = [self.encoder.samples(samples) for samples in made.tokens]
         initial = [self.initial_answers[i] for i in asked]
@@ -194,9 +200,11 @@ class PMC:
     def _encode(self, index: int, answer: Any) -> Encoded:
         if self.keeps_text:
             return self.encoder.pair(self.questions[index], answer)
-        prompt = self.prompts[index]
+        prompt, positions = self.prompts[index], self.positions[index]
         ids = (prompt + [int(t) for t in answer])[: self.config.max_length]
-        return Encoded(ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
+        if positions is not None:
+            positions = positions + [positions[-1] + 1 + n for n in range(len(ids) - len(prompt))]
+        return Encoded(ids, [IGNORED] * len(prompt) + ids[len(prompt) :], positions)
 
     def encode_retain(self, rows: Sequence[Row]) -> list[Encoded]:
         """Encode retain pairs in the questions' prompt format."""
