@@ -221,7 +221,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init<int64_t, std::vector<int32_t>, int64_t>(), py::arg("capacity"), py::arg("stops"),
            py::arg("match"))
       .def("add", &pmc::RolloutTrie::add, py::arg("prompt"), py::arg("stream"), py::arg("samples"),
-           py::arg("max_new"), py::arg("drafts"))
+           py::arg("max_new"), py::arg("drafts"), py::arg("positions") = std::vector<int64_t>())
       .def("plan", &plan, py::arg("max_rows"), py::arg("guess_rows"))
       .def("advance", &advance, py::arg("tokens").noconvert(), py::arg("logps").noconvert(),
            py::arg("mass").noconvert())

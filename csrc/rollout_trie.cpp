@@ -17,15 +17,21 @@ RolloutTrie::RolloutTrie(int64_t capacity, std::vector<int32_t> stops, int64_t m
     : pool_(capacity), capacity_(capacity), stops_(std::move(stops)), match_(match) {}
 
 int64_t RolloutTrie::add(std::vector<int32_t> prompt, int64_t stream, std::vector<int32_t> samples,
-                         int64_t max_new, std::vector<std::vector<int32_t>> drafts) {
+                         int64_t max_new, std::vector<std::vector<int32_t>> drafts,
+                         std::vector<int64_t> positions) {
   const int64_t longest = static_cast<int64_t>(prompt.size()) + std::max<int64_t>(0, max_new - 1);
   if (prompt.empty()) throw std::invalid_argument("a prompt has no tokens");
   if (max_new > 0 && longest > capacity_) {
     throw std::invalid_argument("one sample may need " + std::to_string(longest) + " slots of " +
                                 std::to_string(capacity_));
   }
+  if (positions.empty()) {
+    for (size_t i = 0; i < prompt.size(); ++i) positions.push_back(static_cast<int64_t>(i));
+  }
+  if (positions.size() != prompt.size()) throw std::invalid_argument("a prompt's token has one position");
   const int64_t number = static_cast<int64_t>(questions_.size());
-  Question question{std::move(prompt), stream, max_new, std::move(samples), std::move(drafts), {}};
+  Question question{std::move(prompt),    stream, max_new, std::move(samples), std::move(drafts),
+                    std::move(positions), {}};
   question.results.resize(question.keys.size());
   std::vector<int32_t> all(question.keys.size());
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
@@ -273,11 +279,11 @@ void RolloutTrie::emit(const std::vector<int64_t>& prompt_rows, StepPlan& plan) 
     const Question& question = questions_[active.work.question];
     const int64_t length = static_cast<int64_t>(question.prompt.size());
     for (int64_t k = 0; k < prompt_rows[i]; ++k) {
-      const int64_t position = active.prefilled + k;
-      plan.tokens.push_back(question.prompt[position]);
-      plan.positions.push_back(position);
-      plan.slots.push_back(active.prompt_slots[position]);
-      plan.prefix_len.push_back(static_cast<int32_t>(position + 1));
+      const int64_t token = active.prefilled + k;
+      plan.tokens.push_back(question.prompt[token]);
+      plan.positions.push_back(question.positions[token]);
+      plan.slots.push_back(active.prompt_slots[token]);
+      plan.prefix_len.push_back(static_cast<int32_t>(token + 1));
       plan.cu_suffix.push_back(static_cast<int32_t>(plan.suffix.size()));
     }
     active.prefilled += prompt_rows[i];
@@ -285,7 +291,7 @@ void RolloutTrie::emit(const std::vector<int64_t>& prompt_rows, StepPlan& plan) 
       Node& node = nodes_[n];
       if (!node.table.empty()) {
         plan.tokens.push_back(node.token);
-        plan.positions.push_back(length + static_cast<int64_t>(node.table.size()) - 1);
+        plan.positions.push_back(question.positions.back() + static_cast<int64_t>(node.table.size()));
         plan.slots.push_back(node.table.back());
         plan.prefix_len.push_back(static_cast<int32_t>(length));
         plan.suffix.insert(plan.suffix.end(), node.table.begin(), node.table.end());

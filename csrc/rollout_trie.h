@@ -40,9 +40,10 @@ class RolloutTrie {
   // capacity: slots of the pool; match: longest suffix that a guess is looked up by, 0 for no guesses
   RolloutTrie(int64_t capacity, std::vector<int32_t> stops, int64_t match);
 
-  // Queues a question; returns its number. Its samples come out in the order of `samples`.
+  // Queues a question; returns its number. Its samples come out in the order of `samples`. `positions` are
+  // its prompt's, where they are not 0, 1, ...; answers go on from the last.
   int64_t add(std::vector<int32_t> prompt, int64_t stream, std::vector<int32_t> samples, int64_t max_new,
-              std::vector<std::vector<int32_t>> drafts);
+              std::vector<std::vector<int32_t>> drafts, std::vector<int64_t> positions = {});
 
   // Fills `plan` with at most max_rows rows, guesses only as far as guess_rows; false when all is done.
   bool plan(int64_t max_rows, int64_t guess_rows, StepPlan& plan);
@@ -62,6 +63,7 @@ class RolloutTrie {
     int64_t stream, max_new;
     std::vector<int32_t> keys;  // of each sample, for its random numbers
     std::vector<std::vector<int32_t>> drafts;
+    std::vector<int64_t> positions;  // of the prompt
     std::vector<Sample> results;
   };
   // One history that some samples share: its slots after the prompt, of which it holds each; its last token

@@ -73,6 +73,8 @@ class PMC:
     config : PMCConfig
     questions : sequence of str, or of lists of int
         To be forgotten: texts, put into the prompt format, or prompts as token ids.
+    positions : sequence of int list or None, optional
+        Of each prompt's ids, where they are not 0, 1, ...; see `pmc_fast.data.packing.unpad`.
     reward : callable, optional
         (initial [Q], candidates [Q][N], min_len) -> [Q, N] in [0, 1]; 0: fully unlike.
     autocast_dtype : torch.dtype, optional
@@ -103,6 +105,7 @@ class PMC:
         config: PMCConfig,
         questions: Sequence[str] | Sequence[list[int]],
         *,
+        positions: Sequence[list[int] | None] | None = None,
         reward: Reward = rouge_l_recall,
         autocast_dtype: torch.dtype | None = None,
         process_group: Any = None,
@@ -118,6 +121,7 @@ class PMC:
             raise PMCError("store is 'text' but the questions are token ids: use store='ids'")
         self.keeps_text = texts and config.store != "ids"
         self.prompts = [self.encoder.prompt(q) if isinstance(q, str) else [int(t) for t in q] for q in self.questions]
+        self.positions = [None] * len(self.prompts) if positions is None else list(positions)
         for i, prompt in enumerate(self.prompts):
             if len(prompt) >= config.max_length:
                 raise PMCError(
@@ -133,14 +137,14 @@ class PMC:
         """Answer every forget question greedily with the untouched model, y_i, and return the answers."""
         self.ranks.require_equal(
             {
-                "questions": self.prompts,
+                "questions": [self.prompts, self.positions],
                 "PMC settings": {f.name: getattr(self.config, f.name) for f in fields(PMCConfig)},
             }
         )
         mine = self.ranks.share(range(len(self.prompts)))
         made = self.engine(
             [self.prompts[i] for i in mine], num_samples=1, temperature=0, max_length=self.config.max_length,
-            stop_ids=self.encoder.stops,
+            stop_ids=self.encoder.stops, positions=[self.positions[i] for i in mine],
         )  # fmt: skip
         answers = {i: tokens for i, [tokens] in zip(mine, made.tokens, strict=True)}
         answers = {i: tokens for of in self.ranks.gather(answers) for i, tokens in of.items()}
@@ -205,6 +209,7 @@ class PMC:
             stream_ids=[(visit << 32) + i for i, visit in zip(asked, visits, strict=True)],
             stop_ids=self.encoder.stops,
             drafts=[[self._initial_ids[i]] for i in asked],
+            positions=[self.positions[i] for i in asked],
         )
         texts = [self.encoder.samples(samples) for samples in made.tokens]
         candidates: list[Any] = texts if self.keeps_text else made.tokens
@@ -237,9 +242,11 @@ class PMC:
     def _encode(self, index: int, answer: Any) -> Encoded:
         if self.keeps_text:
             return self.encoder.pair(self.questions[index], answer)
-        prompt = self.prompts[index]
+        prompt, positions = self.prompts[index], self.positions[index]
         ids = (prompt + [int(t) for t in answer])[: self.config.max_length]
-        return Encoded(ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
+        if positions is not None:
+            positions = positions + [positions[-1] + 1 + n for n in range(len(ids) - len(prompt))]
+        return Encoded(ids, [IGNORED] * len(prompt) + ids[len(prompt) :], positions)
 
     def encode_retain(self, rows: Sequence[Row]) -> list[Encoded]:
         """Encode retain pairs in the questions' prompt format."""

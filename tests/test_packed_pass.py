@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pmc_fast import patching
 from pmc_fast.data import Encoded, collate
-from pmc_fast.data.packing import num_targets, pack
+from pmc_fast.data.packing import num_targets, pack, unpad
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import packed_attention as op
 from pmc_fast.ops import row_scales, weighted_nll
@@ -78,6 +78,22 @@ def test_mean_nll_is_the_padded_batchs_loss():
     theirs = gradients(model, model(**batch).loss)
     for max_tokens in (8192, 10):
         same(gradients(model, PackedPass(model).mean_nll(FLAT, max_tokens=max_tokens)), theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+def test_what_a_mask_hides_inside_prompts_is_hidden(family):
+    """Where pad is eos, a mask made by comparison hides the prompts' eos too: positions go on over the gaps."""
+    model = build(FAMILIES[family]())
+    batch = collate(
+        [answer(p, a) for p, a in [([5, 2, 7], [4, 2]), ([8, 2, 2, 9, 2, 3], [6, 6, 6, 2]), ([3], [2])]], 2
+    )
+    batch["attention_mask"] = batch["input_ids"] != 2
+    theirs = model(**batch, use_cache=False)
+    ours = PackedPass(model).mean_nll(unpad(batch))
+    torch.testing.assert_close(ours, theirs.loss.double(), atol=1e-6, rtol=1e-6)  # its logits are rounded to float32
+    same(gradients(model, ours), gradients(model, theirs.loss))
+    visible = model(**batch | {"attention_mask": torch.ones_like(batch["input_ids"])}, use_cache=False)
+    assert abs(ours - visible.loss) > 1e-3
 
 
 def test_shared_prompts_change_nothing():

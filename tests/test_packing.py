@@ -85,12 +85,33 @@ def test_unpad_takes_back_what_collate_did(sequences, side):
         assert ours == Encoded(s.input_ids[:used], s.labels[:used])
 
 
-def test_masks_inside_a_text_are_refused():
-    batch = {"input_ids": torch.tensor([[5, 2, 6, 7]]), "labels": torch.tensor([[IGNORED, IGNORED, 6, 7]])}
-    with pytest.raises(PMCError, match="row 0 of a padded batch has an attention_mask with a 0 inside"):
-        unpad(batch | {"attention_mask": torch.tensor([[1, 0, 1, 1]])})
-    (s,) = unpad(batch | {"attention_mask": torch.tensor([[1, 1, 1, 0]])})  # eos, masked because it is also the pad
-    assert s.input_ids == [5, 2, 6, 7]
+@pytest.mark.parametrize(
+    ("mask", "ids", "positions"),
+    [
+        ([1, 1, 1, 1, 1, 0], [5, 2, 2, 6, 7, 2], None),  # the last eos, masked because it is also the pad, is trained
+        ([1, 0, 1, 1, 1, 0], [5, 2, 6, 7, 2], [0, 2, 3, 4, 5]),  # one inside the prompt is not seen
+        ([1, 1, 0, 1, 1, 0], [5, 2, 2, 6, 7, 2], None),  # but one that predicts a target is
+        ([1, 0, 0, 1, 1, 0], [5, 2, 6, 7, 2], [0, 2, 3, 4, 5]),
+        ([0, 1, 1, 1, 1, 0], [2, 2, 6, 7, 2], None),  # as padding on the left
+    ],
+)
+def test_masked_tokens_inside_a_prompt_leave_gaps(mask, ids, positions):
+    labels = torch.tensor([[IGNORED, IGNORED, IGNORED, 6, 7, 2, IGNORED]])
+    batch = {"input_ids": torch.tensor([[5, 2, 2, 6, 7, 2, 2]]), "attention_mask": torch.tensor([[*mask, 0]]) == 1}
+    (s,) = unpad(batch | {"labels": labels})
+    assert (s.input_ids, s.positions) == (ids, positions)
+    assert [x for x in s.labels if x != IGNORED] == [6, 7, 2]
+    (p,) = pack([[s, s]], 100)
+    assert p.positions.tolist() == [*(positions or range(len(ids)))[:-1], *(positions or range(len(ids)))[-3:-1]]
+    (empty,) = unpad(batch | {"labels": torch.full_like(labels, IGNORED)})
+    assert empty == Encoded([], [])
+
+
+def test_prompts_in_other_places_are_not_shared():
+    labels = [IGNORED, IGNORED, 4]
+    (p,) = pack([[Encoded([1, 2, 4], labels), Encoded([1, 2, 4], labels, [0, 3, 4])]], 100)
+    assert p.positions.tolist() == [0, 1, 3]
+    assert p.input_ids.tolist() == [1, 2, 2]
 
 
 GROUPS = [

@@ -116,6 +116,27 @@ def test_greedy_is_hugging_faces(family):
         assert prompt + tokens == theirs[0].tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masked_tokens_of_a_prompt_leave_gaps(family):
+    """Log-probs are the plain model's where it gets the whole prompt and a mask; answers go on after its end."""
+    model = build(FAMILIES[family]())
+    whole, mask = [5, 2, 7, 2, 2, 4], [1, 0, 1, 0, 0, 1]
+    prompts = [[5, 7, 4], [5, 7, 4], PROMPTS[2]]
+    how = HOW | {"stream_ids": [1, 1, 3], "drafts": [[[4, 5]], [[4, 5]], []]}
+    made = rollout(model, prompts, positions=[[0, 2, 5], None, None], **how)
+    for tokens, logps in zip(made.tokens[0], made.logps[0], strict=True):
+        ids, seen = torch.tensor([whole + tokens]), torch.tensor([mask + [1] * len(tokens)])
+        with torch.no_grad():
+            theirs = model(ids, attention_mask=seen, use_cache=False).logits[0, len(whole) - 1 : -1].log_softmax(-1)
+        np.testing.assert_allclose(logps, theirs.gather(1, torch.tensor(tokens)[:, None])[:, 0], atol=1e-5)
+    assert made.tokens[1:] == rollout(model, prompts, **how).tokens[1:]
+    for bad in ([0, 2], [0, 2, 2], [-1, 0, 1]):
+        with pytest.raises(PMCError, match="positions of prompt 0 must ascend from 0 or more, one for each token"):
+            rollout(model, prompts, positions=[bad, None, None], **how)
+    with pytest.raises(PMCError, match="positions for 1 of 3 prompts"):
+        rollout(model, prompts, positions=[None], **how)
+
+
 def test_float32_samples_agree_but_for_races_within_rounding():
     wide, narrow = build(FAMILIES["llama"]()), build(FAMILIES["llama"](), torch.float32)
     how = HOW | {"num_samples": 100, "top_k": 50}

@@ -20,6 +20,7 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
+    positions: list[int] | None = None  # ascending, where they are not 0, 1, ...: tokens between were left out
 
 
 def resolve_format(tokenizer: Any, prompt_format: str) -> PromptFormat:

@@ -64,7 +64,7 @@ class Segments(tuple[Segment, ...]):
 class Pack:
     """Sequences for one forward pass, and what it predicts.
 
-    Positions restart with every sequence. The last token of a sequence predicts nothing and is left out.
+    Positions restart with every sequence, at 0 or as it says. The last token of a sequence predicts nothing and is left out.
     """
 
     input_ids: torch.Tensor  # int64 [T]
@@ -142,10 +142,10 @@ class _Builder:
         prefix = (0, 0)
         if shared:
             prefix = (len(self.ids), len(self.ids) + shared)
-            self._append(group[0][1].input_ids[:shared], 0, (0, 0))
+            self._append(group[0][1], slice(0, shared), (0, 0))
         for number, s in group:
             own = len(self.ids) - shared  # token t of the sequence, once past the prefix, stands at own + t
-            self._append(s.input_ids[shared : _used(s)], shared, prefix)
+            self._append(s, slice(shared, _used(s)), prefix)
             for t in range(1, _used(s) + 1):
                 if s.labels[t] != IGNORED:
                     self.predictors.append(prefix[0] + t - 1 if t - 1 < shared else own + t - 1)
@@ -153,10 +153,11 @@ class _Builder:
             self.ends.append(len(self.targets))
             self.sequences.append(number)
 
-    def _append(self, ids: list[int], first: int, prefix: tuple[int, int]) -> None:
+    def _append(self, s: Encoded, at: slice, prefix: tuple[int, int]) -> None:
+        ids = s.input_ids[at]
         if ids:
             self.segments.append(Segment(len(self.ids), len(self.ids) + len(ids), *prefix))
-            self.positions += range(first, first + len(ids))
+            self.positions += _positions(s)[at]
             self.ids += ids
 
     def build(self) -> Pack:
@@ -173,6 +174,10 @@ class _Builder:
         )
 
 
+def _positions(s: Encoded) -> Sequence[int]:
+    return range(len(s.input_ids)) if s.positions is None else s.positions
+
+
 def _used(s: Encoded) -> int:
     """Return how many tokens a pass needs: up to the one that predicts the last target."""
     return max(t for t, label in enumerate(s.labels) if label != IGNORED)
@@ -183,7 +188,7 @@ def _shared_length(group: Sequence[Encoded]) -> int:
     if len(group) < 2:
         return 0
     limit = min(next(t for t, label in enumerate(s.labels) if label != IGNORED) for s in group)
-    columns = zip(*(s.input_ids[:limit] for s in group), strict=True)
+    columns = zip(*(zip(s.input_ids[:limit], _positions(s), strict=False) for s in group), strict=True)
     return next((t for t, column in enumerate(columns) if len(set(column)) > 1), limit)
 
 
@@ -193,26 +198,33 @@ def unpad(batch: Any) -> list[Encoded]:
     Parameters
     ----------
     batch : mapping
-        int ``input_ids``, ``attention_mask`` (optional) and ``labels`` (-100: not trained), all [B, T], padded
-        on either side.
+        int ``input_ids``, ``attention_mask`` (optional, int or bool) and ``labels`` (-100: not trained), all
+        [B, T], padded on either side.
 
-    Raises
-    ------
-    PMCError
-        A mask that hides tokens inside a sequence: a packed pass would see them.
+    Returns
+    -------
+    list of Encoded
+        What a padded pass computes of each row. A token that is masked inside it (a mask made by comparing with
+        the pad token hides each eos of a chat prompt, where pad is eos) is seen by nobody there but counts in the
+        positions of those that follow: it is left out and leaves a gap in `Encoded.positions`. One that is
+        trained, or predicts what is trained, stays, for all to see: what a model computes in a masked place
+        depends on its attention implementation.
+
+    Notes
+    -----
+    Positions count from the first token that is seen. A sliding window reaches over the tokens that are left: further
+    than in the padded pass, where a sequence is longer than the window.
     """
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     mask = batch.get("attention_mask")
     masks = [[1] * len(row) for row in ids] if mask is None else mask.tolist()
-    sequences: list[Encoded] = []
-    for row, label, seen in zip(ids, labels, masks, strict=True):
-        # the end comes from the labels: a mask made where pad is eos would hide a trained eos
-        end = max((t for t, x in enumerate(label) if x != IGNORED), default=-1) + 1
-        begin = next((t for t, x in enumerate(seen) if x), 0)
-        if not all(seen[begin : end - 1]):
-            raise PMCError(
-                f"row {len(sequences)} of a padded batch has an attention_mask with a 0 inside its text: mask the "
-                "padding alone (a pad token that also stands in texts, such as eos, is masked there too)"
-            )
-        sequences.append(Encoded(row[begin:end], label[begin:end]))
-    return sequences
+    return [_unpadded(*row) for row in zip(ids, labels, masks, strict=True)]
+
+
+def _unpadded(ids: list[int], labels: list[int], seen: list[int]) -> Encoded:
+    # the end comes from the labels: a mask made where pad is eos would hide a trained eos
+    end = max((t for t, x in enumerate(labels) if x != IGNORED), default=-1) + 1
+    begin = next((t for t, x in enumerate(seen) if x), 0)
+    kept = [t for t in range(begin, end) if seen[t] or any(x != IGNORED for x in labels[t : t + 2])]
+    positions = None if kept == list(range(begin, end)) else [t - begin for t in kept]
+    return Encoded([ids[t] for t in kept], [labels[t] for t in kept], positions)

@@ -91,6 +91,7 @@ class RolloutEngine:
         max_rows: int | None = None,
         pool_tokens: int | None = None,
         drafts: Sequence[Sequence[Sequence[int]]] | None = None,
+        positions: Sequence[Sequence[int] | None] | None = None,
         guesses: bool = True,
         trie: bool = True,
     ) -> Rollouts:
@@ -125,6 +126,9 @@ class RolloutEngine:
         drafts : list of int lists for each prompt, optional
             Answers that are likely, such as an earlier greedy one: computed with the prompt, each token that is
             drawn costs no step of its own.
+        positions : int list or None for each prompt, optional
+            Of its tokens, ascending, where they are not 0, 1, ...: of a prompt whose masked tokens were left out.
+            Answers go on from the last.
         guesses : bool
             Let rows of small steps carry tokens that followed the same tokens in another sample.
         trie : bool
@@ -141,7 +145,7 @@ class RolloutEngine:
         """
         work = Request.checked(
             self.model, prompts, num_samples, temperature, max_new_tokens, max_length, stream_ids, stop_ids, max_rows,
-            pool_tokens, drafts,
+            pool_tokens, drafts, positions,
         )  # fmt: skip
         if not self._checked:
             self._check()
@@ -153,11 +157,11 @@ class RolloutEngine:
         state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, MATCH if guesses else 0)
         keys = list(range(work.num_samples))
         groups = [keys] if trie else [[key] for key in keys]
-        for prompt, stream, longest, drafts in zip(
-            work.prompts, work.streams, work.max_new, work.drafts, strict=True
+        for prompt, stream, longest, drafts, positions in zip(
+            work.prompts, work.streams, work.max_new, work.drafts, work.positions, strict=True
         ):
             for group in groups:
-                state.add(prompt, stream, group, longest, drafts)
+                state.add(prompt, stream, group, longest, drafts, positions)
         with Lockstep(self.model, self._ranks) as lockstep, self._step.lend():
             device = self._step.device  # known only now: the model may have been moved
             if self._cuda_graphs and device.type != "cuda":

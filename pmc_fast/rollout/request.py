@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Request:
     max_rows: int
     pool_tokens: int
     drafts: list[list[list[int]]]
+    positions: list[list[int]]  # of a prompt's tokens; none: 0, 1, ...
 
     @classmethod
     def checked(
@@ -41,6 +43,7 @@ class Request:
         max_rows: int | None,
         pool_tokens: int | None,
         drafts: Sequence[Sequence[Sequence[int]]] | None,
+        positions: Sequence[Sequence[int] | None] | None = None,
     ) -> "Request":
         if num_samples < 1:
             raise PMCError(f"num_samples is {num_samples}: it must be at least 1")
@@ -65,6 +68,12 @@ class Request:
         guesses = [[] for _ in lists] if drafts is None else [[list(map(int, d)) for d in of] for of in drafts]
         if len(guesses) != len(lists):
             raise PMCError(f"drafts for {len(guesses)} of {len(lists)} prompts: give a list each")
+        places = [[] if p is None else [int(n) for n in p] for p in positions or [None] * len(lists)]
+        if len(places) != len(lists):
+            raise PMCError(f"positions for {len(places)} of {len(lists)} prompts: give each its own, or None")
+        for i, (prompt, own) in enumerate(zip(lists, places, strict=True)):
+            if own and (len(own) != len(prompt) or own[0] < 0 or any(a >= b for a, b in pairwise(own))):
+                raise PMCError(f"positions of prompt {i} must ascend from 0 or more, one for each token")
         slots = UNLIMITED if pool_tokens is None else int(pool_tokens)
         for i, (prompt, new) in enumerate(zip(lists, max_new, strict=True)):
             if len(prompt) + new - 1 > slots:
@@ -74,7 +83,7 @@ class Request:
                 )
         device = model.get_input_embeddings().weight.device.type
         rows = MAX_ROWS[device] if max_rows is None else max_rows
-        return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, guesses)
+        return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, guesses, places)
 
 
 def _stream_of(prompt: list[int]) -> int:

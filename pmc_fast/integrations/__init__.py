@@ -1,0 +1,1 @@
+"""PMC in other people's trainers."""

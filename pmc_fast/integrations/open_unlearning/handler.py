@@ -1,0 +1,225 @@
+"""The handler class: GradDiff with the model's own answers in place of the forget answers."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from trainer.unlearn.grad_diff import GradDiff
+from transformers.trainer_utils import get_last_checkpoint
+
+from ... import checkpoint
+from ...arguments import autocast_dtype
+from ...config import PMCConfig
+from ...data import Encoded
+from ...data.encoding import IGNORED
+from ...data.packing import unpad
+from ...errors import PMCError
+from ...pmc import PMC as Core
+from ...pmc import Step
+
+PART = "pmc"  # key of a micro-batch's answers in its inputs
+ELSEWHERE = {
+    "retain_weight": "alpha weighs the retain loss",
+    "prompt_format": "prompts come from OpenUnlearning's dataset",
+    "system_prompt": "prompts come from OpenUnlearning's dataset",
+    "date_string": "prompts come from OpenUnlearning's dataset",
+    "store": "it keeps token ids",
+    "stop_score": "the stopping rule is PMCTrainer's",
+    "stop_retain_loss": "the stopping rule is PMCTrainer's",
+    "stop_steps": "the stopping rule is PMCTrainer's",
+}
+
+
+class PMC(GradDiff):
+    """Partial Model Collapse as an unlearning method of OpenUnlearning.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        GradDiff's: gamma (of the sampled answers' loss, above 0), alpha (of the retain loss), retain_loss_type, and
+        what OpenUnlearning gives every trainer. Settings of `PMCConfig` by their names are taken out; seed is by
+        default the training arguments'.
+
+    Notes
+    -----
+    loss = gamma * CE(sampled answers) + alpha * CE(retain answers), in one packed pass; any other retain_loss_type
+    is left to GradDiff's own compute_retain_loss. All questions of an optimizer step are sampled in one rollout.
+
+    A question is the prompt of a forget row: what precedes its first label, as the data collator masks it. Two rows
+    with the same prompt are one question.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "tokenizer" in kwargs:
+            raise PMCError(
+                "OpenUnlearning gave a tokenizer instead of a processing_class: its checkout is older than transformers "
+                "5; update it"
+            )
+        given = {f.name: kwargs.pop(f.name) for f in fields(PMCConfig) if f.name in kwargs}
+        for name in given:
+            if name in ELSEWHERE:
+                raise PMCError(f"method_args.{name} is not a setting here: {ELSEWHERE[name]}")
+        if getattr(kwargs.get("args"), "n_gpu", 1) > 1:
+            kwargs["args"]._n_gpu = 1  # no DataParallel, which splits a batch by rows: use accelerate launch
+        super().__init__(*args, **kwargs)
+        for name, on in (("DeepSpeed", self.is_deepspeed_enabled), ("FSDP", self.is_fsdp_enabled)):
+            if on:
+                raise PMCError(f"PMC samples from whole weights, which {name} may shard: use accelerate's multi_gpu")
+        # The loss is a mean of its micro-batch, and the Trainer divides by their number. It would not where it takes
+        # the loss for one that the model has divided by the step's tokens.
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+        if not self.gamma > 0:
+            raise PMCError(f"method_args.gamma is {self.gamma!r}: it must be above 0")
+        self._packs_retain = self.retain_loss_type == "NLL"
+        lambda_ = self.alpha / self.gamma if self._packs_retain else 0.0
+        self.pmc_config = PMCConfig(**{"seed": self.args.seed} | given, retain_weight=lambda_)
+        self._questions: dict[bytes, int] = {}  # the number of each prompt
+        self._losses: list[torch.Tensor] = []  # collapse and retain loss of the micro-batches since the last log
+        self._sampled_tokens = 0.0  # likewise
+
+    # --- questions
+
+    @cached_property
+    def pmc(self) -> Core:
+        """The core. Its questions are the prompts of `train_dataset.forget`, in their order."""
+        forget = getattr(self.train_dataset, "forget", None)
+        if not forget:
+            raise PMCError("train_dataset has no forget set: PMC needs the questions to forget")
+        prompts: list[Encoded] = []
+        for i in range(len(forget)):
+            row = forget[i]
+            if not (isinstance(row, Mapping) and "input_ids" in row and "labels" in row):
+                raise PMCError(
+                    f"forget row {i} has no input_ids and labels: PMC takes plain question-answer datasets"
+                )
+            # through the collator, for its mask: where pad is eos it hides the eos tokens of a prompt, and rollouts
+            # must see what training sees
+            (prompt,) = _prompts(self.data_collator([row]), f"forget row {i}")
+            if self._questions.setdefault(_key(prompt), len(prompts)) == len(prompts):
+                prompts.append(prompt)
+        return Core(
+            self.model,
+            self.processing_class,
+            self.pmc_config,
+            [prompt.input_ids for prompt in prompts],
+            positions=[prompt.positions for prompt in prompts],
+            autocast_dtype=autocast_dtype(self.args),
+        )
+
+    def _ready(self) -> Core:
+        if not self.pmc.initial_answers:
+            self.pmc.prepare()
+        return self.pmc
+
+    def _sampled(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Sample the questions of an optimizer step's micro-batches; return these with their answers."""
+        pmc = self._ready()
+        try:
+            indices = [[self._questions[_key(p)] for p in _prompts(b["forget"], "a forget batch")] for b in batches]
+        except KeyError:
+            raise PMCError(
+                "a forget batch has a prompt that train_dataset.forget has not: its rows must stay as they are"
+            ) from None
+        step = pmc.sample([i for batch in indices for i in batch])
+        self._sampled_tokens += step.counters.get("sampled_tokens", 0.0)
+        tokens = sum(int((b["retain"]["labels"][:, 1:] != IGNORED).sum()) for b in batches)
+        parts = step.split(len(indices[0]))
+        return [{**batch, PART: (part, tokens)} for batch, part in zip(batches, parts, strict=True)]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Collect an optimizer step's micro-batches and sample all their questions at once."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        return self._sampled(batches) if batches else batches, items
+
+    # --- a step
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return a micro-batch's loss, a mean; inputs that come without answers are a step of their own."""
+        if PART not in inputs:
+            (inputs,) = self._sampled([inputs])
+        part: Step
+        part, retain_tokens = inputs[PART]
+        retain = {name: inputs["retain"][name] for name in ("input_ids", "attention_mask", "labels")}
+        out = self.pmc.loss(part, retain if self._packs_retain else [], model=model, retain_tokens=retain_tokens)
+        # the core's loss is a share of the step's, but the Trainer divides by the number of micro-batches itself
+        loss = self.gamma * part.parts * out.loss
+        retain_loss = out.retain
+        if not self._packs_retain:
+            retain_loss = self.compute_retain_loss(model=model, retain_inputs=retain)
+            loss = loss + self.alpha * retain_loss
+        self._losses.append(torch.stack([out.collapse.double(), retain_loss.detach().double()]))
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the Trainer's numbers and, with a training step's, PMC's."""
+        if "loss" in logs and self._losses:
+            collapse, retain = torch.stack(self._losses).mean(0).tolist()
+            scores = self.pmc.scores()
+            logs |= {
+                "collapse_loss": collapse,
+                "retain_loss": retain,
+                "mean_score": sum(scores) / len(scores),
+                "pending": len(self.pmc.questions) - scores.count(0.0),
+                "sampled_tokens": self._sampled_tokens,
+            }
+            self._losses, self._sampled_tokens = [], 0.0
+        super().log(logs, *args, **kwargs)
+
+    # --- a run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; the untouched model answers the forget questions first, or a checkpoint's answers are taken over."""
+        wanted = resume_from_checkpoint
+        found = get_last_checkpoint(self.args.output_dir) if wanted is True else wanted
+        if found:
+            self._load_own_state(Path(str(found)))
+        self._ready()
+        return super().train(found or None, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        directory = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and directory.is_dir():
+            # beside OpenUnlearning's own files: its evaluation writes into the same directory, which is thus not sealed
+            descriptor = os.open(directory / checkpoint.STATE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump({"questions": self._fingerprint(), "pmc": self.pmc.state_dict()}, file)
+
+    def _load_own_state(self, directory: Path) -> None:
+        try:
+            state = json.loads((directory / checkpoint.STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PMCError(f"checkpoint {directory} has no sound {checkpoint.STATE}: PMC did not write it") from error
+        if state["questions"] != self._fingerprint():
+            raise PMCError(f"checkpoint {directory} belongs to another run: its questions differ from this one's")
+        self.pmc.load_state_dict(state["pmc"])
+
+    def _fingerprint(self) -> str:
+        return checkpoint.digest([self.pmc.prompts, self.pmc.positions])
+
+
+def _prompts(batch: Mapping[str, torch.Tensor], where: str) -> list[Encoded]:
+    """Return what precedes the first label of each row of a padded batch."""
+    prompts = []
+    for s in unpad(batch):
+        end = next((t for t, label in enumerate(s.labels) if label != IGNORED), 0)
+        if not end:
+            raise PMCError(f"{where} has no prompt before an answer: PMC takes questions with answers")
+        positions = None if s.positions is None or s.positions[:end] == list(range(end)) else s.positions[:end]
+        prompts.append(Encoded(s.input_ids[:end], s.labels[:end], positions))
+    return prompts
+
+
+def _key(prompt: Encoded) -> bytes:
+    return np.array([prompt.input_ids, prompt.positions or range(len(prompt.input_ids))], dtype=np.int64).tobytes()

@@ -1,0 +1,7 @@
+"""What unlearning methods have in common: here, nothing."""
+
+from trainer.base import FinetuneTrainer
+
+
+class UnlearnTrainer(FinetuneTrainer):
+    pass
