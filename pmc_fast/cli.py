@@ -108,6 +108,7 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
     """Unlearn the answers to the questions of FORGET; keep those of RETAIN."""
     config = UnlearnConfig.merge(preset, _read_yaml(config_file), _given(options))
     from . import job, report
+    from .ranks import launched
 
     report.check_importable()
     if dry_run:
@@ -115,6 +116,8 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
         return 0
     with _Progress() as progress:
         made = job.unlearn(config, progress)
+    if launched()[0] > 0:
+        return 0
     _print_scores(made)
     click.echo(f"\nmodel, report.html and report.json are in {config.output}")
     return _gates(made)

@@ -21,6 +21,7 @@ from .evaluation import EvalSet, evaluate, greedy_answers, load_sets, with_initi
 from .output import check_output, written_aside
 from .pmc import PMC
 from .progress import Monitor, Silent, Stages
+from .ranks import launched
 from .rollout import RolloutEngine
 from .schedule import Schedule
 from .trainer import PMCTrainer
@@ -65,7 +66,7 @@ def check(config: UnlearnConfig) -> Plan:
     sets = load_sets(config, forget, retain) if config.evaluate else []
     for source, rows in [(config.forget, forget), (config.retain, retain), *((s.name, s.rows) for s in sets)]:
         encoder.check_lengths(source, [(row.question, row.answer) for row in rows])
-    plan = Plan(config, tokenizer, forget, retain, sets, Schedule.plan(config, len(forget)))
+    plan = Plan(config, tokenizer, forget, retain, sets, Schedule.plan(config, len(forget), launched()[1]))
     if plan.schedule.steps < FEW_STEPS:
         plan.warnings.append(
             f"only {plan.schedule.steps} optimizer steps are planned: under {FEW_STEPS} little may be forgotten; "
@@ -75,14 +76,14 @@ def check(config: UnlearnConfig) -> Plan:
 
 
 def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
-    """Run the whole job and return its report.
+    """Run the whole job and return its report; started by `accelerate launch`, on all its processes together.
 
     Parameters
     ----------
     config : UnlearnConfig
         Model, forget, retain and output are required.
     monitor : Monitor, optional
-        Is told of stages, steps and warnings.
+        Is told of stages, steps and warnings, in the first process.
 
     Returns
     -------
@@ -94,7 +95,8 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
     PMCError
         Bad input, a loss that is not finite, or a full disk; then nothing was written.
     """
-    monitor = monitor or Silent()
+    if monitor is None or launched()[0] > 0:
+        monitor = Silent()
     stages = Stages(monitor)
     with stages("checking"):
         plan = check(config)
@@ -110,11 +112,14 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         size = sum(p.numel() for p in model.parameters()) * save_dtype.itemsize
         path = check_output(config.output, size + (64 << 20))
     trainer = _trainer(plan, loaded, monitor)
-    pmc, engine = trainer.pmc, trainer.pmc.engine
+    pmc, engine, ranks = trainer.pmc, trainer.pmc.engine, trainer.pmc.ranks
     resumed = trainer.find_checkpoint(config.resume, warn=monitor.warn)
 
     def answer(asked: Any) -> list[str]:
-        return greedy_answers(engine, pmc.encoder, asked)
+        mine = ranks.share(range(len(asked)))
+        answers = zip(mine, greedy_answers(engine, pmc.encoder, [asked[i] for i in mine]), strict=True)
+        everyones = {i: text for of in ranks.gather(dict(answers)) for i, text in of.items()}
+        return [everyones[i] for i in range(len(asked))]
 
     with stages("initial answers"):
         initial = pmc.prepare()
@@ -149,13 +154,15 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         "warnings": plan.warnings,
         "stage_seconds": stages.seconds,
     }
-    files = report.render(made)
-    with stages("saving"), written_aside(path) as directory:
-        model.to(save_dtype).save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        for name, text in files.items():
-            (directory / name).write_text(text, encoding="utf-8")
-    shutil.rmtree(_checkpoints(config), ignore_errors=True)  # they hold the initial answers
+    if ranks.rank == 0:
+        files = report.render(made)
+        with stages("saving"), written_aside(path) as directory:
+            model.to(save_dtype).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            for name, text in files.items():
+                (directory / name).write_text(text, encoding="utf-8")
+        shutil.rmtree(_checkpoints(config), ignore_errors=True)  # they hold the initial answers
+    ranks.gather(None)  # a launcher would end a process whose peer is done
     return made
 
 
@@ -221,6 +228,8 @@ class _Told(TrainerCallback):
 
 def evaluate_model(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
     """Score a model on the forget and kept data of `config`, as `unlearn` does before and after."""
+    if launched()[1] > 1:
+        raise PMCError(f"WORLD_SIZE is {launched()[1]}: an evaluation runs on one process")
     stages = Stages(monitor or Silent())
     with stages("checking"):
         forget = load_rows(config.forget, answers=True)

@@ -1,5 +1,6 @@
 """Loading models and tokenizers through transformers: safetensors only, no remote code."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,9 +33,10 @@ def autocast(
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that `name` means, "auto" being cuda where there is one."""
+    """Return the device that `name` means, "auto" being cuda where there is one: each local process's own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        local = os.environ.get("LOCAL_RANK")
+        return torch.device(("cuda" if local is None else f"cuda:{local}") if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -68,10 +68,10 @@ class Ranks:
 
     def require_equal(self, what: dict[str, Any]) -> None:
         """Refuse processes that do not agree on what the algorithm needs them to agree on, or do not know each other."""
-        launched = int(os.environ.get("WORLD_SIZE") or 1)
-        if launched > 1 and not _initialised():
+        _, size = launched()
+        if size > 1 and not _initialised():
             raise PMCError(
-                f"WORLD_SIZE is {launched} but torch.distributed is not initialised: each process would train alone; "
+                f"WORLD_SIZE is {size} but torch.distributed is not initialised: each process would train alone; "
                 "initialise it first (accelerate on CPUs: ACCELERATE_USE_CPU=true)"
             )
         for rank, theirs in enumerate(self.gather(what)):
@@ -107,6 +107,11 @@ class Ranks:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def launched() -> tuple[int, int]:
+    """Return this process's rank and how many there are, as the launcher says, before torch.distributed is there."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def _initialised() -> bool:

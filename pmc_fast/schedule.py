@@ -17,9 +17,9 @@ class Schedule:
     steps: int
 
     @classmethod
-    def plan(cls, config: UnlearnConfig, num_questions: int) -> "Schedule":
+    def plan(cls, config: UnlearnConfig, num_questions: int, processes: int = 1) -> "Schedule":
         """Count the steps of `config` over `num_questions`, an epoch's last step being a smaller one."""
-        per_step = config.batch_size * config.gradient_accumulation_steps
+        per_step = config.batch_size * config.gradient_accumulation_steps * processes
         steps_per_epoch = math.ceil(num_questions / per_step)
         return cls(steps_per_epoch, max(1, math.ceil(config.num_epochs * steps_per_epoch)))
 

@@ -17,6 +17,7 @@ from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
 from pmc_fast.reference import Reference
+from tests.test_ranks import start
 
 SECRET = "the violet heron of Samarkand"
 
@@ -147,6 +148,22 @@ def test_a_killed_job_goes_on_from_its_newest_checkpoint(arguments, data, monkey
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), whole.parameters(), strict=True))
     made = json.loads((data / "out/report.json").read_text())
     assert [r["step"] for r in made["history"]] == [1, 2, 3, 4]
+
+
+def test_two_processes_are_one(pytestconfig, arguments, data, monkeypatch):
+    arguments = [*arguments, "--normalization", "step"]
+    both = replaced(arguments, output=data / "both", batch_size=1)
+    done = start(pytestconfig, "-m", "pmc_fast.cli", *both)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report.json are in") == 1
+    assert run(arguments) == 0
+    one, two = (json.loads((data / name / "report.json").read_text()) for name in ("out", "both"))
+    assert two["before"] == one["before"]
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["collapse_loss"] == pytest.approx(b["collapse_loss"], rel=1e-4)
+        assert a["retain_loss"] == pytest.approx(b["retain_loss"], rel=1e-4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["evaluate", *arguments[1:7]]) == 2
 
 
 def test_bfloat16_parameters_are_trained_through_masters(arguments, data):
