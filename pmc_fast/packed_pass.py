@@ -130,7 +130,7 @@ class PackedPass:
             raise PMCError(
                 f"{type(base).__name__}: a packed pass does not compute what the model computes with "
                 f"attn_implementation {base.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; "
-                "if it stays, this family is not supported"
+                "under mixed precision give autocast_dtype; if it stays, this family is not supported"
             )
 
 

@@ -204,8 +204,8 @@ class RolloutEngine:
         if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
             raise PMCError(
                 f"{type(self.model).__name__}: rollouts do not compute what the model computes with attn_implementation "
-                f"{self.model.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; if it stays, "
-                "this family is not supported"
+                f"{self.model.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; under "
+                "mixed precision give autocast_dtype; if it stays, this family is not supported"
             )
 
     def _plain_logps(self, prompt: list[int], samples: list[list[int]]) -> np.ndarray:
