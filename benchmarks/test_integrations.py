@@ -141,7 +141,7 @@ def in_open_unlearning(setting, path):
             logging_steps=1,
             save_strategy="no",
             weight_decay=0.01,
-        ),  # fmt: skip
+        ),
         train_dataset=_Pairs(items(forget), items(setting.kept)),
         eval_dataset=None,
         processing_class=setting.tokenizer,

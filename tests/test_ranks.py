@@ -9,6 +9,7 @@ import torch
 
 from pmc_fast import PMC, PMCConfig
 from pmc_fast.errors import PMCError
+from pmc_fast.sharding import is_sharded
 from tests.ranks_worker import run
 from tests.trainer_worker import result, trainer_of
 
@@ -105,3 +106,17 @@ def test_processes_that_do_not_know_each_other_are_refused(tiny, tokenizer, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PMCError, match="WORLD_SIZE is 2"):
         PMC(tiny, tokenizer, PMCConfig(prompt_format="tags"), ["Who?"]).prepare()
+
+
+@pytest.mark.parametrize("name", ["FSDP1", "ZeRO-3"])
+def test_other_sharding_is_refused_by_name(tiny, tokenizer, monkeypatch, name):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if name == "FSDP1":
+        tiny.model.layers[0] = wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+        torch.nn.Module.__init__(wrapper)
+    else:
+        next(tiny.parameters()).ds_id = 0
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(PMCError, match=f"sharded by .*{name}"):
+        is_sharded(tiny)
