@@ -86,7 +86,7 @@ def read_head(model: Any) -> Head:
 def _effective_weight(layer: Any) -> torch.Tensor:
     if plain_type(layer) is torch.nn.Linear:
         return layer.weight
-    name, base = type(layer).__name__, getattr(layer, "base_layer", None)
+    name, base = type(layer).__name__, getattr(layer, "base_layer", layer)
     if plain_type(base) is not torch.nn.Linear or not hasattr(layer, "lora_A"):
         raise PMCError(f"the head is a {name}: pmc_fast needs torch.nn.Linear, or LoRA on one")
     if layer.disable_adapters or layer.merged:

@@ -122,8 +122,8 @@ class PMCTrainer(Trainer):
 
         Accelerate's own sharding would fill up an uneven last batch with questions a second time.
         """
-        loader = torch.utils.data.DataLoader(
-            range(len(self.pmc.questions)),  # type: ignore[arg-type]
+        loader: torch.utils.data.DataLoader[int] = torch.utils.data.DataLoader(
+            self.train_dataset,
             batch_size=self.args.train_batch_size * self.pmc.ranks.size,
             sampler=EpochOrder(len(self.pmc.questions), self.pmc.config.seed),
             collate_fn=self.data_collator,
