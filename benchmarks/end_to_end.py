@@ -2,6 +2,7 @@
 
     python -m benchmarks.end_to_end                    # 3 seeds x 4 methods: hours, most of them the reference's
     python -m benchmarks.end_to_end --methods pmc_fast stopping --seeds 0
+    python -m benchmarks.end_to_end --methods plain trl open_unlearning --seeds 0     # the same task in other trainers
     python -m benchmarks.end_to_end --report           # table and plot of what has been measured
 
 Every run starts from the demo's fine-tuned model with the demo's rows and the preset "small". Its clock counts the
@@ -29,7 +30,7 @@ from pmc_fast.packed_pass import PackedPass
 from pmc_fast.reference import Reference, train
 from pmc_fast.schedule import Schedule
 
-from . import harness
+from . import drop_ins, harness
 
 TOFU = "examples/tofu"
 RESULT = harness.RESULTS / "end_to_end.json"
@@ -86,7 +87,7 @@ class Run:
         step = int(record["step"])
         if step % 10 == 0:
             print(f"  step {step}/{self.steps}: {self.seconds:.0f} s, loss {record['loss']:.3f}", flush=True)
-        if step in (CURVE if self.seed == 0 else (30,)) and step < self.steps:
+        if self.method in COMPARED and step in (CURVE if self.seed == 0 else (30,)) and step < self.steps:
             self.evaluate(step)
         self.resume()
 
@@ -134,15 +135,6 @@ def reference(run: Run) -> dict[str, Any]:
     return run.result(len(run.history), tracking_seconds=published.tracking_seconds)
 
 
-class _Clock(transformers.TrainerCallback):
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "collapse_loss" in logs:
-            self.run.on_step(logs | {"step": state.global_step})
-
-
 def pmc_fast(run: Run) -> dict[str, Any]:
     """Run PMCTrainer with the job's settings."""
     c = run.config
@@ -152,7 +144,9 @@ def pmc_fast(run: Run) -> dict[str, Any]:
         weight_decay=c.weight_decay, use_cpu=True, disable_tqdm=True, report_to="none", seed=c.seed,
     )  # fmt: skip
     questions = [r.question for r in run.forget]
-    trainer = PMCTrainer(run.model, arguments, questions, run.retain, c, run.tokenizer, callbacks=[_Clock(run)])
+    trainer = PMCTrainer(
+        run.model, arguments, questions, run.retain, c, run.tokenizer, callbacks=[drop_ins.Clock(run)]
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     run.answer = lambda asked: greedy_answers(trainer.pmc.engine, trainer.pmc.encoder, asked)
     run.start()
@@ -197,11 +191,16 @@ METHODS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "pmc_fast": pmc_fast,
     "stopping": pmc_fast,
     "retain_only": retain_only,
+    "plain": drop_ins.plain,
+    "trl": drop_ins.trl,
+    "open_unlearning": drop_ins.open_unlearning,
 }
 LABELS = {
     "reference": "reference (published)", "pmc_fast": "pmc_fast", "stopping": "pmc_fast, stopping rule",
-    "retain_only": "fine-tuning on retain pairs only",
+    "retain_only": "fine-tuning on retain pairs only", "plain": "PMC in a plain loop", "trl": "TRL's PMCTrainer",
+    "open_unlearning": "OpenUnlearning's handler (stand-in)",
 }  # fmt: skip
+COMPARED = ("reference", "pmc_fast", "stopping", "retain_only")
 
 
 def summary(point: dict[str, Any]) -> str:
@@ -246,7 +245,7 @@ def plot(results: list[dict[str, Any]]) -> None:
     for axes, (key, label) in zip(
         figure.subplots(1, 2), (("unlearn_quality", "unlearn quality"), ("utility", "utility")), strict=True
     ):
-        for color, method in enumerate(METHODS):
+        for color, method in enumerate(COMPARED):
             for r in sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"]):
                 seconds = [p["seconds"] for p in r["curve"]]
                 axes.plot(seconds, [p[key] for p in r["curve"]], color=f"C{color}", alpha=1.0 if r["seed"] == 0 else 0.35,
@@ -262,7 +261,7 @@ def plot(results: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=COMPARED)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=12.0, help="the preset has 12; fewer is a trial run")
     parser.add_argument("--again", action="store_true", help="repeat runs that have been measured")
