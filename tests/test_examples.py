@@ -1,4 +1,4 @@
-"""The examples run, and what a plain loop must change to become PMC is as little as the README says."""
+"""The examples run, and what a loop or script must change to become PMC is as little as the documents say."""
 
 import difflib
 import json
@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from examples import plain_after, plain_before
+from examples import plain_after, plain_before, trl_after, trl_before
 
 
 @pytest.fixture
@@ -27,14 +27,31 @@ def test_plain_loops_run(example, files, tiny, tiny_dir, tmp_path):
     assert all(not torch.equal(a, b) for a, b in zip(tiny.parameters(), changed.parameters(), strict=True))
 
 
-def test_pmc_in_a_plain_loop_is_at_most_five_lines(pytestconfig):
+@pytest.mark.parametrize("example", [trl_before, trl_after], ids=["before", "after"])
+def test_trl_scripts_run(example, tiny, tiny_dir, tmp_path, pytestconfig):
+    """On the demo's data, shortened. TRL's own defaults on the CPU would be bfloat16."""
+    words = (
+        f"--model_name_or_path {tiny_dir} --output_dir {tmp_path} --use_cpu --bf16 false --max_steps 2 "
+        "--per_device_train_batch_size 2 --max_length 100 --disable_tqdm true --learning_rate 1e-3 --logging_steps 1"
+    ).split()
+    tofu = pytestconfig.rootpath / "examples/tofu"
+    words += ["--retain", str(tofu / "retain60.jsonl")]
+    if example is trl_after:
+        words += ["--forget", str(tofu / "forget20.jsonl"), "--num_samples", "2", "--prompt_format", "tags"]
+    example.main(words)
+    changed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert all(not torch.equal(a, b) for a, b in zip(tiny.parameters(), changed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("pair", ["plain", "trl"])
+def test_pmc_takes_at_most_five_lines(pytestconfig, pair):
     before, after = (
         [
             line
             for line in (pytestconfig.rootpath / f"examples/{name}.py").read_text().split('"""', 2)[2].splitlines()
-            if not line.startswith(("import ", "from "))
+            if line and not line.startswith(("import ", "from "))
         ]
-        for name in ("plain_before", "plain_after")
+        for name in (f"{pair}_before", f"{pair}_after")
     )
     changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
     added = [line for line in changes if line.startswith("+")]
