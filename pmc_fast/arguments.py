@@ -12,20 +12,23 @@ from .master_weights import LOW
 PURE_LOW_LR = 1e-4  # below it, nearly all updates of a bfloat16 weight round to nothing
 
 
-@dataclass
-class PMCArguments(TrainingArguments):
-    """TrainingArguments with the published settings for defaults (arXiv 2507.04219, appendix)."""
+def _default(name: str, value: Any) -> Any:
+    """Return a field of TrainingArguments with another default: its help text stays."""
+    return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
 
-    output_dir: str | None = field(default="pmc_output")
-    learning_rate: float = field(default=1e-5)
-    weight_decay: float = field(default=0.01)
-    num_train_epochs: float = field(default=30.0)
-    per_device_train_batch_size: int = field(default=8)
-    gradient_accumulation_steps: int = field(default=2)
+
+@dataclass
+class PublishedDefaults:
+    """What PMC changes in TrainingArguments and adds to them; stands before them among a class's bases."""
+
+    learning_rate: float = _default("learning_rate", 1e-5)
+    weight_decay: float = _default("weight_decay", 0.01)
+    num_train_epochs: float = _default("num_train_epochs", 30.0)
+    per_device_train_batch_size: int = _default("per_device_train_batch_size", 8)
+    gradient_accumulation_steps: int = _default("gradient_accumulation_steps", 2)
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping, as published"})
-    optim: str = field(default="adamw_torch_fused")
-    logging_steps: float = field(default=1)
-    save_strategy: str = field(default="no")
+    optim: str = _default("optim", "adamw_torch_fused")
+    save_strategy: str = _default("save_strategy", "no")  # checkpoints hold initial answers: on demand only
     warmup_epochs: float = field(default=1.0, metadata={"help": "epochs of warm-up where warmup_steps is 0"})
     master_weights: bool = field(
         default=True, metadata={"help": "the optimizer keeps float32 masters of bfloat16 parameters"}
@@ -36,6 +39,14 @@ class PMCArguments(TrainingArguments):
     log_text: bool = field(
         default=False, metadata={"help": "print a table of the questions and sampled answers of every logged step"}
     )
+
+
+@dataclass
+class PMCArguments(PublishedDefaults, TrainingArguments):
+    """TrainingArguments with the published settings for defaults (arXiv 2507.04219, appendix)."""
+
+    output_dir: str | None = _default("output_dir", "pmc_output")
+    logging_steps: float = _default("logging_steps", 1)
 
 
 def has_low_precision(model: Any) -> bool:

@@ -44,7 +44,7 @@ def _config_options(names: Iterable[str] | None = None) -> Callable[[Any], Any]:
                 options["type"] = click.Choice(typing.get_args(kind))
             else:
                 options["type"] = _plain(kind)
-            command = click.option(flag, *f.metadata.get("flags", ()), f.name, **options)(command)
+            command = click.option(flag, *f.metadata.get("aliases", ()), f.name, **options)(command)
         return command
 
     return decorate

@@ -25,7 +25,7 @@ class PMCConfig:
     temperature: float = _option(0.9, "sampling temperature")
     top_k: int = _option(50, "sample among the k likeliest tokens (0: all); the published runs use 50")
     top_p: float = _option(0.95, "then among the likeliest of these that hold this probability mass")
-    retain_weight: float = _option(1.25, "the paper's lambda: weight of the retain loss", flags=["--lambda"])
+    retain_weight: float = _option(1.25, "the paper's lambda: weight of the retain loss", aliases=["--lambda"])
     min_len: int = _option(0, "answers of fewer words than this score worse (0: off)")
     max_length: int = _option(200, "tokens of prompt and answer together")
     prompt_format: Literal["auto", "tags", "chat"] = _option(
@@ -95,10 +95,10 @@ class UnlearnConfig(PMCConfig):
     paraphrased: str = _option("", "forget questions in other words with their answers, for the evaluation")
     general: list[str] = _option([], "data of general knowledge, for the evaluation; may be given again")
 
-    num_epochs: float = _option(30.0, "passes over the forget questions", flags=["--epochs"])
+    num_epochs: float = _option(30.0, "passes over the forget questions", aliases=["--epochs"])
     batch_size: int = _option(8, "forget questions (and retain pairs) in a micro-batch")
-    gradient_accumulation_steps: int = _option(2, "micro-batches in an optimizer step", flags=["--accumulation"])
-    learning_rate: float = _option(1e-5, "peak of the learning rate", flags=["--lr"])
+    gradient_accumulation_steps: int = _option(2, "micro-batches in an optimizer step", aliases=["--accumulation"])
+    learning_rate: float = _option(1e-5, "peak of the learning rate", aliases=["--lr"])
     weight_decay: float = _option(0.01, "the optimizer's weight decay")
     optimizer: str = _option(
         "adamw_torch_fused", "one of transformers' optimizers by its name in TrainingArguments.optim"

@@ -1,10 +1,12 @@
 """Reading rows: the names people use, and refusals that name the row."""
 
 import json
+from collections import UserDict
 
 import pytest
 
-from pmc_fast.data import Row, load_rows
+from pmc_fast.config import PMCConfig
+from pmc_fast.data import Encoder, Row, load_rows, questions_of, sequences_of
 from pmc_fast.errors import PMCError
 
 
@@ -114,3 +116,52 @@ def test_hub_ids_are_passed_on_with_config_and_split(monkeypatch):
         ("locuslab/TOFU", None, "train"),
         ("squad", "plain_text", "validation"),
     ]
+
+
+def say(role, content):
+    return {"role": role, "content": content}
+
+
+# one question and its answer in the forms that TRL's datasets have
+FORMS = {
+    "standard": {"prompt": "Who?", "completion": "Ann."},
+    "conversational": {"prompt": [say("user", "Who?")], "completion": [say("assistant", "Ann.")]},
+    "system prompt": {"prompt": [say("system", "Be kind."), say("user", "Who?")], "completion": [say("assistant", "Ann.")]},
+    "messages": {"messages": [say("user", "Who?"), say("assistant", "Ann.")]},
+    "parts": {"messages": [say("user", [{"type": "text", "text": "Who?"}]), say("assistant", [{"type": "text", "text": "Ann."}])]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_datasets_of_prompts_and_completions(form, tokenizer):
+    import datasets
+
+    encoder = Encoder(tokenizer, PMCConfig())
+    for rows in ([FORMS[form]], datasets.Dataset.from_list([FORMS[form]])):
+        assert questions_of(rows) == ["Who?"]
+        assert sequences_of(rows, encoder) == [encoder.pair("Who?", "Ann.")]
+
+
+class Sealed(UserDict):
+    """A row or a message whose answer must not be looked at."""
+
+    def __getitem__(self, key):
+        assert key not in ("completion", "answer"), "the answer was read"
+        assert key != "content" or self.data["role"] != "assistant", "the answer was read"
+        return super().__getitem__(key)
+
+
+def test_answers_to_forget_questions_are_not_read():
+    assert questions_of([Sealed({"prompt": "Who?", "completion": "Ann."})]) == ["Who?"]
+    assert questions_of([Sealed({"question": "Who?", "answer": "Ann."})]) == ["Who?"]
+    assert questions_of([{"messages": [Sealed(m) for m in FORMS["messages"]["messages"]]}]) == ["Who?"]
+
+
+def test_a_dict_of_splits_is_no_dataset(tokenizer):
+    import datasets
+
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([FORMS["standard"]])})
+    with pytest.raises(PMCError, match="forget_dataset is a dict of train: pass one of these splits"):
+        questions_of(splits)
+    with pytest.raises(PMCError, match="retain_dataset is a dict of train"):
+        sequences_of(splits, Encoder(tokenizer, PMCConfig()))

@@ -59,8 +59,13 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
     return rows
 
 
-def rows_of(records: Iterable[Any], source: str, *, answers: bool = False, paraphrased: bool = False) -> list[Row]:
-    """Read rows from records that are already in memory, such as a datasets.Dataset; `source` names them in errors."""
+def rows_of(
+    records: Iterable[Any], source: str, *, answers: bool | None = False, paraphrased: bool = False
+) -> list[Row]:
+    """Read rows from records that are already in memory, such as a datasets.Dataset; `source` names them in errors.
+
+    With `answers` None no answer is looked at.
+    """
     questions = ("paraphrased_question", *QUESTION_NAMES) if paraphrased else QUESTION_NAMES
     replies = ("paraphrased_answer", *ANSWER_NAMES) if paraphrased else ANSWER_NAMES
     rows = []
@@ -69,7 +74,7 @@ def rows_of(records: Iterable[Any], source: str, *, answers: bool = False, parap
         if not isinstance(record, Mapping):
             raise PMCError(f"{where} is {type(record).__name__}, not an object with a question")
         question = _first(record, questions, "user", where)
-        answer = _first(record, replies, "assistant", where)
+        answer = None if answers is None else _first(record, replies, "assistant", where)
         for text in (question, answer):
             if text is not None and not _is_unicode(text):
                 raise PMCError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): mend its encoding")
