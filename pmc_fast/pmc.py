@@ -1,7 +1,7 @@
 """Partial Model Collapse for any training loop: prepare, sample, loss (arXiv 2507.04219, section 4)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -19,47 +19,8 @@ from .packed_pass import PackedPass, causal_lm
 from .ranks import Ranks
 from .reward import Reward, rouge_l_recall
 from .rollout import RolloutEngine
+from .steps import Loss, Retain, Step
 from .store import BestStore
-
-Retain = Mapping[str, torch.Tensor] | Sequence[Encoded]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Questions of an optimizer step, or of one of its micro-batches, with the answers to train on."""
-
-    indices: list[int]
-    answers: list[list[Encoded]]  # of each question: one, or all N
-    weights: list[list[float]]  # of each answer; a question's sum to 1
-    sizes: list[int]  # number of questions of the optimizer step on each process
-    parts: int = 1  # micro-batches of the optimizer step on each process
-    groups: int = 1  # micro-batches of the optimizer step on all processes that have questions
-    collapse_tokens: float = 0.0  # of the optimizer step on all processes, each answer's times its weight
-    counters: dict[str, float] = field(default_factory=dict)  # of the rollout
-
-    def split(self, size: int) -> list["Step"]:
-        """Return micro-batches of at most `size` questions: as many on every process, the last ones may be empty."""
-        if size < 1:
-            raise PMCError(f"size of a micro-batch is {size}: it must be at least 1")
-        parts = [-(-n // size) for n in self.sizes]
-        at = [slice(i * size, (i + 1) * size) for i in range(max(parts))]
-        return [
-            replace(
-                self, indices=self.indices[s], answers=self.answers[s], weights=self.weights[s], parts=len(at),
-                groups=sum(parts),
-            )
-            for s in at
-        ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """The loss of a micro-batch: backward it, step when all micro-batches of the step are done."""
-
-    loss: torch.Tensor  # [], differentiable: its share of the step's loss
-    collapse: torch.Tensor  # [], cross-entropy of the sampled answers; of all packs together if there are several
-    retain: torch.Tensor  # [], cross-entropy of the retain answers, not multiplied by lambda
-    counters: dict[str, int]  # tokens and targets computed, packs
 
 
 class PMC:

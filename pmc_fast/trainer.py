@@ -2,10 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,26 +10,22 @@ from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import logging
+from transformers import TrainerCallback, TrainingArguments
 
-from . import checkpoint
 from .arguments import PMCArguments, autocast_dtype, check_precision, has_low_precision
 from .config import PMCConfig
 from .data import Encoded, questions_of, sequences_of
 from .data.packing import num_targets
-from .errors import LostProcessError, NotFiniteError, PMCError
+from .errors import NotFiniteError, PMCError
 from .master_weights import MasterWeights
 from .pmc import PMC
+from .resumable import ResumableTrainer
 from .reward import Reward, rouge_l_recall
 from .schedule import EpochOrder
 from .stopping import StopRule
 
-logger = logging.get_logger(__name__)
 
-
-class PMCTrainer(Trainer):
+class PMCTrainer(ResumableTrainer):
     """Unlearns with Partial Model Collapse.
 
     Parameters
@@ -113,7 +106,6 @@ class PMCTrainer(Trainer):
         self.stopped: str | None = None  # why the stopping rule fired
         self._step: dict[str, Any] = {}
         self._metrics: dict[str, float] = {}
-        self._saving_to: Path | None = None
 
     # --- data
 
@@ -267,91 +259,6 @@ class PMCTrainer(Trainer):
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         finally:
             self.args.warmup_steps = warmup
-
-    # --- checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint` is a directory, or "auto" or True for the newest sound one, if any."""
-        found = self.find_checkpoint(resume_from_checkpoint)
-        if found is not None:
-            self._load_own_state(found[1])
-        elif not self.pmc.initial_answers:
-            self.pmc.prepare()
-        try:
-            with self.pmc.ranks.told():
-                return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)
-        except LostProcessError as error:
-            raise LostProcessError(f"{error}; {self._how_to_resume()}") from error
-
-    def _how_to_resume(self) -> str:
-        kept = checkpoint.newest(Path(self.args.output_dir or "."), self._fingerprint())
-        if kept is None:
-            return "no checkpoint was written (save_strategy, save_steps): start again"
-        return f"{kept[0]} is sound: resume_from_checkpoint='auto' goes on from it, on one process too"
-
-    def find_checkpoint(
-        self, wanted: str | bool | None, *, warn: Callable[[str], None] = logger.warning
-    ) -> tuple[Path, dict[str, Any]] | None:
-        """Check the checkpoint that `train` would resume from; return its directory and PMC's state in it.
-
-        With "auto" or True, `warn` hears why newer checkpoints are passed over.
-        """
-        if wanted in ("auto", True):
-            return checkpoint.newest(Path(self.args.output_dir or "."), self._fingerprint(), warn)
-        if not wanted:
-            return None
-        return Path(str(wanted)), checkpoint.load(Path(str(wanted)), self._fingerprint())
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run, ranks = Path(self.args.output_dir or "."), self.pmc.ranks
-        name = f"checkpoint-{self.state.global_step}"
-        with ExitStack() as stack:
-            if self.args.should_save:
-                stack.enter_context(checkpoint.sealed(run / name, self._own_state(), self._fingerprint()))
-            ranks.gather(None)  # the folder is there
-            self._saving_to = run / checkpoint.ASIDE
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving_to = None
-            ranks.gather(None)  # all files are
-        if self.args.save_total_limit and self.args.should_save:
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
-        ranks.gather(None)  # nobody goes on before the checkpoint stands
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._saving_to) if self._saving_to else super()._get_output_dir(trial)
-
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "pmc": self.pmc.state_dict(),
-            "retain_order": self.retain_order.get_state().tolist(),
-            "stop_rule": None if self.stop_rule is None else self.stop_rule.state_dict(),
-        }
-
-    def _load_own_state(self, state: dict[str, Any]) -> None:
-        self.pmc.load_state_dict(state["pmc"])
-        self.retain_order.set_state(torch.tensor(state["retain_order"], dtype=torch.uint8))
-        if self.stop_rule is not None:
-            self.stop_rule.load_state_dict(state["stop_rule"])
-
-    def _fingerprint(self) -> dict[str, Any]:
-        """Return what a checkpoint must have in common with this run: hashes, no text."""
-        a, config = self.args, self.pmc.config
-        names = ("learning_rate", "weight_decay", "num_train_epochs", "max_steps", "optim", "bf16", "max_grad_norm")
-        settings = {n: str(getattr(a, n)) for n in names}
-        # on more processes a step has as many questions if there are less micro-batches to it, or smaller ones
-        settings["questions a step"] = str(a.train_batch_size * a.gradient_accumulation_steps * self.pmc.ranks.size)
-        if config.normalization == "micro_batch":
-            settings["group"] = str(a.train_batch_size)
-        shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
-        return {
-            "questions": checkpoint.digest(self.pmc.prompts),
-            "retain rows": checkpoint.digest([s.input_ids for s in self.retain]),
-            "PMC settings": checkpoint.digest({f.name: getattr(config, f.name) for f in fields(PMCConfig)}),
-            "training settings": checkpoint.digest(settings),
-            "parameters": checkpoint.digest(shapes),
-        }
 
 
 class _StepEnd(TrainerCallback):

@@ -21,7 +21,7 @@ from ...data.encoding import IGNORED
 from ...data.packing import unpad
 from ...errors import PMCError
 from ...pmc import PMC as Core
-from ...pmc import Step
+from ...steps import Step
 
 PART = "pmc"  # key of a micro-batch's answers in its inputs
 ELSEWHERE = {
