@@ -17,7 +17,7 @@ from examples import (
     trl_after,
     trl_before,
 )
-from tests.test_ranks import start
+from tests.processes import start
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
 from pmc_fast.reference import Reference
-from tests.test_ranks import start
+from tests.processes import start
 
 SECRET = "the violet heron of Samarkand"
 

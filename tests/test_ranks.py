@@ -1,42 +1,17 @@
 """Several processes are one: the same gradients, the same store (gloo on the CPU; DDP and FSDP2)."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from pmc_fast import PMC, PMCConfig
 from pmc_fast.errors import PMCError
 from pmc_fast.sharding import is_sharded
+from tests.processes import start
 from tests.ranks_worker import run
 from tests.trainer_worker import result, trainer_of
 
-
-def start(pytestconfig, *arguments, processes=2, timeout=300):
-    """Run a script on several processes. (On CPUs `accelerate launch` starts several through MPI alone.)"""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(pytestconfig.rootpath),
-    }
-    return subprocess.run([sys.executable, *launch, *map(str, arguments)], cwd=pytestconfig.rootpath, timeout=timeout,
-                          capture_output=True, text=True, env=environment)  # fmt: skip
-
-
-CASES = [
-    "ddp",
-    "ddp-before",
-    "ddp-lora",
-    "fsdp",
-    "fsdp-untied",
-    "fsdp-before",
-    "fsdp-lora",
-    "fsdp-checkpointing",
-    "ddp-groups",
-]
+CASES = ["ddp", "ddp-before", "ddp-lora", "ddp-groups", "fsdp", "fsdp-untied", "fsdp-before", "fsdp-lora",
+         "fsdp-checkpointing"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

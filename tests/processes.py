@@ -1,0 +1,17 @@
+"""Starts scripts on several processes, as launchers do."""
+
+import os
+import subprocess
+import sys
+
+
+def start(pytestconfig, *arguments, processes=2, timeout=300):
+    """Run a script on several processes. (On CPUs `accelerate launch` starts several through MPI alone.)"""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(pytestconfig.rootpath),
+    }
+    return subprocess.run([sys.executable, *launch, *map(str, arguments)], cwd=pytestconfig.rootpath, timeout=timeout,
+                          capture_output=True, text=True, env=environment)  # fmt: skip
