@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .config import PRESETS, UnlearnConfig
+from .config import PRESETS, EvaluateConfig, UnlearnConfig
 from .errors import PMCError
 
 if TYPE_CHECKING:  # torch and transformers load when a command runs: --help stays quick
@@ -21,18 +21,19 @@ if TYPE_CHECKING:  # torch and transformers load when a command runs: --help sta
 
 GATE_MISSED = 3
 EVALUATED = (
-    "model", "forget", "retain", "paraphrased", "general", "prompt_format", "system_prompt", "date_string",
-    "max_length", "device", "dtype", "min_quality", "min_utility", "log_text",
+    "model", "before", "suite", "forget", "retain", "paraphrased", "general", "tofu", "split", "tofu_rows",
+    "truth_ratio", "retain_log", "prompt_format", "system_prompt", "date_string", "max_length", "max_tokens", "device",
+    "dtype", "min_quality", "min_utility", "log_text",
 )  # fmt: skip
 
 
-def _config_options(names: Iterable[str] | None = None) -> Callable[[Any], Any]:
-    """Give a command one option a field of UnlearnConfig; options that were not given pass None."""
+def _config_options(config: type[UnlearnConfig], names: Iterable[str] | None = None) -> Callable[[Any], Any]:
+    """Give a command one option a field of `config`, in the order of `names`; options not given pass None."""
 
     def decorate(command: Any) -> Any:
-        hints = typing.get_type_hints(UnlearnConfig)
-        chosen = set(names or hints)
-        for f in reversed([f for f in dataclasses.fields(UnlearnConfig) if f.name in chosen]):
+        hints = typing.get_type_hints(config)
+        fields = {f.name: f for f in dataclasses.fields(config)}
+        for f in reversed([fields[name] for name in names or fields]):
             flag = "--" + f.name.replace("_", "-")
             kind = hints[f.name]
             options: dict[str, Any] = {"help": _help(f), "default": None}
@@ -103,7 +104,7 @@ def cli() -> None:
 @click.option("--config", "config_file", help="YAML file of settings by their names below, '-' being '_'")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a set of published settings")
 @click.option("--dry-run", is_flag=True, help="check everything, say what would be done, write nothing")
-@_config_options()
+@_config_options(UnlearnConfig)
 def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **options: Any) -> int:
     """Unlearn the answers to the questions of FORGET; keep those of RETAIN."""
     config = UnlearnConfig.merge(preset, _read_yaml(config_file), _given(options))
@@ -125,22 +126,33 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
 
 @cli.command()
 @click.option("--json", "json_file", help="also write the scores into this file")
-@_config_options(EVALUATED)
-def evaluate(json_file: str | None, **options: Any) -> int:
-    """Score a model: unlearn quality on FORGET, utility on RETAIN and GENERAL."""
-    config = UnlearnConfig.merge(None, _given(options))
-    from . import job
+@click.option("--rows", "rows_file", help="and every question's numbers into this one (.jsonl)")
+@_config_options(EvaluateConfig, EVALUATED)
+def evaluate(json_file: str | None, rows_file: str | None, **options: Any) -> int:
+    """Score a model: unlearn quality on FORGET, utility on RETAIN and GENERAL; or TOFU's metrics."""
+    config = EvaluateConfig.merge(None, _given(options))
+    from .evaluate_job import evaluate_model
 
-    if json_file and (Path(json_file).exists() or not Path(json_file).absolute().parent.is_dir()):
-        raise PMCError(f"json file {json_file} exists, or its directory does not: name a new one")
+    files = {"json": json_file, "rows": rows_file}
+    for kind, file in files.items():
+        if file and (Path(file).exists() or not Path(file).absolute().parent.is_dir()):
+            raise PMCError(f"{kind} file {file} exists, or its directory does not: name a new one")
+    if json_file and json_file == rows_file:
+        raise PMCError(f"json file and rows file are both {json_file}: name two")
+    rows: list[dict[str, Any]] = []
     with _Progress() as progress:
-        made = job.evaluate_model(config, progress)
+        made = evaluate_model(config, progress, rows)
     _print_scores(made)
-    if json_file:
-        try:
-            Path(json_file).write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
-        except OSError as error:
-            raise PMCError(f"json file {json_file} can't be written: {error.strerror}") from error
+    texts = {
+        "json": json.dumps(made, indent=1, ensure_ascii=False),
+        "rows": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+    }
+    for kind, file in files.items():
+        if file:
+            try:
+                Path(file).write_text(texts[kind], encoding="utf-8")
+            except OSError as error:
+                raise PMCError(f"{kind} file {file} can't be written: {error.strerror}") from error
     return _gates(made)
 
 

@@ -159,6 +159,36 @@ class UnlearnConfig(PMCConfig):
         return cls(**values)
 
 
+@dataclass(kw_only=True)
+class EvaluateConfig(UnlearnConfig):
+    """Settings of an evaluation: of a run's those that it needs, and what is measured and compared."""
+
+    suite: Literal["questions", "tofu"] = _option(
+        "questions", "ask FORGET, RETAIN, PARAPHRASED and GENERAL, or TOFU's sets, and measure its metrics too"
+    )
+    before: str = _option("", "a second model, evaluated first and shown beside MODEL: directory or hub id")
+    tofu: str = _option("", "suite tofu: directory of TOFU's *_perturbed files, or its hub id locuslab/TOFU")
+    split: Literal["forget01", "forget05", "forget10"] = _option("forget10", "suite tofu: what was to be forgotten")
+    tofu_rows: int = _option(0, "suite tofu: only the first so many rows of each set (0: all; TOFU's own code: 300)")
+    truth_ratio: Literal["geometric", "arithmetic"] = _option(
+        "geometric", "suite tofu: mean over the perturbed answers, OpenUnlearning's or the TOFU paper's"
+    )
+    retain_log: str = _option(
+        "", "suite tofu: what --rows wrote for a model that never saw the forget set; gives forget quality"
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        _require(self.tofu_rows >= 0, "tofu_rows", self.tofu_rows, "0 (all) or more")
+        if self.suite == "tofu":
+            _require(bool(self.tofu), "tofu", self.tofu, "a directory or hub id: suite tofu reads its sets there")
+            for name in ("forget", "retain", "paraphrased", "general"):
+                _require(not getattr(self, name), name, getattr(self, name), "left out: suite tofu has its own sets")
+        else:
+            for name in ("tofu", "retain_log"):
+                _require(not getattr(self, name), name, getattr(self, name), "left out, or --suite tofu given")
+
+
 # Published: arXiv 2507.04219, appendix, and its code's configurations. small: the demo's.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama": {

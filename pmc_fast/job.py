@@ -17,12 +17,12 @@ from .config import UnlearnConfig
 from .data import Encoder, Row, load_rows
 from .environment import machine, versions
 from .errors import PMCError
+from .evaluate_job import failed_gates
 from .evaluation import EvalSet, evaluate, greedy_answers, load_sets, with_initial_answers
 from .output import check_output, written_aside
 from .pmc import PMC
 from .progress import Monitor, Silent, Stages
 from .ranks import launched
-from .rollout import RolloutEngine
 from .schedule import Schedule
 from .trainer import PMCTrainer
 
@@ -224,55 +224,6 @@ class _Told(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "collapse_loss" in logs:
             self.monitor.step(logs | {"step": state.global_step}, self.steps)
-
-
-def evaluate_model(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
-    """Score a model on the forget and kept data of `config`, as `unlearn` does before and after."""
-    if launched()[1] > 1:
-        raise PMCError(f"WORLD_SIZE is {launched()[1]}: an evaluation runs on one process")
-    stages = Stages(monitor or Silent())
-    with stages("checking"):
-        forget = load_rows(config.forget, answers=True)
-        retain = load_rows(config.retain, answers=True) if config.retain else []
-        sets = load_sets(config, forget, retain)
-        if config.min_utility is not None and not any(s.role == "keep" for s in sets):
-            raise PMCError("min_utility needs --retain or --general to measure utility on")
-        tokenizer = models.load_tokenizer(config.model)
-        encoder = Encoder(tokenizer, config)
-        config = dataclasses.replace(config, prompt_format=encoder.format)
-        for s in sets:
-            encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
-    with stages("loading the model"):
-        device = models.resolve_device(config.device)
-        loaded = models.load_model(config.model, device=device, dtype=config.dtype)
-        models.check_fit(loaded.model, tokenizer, config.model)
-    engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype)
-    encoder = Encoder(tokenizer, config, None if config.accidents else loaded.model.generation_config)
-    with stages("evaluation"):
-        scores = evaluate(
-            lambda asked: greedy_answers(engine, encoder, asked),
-            sets,
-            log_text=config.log_text,
-            on_set=stages.on_set,
-        )
-    return {
-        "settings": dataclasses.asdict(config),
-        "versions": versions(),
-        "machine": machine(),
-        "after": scores,
-        "failed_gates": failed_gates(config, scores),
-        "stage_seconds": stages.seconds,
-    }
-
-
-def failed_gates(config: UnlearnConfig, scores: dict[str, Any]) -> list[str]:
-    """Return a line for each gate of `config` that `scores` miss."""
-    gates = {"unlearn_quality": config.min_quality, "utility": config.min_utility}
-    return [
-        f"{name} is {scores[name]:.1f}, below {gate:g}"
-        for name, gate in gates.items()
-        if gate is not None and scores[name] < gate
-    ]
 
 
 def _save_dtype(config: UnlearnConfig, checkpoint: torch.dtype) -> torch.dtype:

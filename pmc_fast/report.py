@@ -8,6 +8,19 @@ from typing import Any
 from .errors import PMCError
 
 TEMPLATES = Path(__file__).parent
+SUMMARY = (
+    ("unlearn_quality", "unlearn quality (0-100)", ".1f"),
+    ("utility", "utility (0-100)", ".1f"),
+    ("forget_quality", "TOFU forget quality (p-value)", ".2g"),
+    ("model_utility", "TOFU model utility (0-1)", ".3f"),
+)
+OF_A_SET = (
+    ("rouge_l_recall", "ROUGE-L recall", ".3f"),
+    ("mean_words", "words an answer", ".1f"),
+    ("degenerate", "answers under 3 words", ".0%"),
+    ("probability", "probability", ".3f"),
+    ("truth_ratio", "truth ratio", ".3f"),
+)
 
 
 def render(made: dict[str, Any]) -> dict[str, str]:
@@ -46,18 +59,15 @@ def metric_rows(made: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return (metric, before, after) as texts, the two summary numbers first."""
     before, after = made.get("before", {}), made.get("after", {})
     rows = [
-        (label, _number(before.get(key), ".1f"), _number(after.get(key), ".1f"))
-        for key, label in (("unlearn_quality", "unlearn quality (0-100)"), ("utility", "utility (0-100)"))
+        (label, _number(before.get(key), form), _number(after.get(key), form))
+        for key, label, form in SUMMARY
         if key in after
     ]
     for name, scores in after.get("sets", {}).items():
         old = before.get("sets", {}).get(name, {})
-        for key, label, form in (
-            ("rouge_l_recall", "ROUGE-L recall", ".3f"),
-            ("mean_words", "words an answer", ".1f"),
-            ("degenerate", "answers under 3 words", ".0%"),
-        ):
-            rows.append((f"{name}: {label}", _number(old.get(key), form), _number(scores[key], form)))
+        for key, label, form in OF_A_SET:
+            if key in scores:
+                rows.append((f"{name}: {label}", _number(old.get(key), form), _number(scores[key], form)))
     return rows
 
 

@@ -18,6 +18,7 @@ from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
 from pmc_fast.reference import Reference
 from tests.processes import start
+from tests.test_evaluation import write_tofu
 
 SECRET = "the violet heron of Samarkand"
 
@@ -357,6 +358,62 @@ def test_evaluate_scores_a_model(arguments, data, tiny_dir, capsys):
     assert run(command) == 2
     assert "exists" in capsys.readouterr().err
     assert run([*command[:-2], "--min-utility", "100"]) == 3
+
+
+def test_evaluate_compares_two_models_on_tofu(data, tiny_dir, tiny, tokenizer, capsys):
+    """The second model has other weights; its rows, as a retain model's log, are the first run's forget quality."""
+    write_tofu(data)
+    with torch.no_grad():
+        tiny.model.norm.weight.mul_(3)
+    tiny.save_pretrained(data / "other")
+    tokenizer.save_pretrained(data / "other")
+    command = [
+        "evaluate", "--suite", "tofu", "--tofu", str(data), "--split", "forget01", "--max-length", "40", "--model",
+        str(data / "other"), "--prompt-format", "tags",
+    ]  # fmt: skip
+    assert run([*command, "--rows", str(data / "other.rows.jsonl")]) == 0
+    assert run([*command, "--before", str(tiny_dir), "--retain-log", str(data / "other.rows.jsonl"), "--rows",
+                str(data / "both.jsonl"), "--json", str(data / "scores.json")]) == 0  # fmt: skip
+    made = json.loads((data / "scores.json").read_text())
+    assert made["after"]["forget_quality"] == 1
+    assert set(made["after"]["sets"]) == {
+        "forget", "forget_paraphrased", "retain", "real_authors", "world_facts"
+    }  # fmt: skip
+    for when in ("before", "after"):
+        assert {"unlearn_quality", "utility", "model_utility", "forget_quality"} <= set(made[when])
+        assert 0 < made[when]["sets"]["forget"]["probability"] < 1
+    assert made["before"]["sets"]["forget"]["probability"] != made["after"]["sets"]["forget"]["probability"]
+    rows = [json.loads(line) for line in (data / "both.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 5 * 2
+    assert {r["model"] for r in rows} == {"before", "after"}
+    shown = capsys.readouterr()
+    assert "before" in shown.out
+    assert "TOFU forget quality" in shown.out
+    assert "likelihood of 8 answers" in shown.err
+    everything = shown.out + shown.err + (data / "both.jsonl").read_text() + (data / "scores.json").read_text()
+    assert "SECRET" not in everything
+    assert run([*command, "--tofu-rows", "1", "--log-text", "--rows", str(data / "texts.jsonl")]) == 0
+    assert json.loads((data / "texts.jsonl").read_text().splitlines()[0])["truth"] == "SECRET 0"
+
+
+def test_evaluations_that_can_not_be_meant_are_refused(data, tiny_dir, capsys):
+    questions = ["evaluate", "--model", str(tiny_dir), "--forget", str(data / "forget.jsonl")]
+    tofu = ["evaluate", "--model", str(tiny_dir), "--suite", "tofu"]
+    here = ["--tofu", str(data)]
+    for command, message in (
+        (tofu, "tofu is '': it must be a directory"),
+        ([*tofu, *here], "has no forget10_perturbed.jsonl"),
+        ([*tofu, *here, "--retain", "r.jsonl"], "retain is 'r.jsonl': it must be left out"),
+        ([*tofu, *here, "--tofu-rows", "-1"], "tofu_rows is -1"),
+        ([*questions, *here], "--suite tofu given"),
+        ([*questions, "--rows", str(data / "forget.jsonl")], "rows file"),
+        ([*questions, "--rows", str(data / "a"), "--json", str(data / "a")], "are both"),
+        ([*questions, "--before", "./nowhere"], "model directory ./nowhere does not exist"),
+    ):
+        assert run(command) == 2
+        shown = capsys.readouterr().err
+        assert message in shown.splitlines()[-1]
+        assert "loading the model" not in shown
 
 
 def test_results_survive_settings_that_contradict_each_other(arguments, data, tiny, tokenizer):

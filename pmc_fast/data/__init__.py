@@ -12,7 +12,7 @@ from .encoding import (
     resolve_format,
     stop_ids,
 )
-from .loading import Row, load_rows, rows_of
+from .loading import Row, load_rows, read_records, rows_of
 
 __all__ = [
     "Encoded",
@@ -25,6 +25,7 @@ __all__ = [
     "load_rows",
     "pad_id",
     "questions_of",
+    "read_records",
     "resolve_format",
     "rows_of",
     "sequences_of",

@@ -53,7 +53,7 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
     JSON is read by Python itself: `datasets` would keep a copy of the file in its cache, infer
     dates from strings, and could not name the row at fault.
     """
-    rows = rows_of(_records(str(source)), str(source), answers=answers, paraphrased=paraphrased)
+    rows = rows_of(read_records(str(source)), str(source), answers=answers, paraphrased=paraphrased)
     if not rows:
         raise PMCError(f"{source} has no rows")
     return rows
@@ -86,7 +86,8 @@ def rows_of(
     return rows
 
 
-def _records(source: str) -> Iterator[Any]:
+def read_records(source: str) -> Iterator[Any]:
+    """Yield the records of a file or hub id as they are, for columns that `load_rows` doesn't know."""
     path = Path(source)
     if path.is_file():
         try:
@@ -115,7 +116,13 @@ def _file_records(path: Path) -> Iterator[Any]:
                     except json.JSONDecodeError as error:
                         raise ValueError(f"line {number} is not JSON ({error.msg})") from error
     elif path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":
+                raise
+            content = [json.loads(line) for line in text.splitlines() if line.strip()]  # as TOFU's files on the hub
         if not isinstance(content, list):
             raise ValueError("a .json file must hold a list of rows (one object a line is .jsonl)")
         yield from content

@@ -5,9 +5,18 @@ from collections.abc import Sequence
 from ..data import Encoder
 from ..rollout import RolloutEngine
 
+MAX_ROWS = 512  # questions at once: bounds the pool of keys and values, whatever is asked
+
 
 def greedy_answers(engine: RolloutEngine, encoder: Encoder, questions: Sequence[str]) -> list[str]:
     """Answer questions greedily, with the encoder's prompts, stop tokens and max_length."""
     prompts = [encoder.prompt(question) for question in questions]
-    rollouts = engine(prompts, num_samples=1, temperature=0, max_length=encoder.max_length, stop_ids=encoder.stops)
+    rollouts = engine(
+        prompts,
+        num_samples=1,
+        temperature=0,
+        max_length=encoder.max_length,
+        stop_ids=encoder.stops,
+        max_rows=MAX_ROWS,
+    )
     return encoder.answers([tokens for [tokens] in rollouts.tokens])

@@ -61,19 +61,23 @@ def evaluate(
     *,
     log_text: bool = False,
     on_set: Callable[[EvalSet], None] = lambda s: None,
+    rows: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Score a model's greedy answers.
 
     Parameters
     ----------
     answer : callable
-        Questions -> the model's greedy answers.
+        Questions -> the model's greedy answers. It is called once, with each question of all sets once: an answer
+        depends on the question alone, and one long call keeps the engine busier than one a set.
     sets : Sequence[EvalSet]
         What to ask.
     on_set : callable
-        Is told of each set before it is asked.
+        Is told of each set before they are asked.
     log_text : bool
-        Keep questions, truths and answers in the result.
+        Keep questions, truths and answers in the result and in `rows`.
+    rows : list, optional
+        Is given every question's numbers: its set, its row there from 1, recall and words.
 
     Returns
     -------
@@ -84,7 +88,10 @@ def evaluate(
     result: dict[str, Any] = {"sets": {}}
     for s in sets:
         on_set(s)
-        answers = answer([row.question for row in s.rows])
+    questions = list(dict.fromkeys(row.question for s in sets for row in s.rows))
+    said = dict(zip(questions, answer(questions), strict=True))
+    for s in sets:
+        answers = [said[row.question] for row in s.rows]
         recalls = rouge_l_recall([row.answer or "" for row in s.rows], [[a] for a in answers])[:, 0]
         scored: dict[str, Any] = {
             "role": s.role,
@@ -93,11 +100,16 @@ def evaluate(
             "mean_words": mean_words(answers),
             "degenerate": degenerate_share(answers),
         }
+        texts = [
+            {"question": row.question, "truth": row.answer, "answer": a} if log_text else {}
+            for row, a in zip(s.rows, answers, strict=True)
+        ]
+        numbers = [{"rouge_l_recall": float(r)} for r in recalls]
         if log_text:
-            scored["texts"] = [
-                {"question": row.question, "truth": row.answer, "answer": a, "rouge_l_recall": float(r)}
-                for row, a, r in zip(s.rows, answers, recalls, strict=True)
-            ]
+            scored["texts"] = [text | number for text, number in zip(texts, numbers, strict=True)]
+        if rows is not None:
+            for i, (text, number, a) in enumerate(zip(texts, numbers, answers, strict=True), start=1):
+                rows.append({"set": s.name, "row": i, **number, "words": len(a.split()), **text})
         result["sets"][s.name] = scored
     for key, role, metric in (("unlearn_quality", "forget", unlearn_quality), ("utility", "keep", utility)):
         recalls_of_role = [s["rouge_l_recall"] for s in result["sets"].values() if s["role"] == role]

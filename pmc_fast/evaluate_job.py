@@ -1,0 +1,176 @@
+"""The evaluation's job: check everything, then load, ask and score one model or two."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import models
+from .config import EvaluateConfig, PromptFormat, UnlearnConfig
+from .data import Encoded, Encoder, load_rows
+from .environment import machine, versions
+from .errors import PMCError
+from .evaluation import (
+    EvalSet,
+    TofuSet,
+    encode_candidates,
+    evaluate,
+    evaluate_tofu,
+    greedy_answers,
+    load_sets,
+    load_tofu,
+    mean_nlls,
+    read_retain_log,
+    tofu_questions,
+)
+from .packed_pass import PackedPass
+from .progress import Monitor, Silent, Stages
+from .ranks import launched
+from .rollout import RolloutEngine
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What a suite asks, read and checked."""
+
+    sets: list[EvalSet]
+    tofu: list[TofuSet]  # none: suite questions
+    retain_ratios: np.ndarray | None = None
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A model to be evaluated; its weights are not loaded yet."""
+
+    source: str
+    tokenizer: Any
+    format: PromptFormat
+    groups: dict[str, list[list[Encoded]]]  # the candidate answers of each of TOFU's sets
+
+
+def evaluate_model(
+    config: EvaluateConfig, monitor: Monitor | None = None, rows: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Score a model, and `config.before` ahead of it where that is given.
+
+    Parameters
+    ----------
+    config : EvaluateConfig
+        Model is required, and what its suite asks.
+    monitor : Monitor, optional
+        Is told of stages.
+    rows : list, optional
+        Is given every question's numbers, with ``model`` "before" or "after".
+
+    Returns
+    -------
+    dict
+        ``after``: the model's scores; ``before``: those of the other one; ``failed_gates`` of the model.
+
+    Raises
+    ------
+    PMCError
+        Bad input, found before any model is loaded where that can be.
+    """
+    if launched()[1] > 1:
+        raise PMCError(f"WORLD_SIZE is {launched()[1]}: an evaluation runs on one process")
+    stages = Stages(monitor or Silent())
+    sources = ({"before": config.before} if config.before else {}) | {"after": config.model}
+    with stages("checking"):
+        asked = _read(config)
+        if config.min_utility is not None and not any(s.role == "keep" for s in asked.sets):
+            raise PMCError("min_utility needs --retain or --general to measure utility on")
+        candidates = {when: _check(source, config, asked) for when, source in sources.items()}
+        formats = {when: c.format for when, c in candidates.items()}
+        if len(set(formats.values())) > 1:
+            raise PMCError(
+                f"prompt_format auto is {formats['before']} for {config.before} and {formats['after']} for "
+                f"{config.model}: give --prompt-format, so that both are asked alike"
+            )
+        config = dataclasses.replace(config, prompt_format=candidates["after"].format)
+    scores = {}
+    for when, candidate in candidates.items():
+        numbers: list[dict[str, Any]] = []
+        title = f" {when}" if len(candidates) > 1 else ""
+        scores[when] = _score(candidate, config, asked, stages, title, numbers)
+        if rows is not None:
+            rows += [{"model": when, **row} for row in numbers]
+    return {
+        "settings": dataclasses.asdict(config),
+        "versions": versions(),
+        "machine": machine(),
+        **scores,
+        "failed_gates": failed_gates(config, scores["after"]),
+        "stage_seconds": stages.seconds,
+    }
+
+
+def _read(config: EvaluateConfig) -> _Asked:
+    if config.suite == "tofu":
+        tofu = load_tofu(config.tofu, config.split, config.tofu_rows)
+        log = config.retain_log
+        ratios = read_retain_log(log, len(tofu[0].rows), config.truth_ratio) if log else None
+        return _Asked(tofu_questions(tofu), tofu, ratios)
+    forget = load_rows(config.forget, answers=True)
+    retain = load_rows(config.retain, answers=True) if config.retain else []
+    return _Asked(load_sets(config, forget, retain), [])
+
+
+def _check(source: str, config: EvaluateConfig, asked: _Asked) -> _Candidate:
+    tokenizer = models.load_tokenizer(source)
+    encoder = Encoder(tokenizer, config)
+    for s in asked.sets:
+        encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
+    groups = {
+        s.name: encode_candidates(encoder, s.name, [(r.question, r.candidates) for r in s.rows]) for s in asked.tofu
+    }
+    return _Candidate(source, tokenizer, encoder.format, groups)
+
+
+def _score(
+    candidate: _Candidate,
+    config: EvaluateConfig,
+    asked: _Asked,
+    stages: Stages,
+    title: str,
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    with stages(f"loading the model{title}"):
+        device = models.resolve_device(config.device)
+        loaded = models.load_model(candidate.source, device=device, dtype=config.dtype)
+        models.check_fit(loaded.model, candidate.tokenizer, candidate.source)
+    engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype)
+    generation_config = None if config.accidents else loaded.model.generation_config
+    encoder = Encoder(candidate.tokenizer, config, generation_config)
+    how: dict[str, Any] = {"log_text": config.log_text, "on_set": stages.on_set, "rows": rows}
+    with stages(f"evaluation{title}"):
+        if not asked.tofu:
+            return evaluate(lambda questions: greedy_answers(engine, encoder, questions), asked.sets, **how)
+        packed = PackedPass(loaded.model)
+        packed.check(loaded.autocast_dtype)
+
+        def nlls(s: TofuSet) -> list[list[float]]:
+            groups = candidate.groups[s.name]
+            stages.monitor.stage(f"  {s.name}: likelihood of {sum(map(len, groups))} answers")
+            low = loaded.autocast_dtype
+            return mean_nlls(packed, groups, max_tokens=config.max_tokens, autocast_dtype=low)
+
+        return evaluate_tofu(
+            lambda questions: greedy_answers(engine, encoder, questions),
+            nlls,
+            asked.tofu,
+            variant=config.truth_ratio,
+            retain_ratios=asked.retain_ratios,
+            **how,
+        )
+
+
+def failed_gates(config: UnlearnConfig, scores: dict[str, Any]) -> list[str]:
+    """Return a line for each gate of `config` that `scores` miss."""
+    gates = {"unlearn_quality": config.min_quality, "utility": config.min_utility}
+    return [
+        f"{name} is {scores[name]:.1f}, below {gate:g}"
+        for name, gate in gates.items()
+        if gate is not None and scores[name] < gate
+    ]
