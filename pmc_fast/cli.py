@@ -109,7 +109,7 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
     """Unlearn the answers to the questions of FORGET; keep those of RETAIN."""
     config = UnlearnConfig.merge(preset, _read_yaml(config_file), _given(options))
     from . import job, report
-    from .ranks import launched
+    from .ranks import launched, leave
 
     report.check_importable()
     if dry_run:
@@ -117,6 +117,7 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
         return 0
     with _Progress() as progress:
         made = job.unlearn(config, progress)
+    leave()
     if launched()[0] > 0:
         return 0
     _print_scores(made)

@@ -114,5 +114,11 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def leave() -> None:
+    """Leave the group at a program's end: gloo's threads abort a process that exits with them running."""
+    if _initialised():
+        distributed.destroy_process_group()
+
+
 def _initialised() -> bool:
     return distributed.is_available() and distributed.is_initialized()

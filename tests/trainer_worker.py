@@ -66,6 +66,7 @@ def main():
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save(result(trainer), a.output / "result.pt")
+    trainer.accelerator.end_training()  # at exit, gloo's threads may still run and abort the process
 
 
 if __name__ == "__main__":
