@@ -5,6 +5,15 @@ from .attacks import AttackResult, sampling_attack
 from .leakage import LeakageSettings, known_forgotten, leakage, summarize
 from .likelihood import encode_candidates, mean_nlls
 from .metrics import degenerate_share, mean_words, unlearn_quality, utility
+from .side_effects import (
+    TokenMass,
+    answer_token_mass,
+    answer_tokens,
+    load_text,
+    perplexity,
+    shift,
+    token_shift,
+)
 from .statistics import bootstrap_interval, leak_at_k, worst_of_k
 from .suite import EvalSet, evaluate, load_sets, with_initial_answers
 from .tofu import TofuRow, TofuSet, evaluate_tofu, load_tofu, read_retain_log, tofu_questions
@@ -15,6 +24,9 @@ __all__ = [
     "LeakageSettings",
     "TofuRow",
     "TofuSet",
+    "TokenMass",
+    "answer_token_mass",
+    "answer_tokens",
     "bootstrap_interval",
     "degenerate_share",
     "encode_candidates",
@@ -25,13 +37,17 @@ __all__ = [
     "leak_at_k",
     "leakage",
     "load_sets",
+    "load_text",
     "load_tofu",
     "mean_nlls",
     "mean_words",
+    "perplexity",
     "read_retain_log",
     "sampling_attack",
+    "shift",
     "summarize",
     "tofu_questions",
+    "token_shift",
     "unlearn_quality",
     "utility",
     "with_initial_answers",
