@@ -40,13 +40,19 @@ def encode_prompt(
     prompt_format: PromptFormat,
     system_prompt: str = SYSTEM_PROMPT,
     date_string: str | None = None,
+    start: str = "",
 ) -> list[int]:
-    """Return the ids from which an answer to `question` is sampled.
+    """Return the ids from which an answer to `question` is sampled, or goes on after the words `start`.
 
-    In the tags format the prompt ends before "Answer: ": the model writes the tag itself.
+    In the tags format the prompt ends before "Answer: ": the model writes the tag itself. With a `start` the tag is
+    there. White space at the end of `start` is left to the model: most tokenizers join it to the next word.
     """
     if prompt_format == "tags":
-        return tokenizer(QUESTION_TAG + question + QUESTION_END)["input_ids"]
+        begun = ANSWER_TAG + start.rstrip() if start else ""
+        return tokenizer(QUESTION_TAG + question + QUESTION_END + begun)["input_ids"]
+    if start:
+        text = _chat_text(tokenizer, question, system_prompt, date_string) + start.rstrip()
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
     return _chat(tokenizer, question, None, system_prompt, date_string)
 
 
@@ -115,6 +121,13 @@ def _chat(
         return_dict=False,
         add_generation_prompt=answer is None,
         date_string=date_string,
+    )
+
+
+def _chat_text(tokenizer: Any, question: str, system_prompt: str, date_string: str | None) -> str:
+    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, date_string=date_string
     )
 
 
@@ -207,20 +220,13 @@ class Encoder:
         self.stops = stop_ids(tokenizer, generation_config)
         self.pad = pad_id(tokenizer, self.stops)
         self.accidents = config.accidents
-        self._chat = {"system_prompt": config.system_prompt, "date_string": config.date_string}
+        self._chat: dict[str, Any] = {"system_prompt": config.system_prompt, "date_string": config.date_string}
 
-    def prompt(self, question: str) -> list[int]:
-        """Return the ids that answers to `question` are sampled from."""
+    def prompt(self, question: str, start: str = "") -> list[int]:
+        """Return the ids that answers to `question` are sampled from, or go on from after the words `start`."""
         if self.accidents and self.format == "chat":  # rendered, then tokenised with special tokens: a second BOS
-            messages = [
-                {"role": "system", "content": self._chat["system_prompt"]},
-                {"role": "user", "content": question},
-            ]
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, date_string=self._chat["date_string"]
-            )
-            return self.tokenizer(text)["input_ids"]
-        return encode_prompt(self.tokenizer, question, prompt_format=self.format, **self._chat)
+            return self.tokenizer(_chat_text(self.tokenizer, question, **self._chat) + start.rstrip())["input_ids"]
+        return encode_prompt(self.tokenizer, question, prompt_format=self.format, start=start, **self._chat)
 
     def pair(self, question: str, answer: str) -> Encoded:
         """Encode a question with its answer for training."""

@@ -1,27 +1,55 @@
-"""How well a model forgot and what it kept."""
+"""How well a model forgot, what leaks nevertheless, and what it kept."""
 
 from .answers import greedy_answers
+from .attacks import AttackResult, sampling_attack
+from .leakage import LeakageSettings, known_forgotten, leakage, summarize
 from .likelihood import encode_candidates, mean_nlls
 from .metrics import degenerate_share, mean_words, unlearn_quality, utility
+from .side_effects import (
+    TokenMass,
+    answer_token_mass,
+    answer_tokens,
+    load_text,
+    perplexity,
+    shift,
+    token_shift,
+)
+from .statistics import bootstrap_interval, leak_at_k, worst_of_k
 from .suite import EvalSet, evaluate, load_sets, with_initial_answers
 from .tofu import TofuRow, TofuSet, evaluate_tofu, load_tofu, read_retain_log, tofu_questions
 
 __all__ = [
+    "AttackResult",
     "EvalSet",
+    "LeakageSettings",
     "TofuRow",
     "TofuSet",
+    "TokenMass",
+    "answer_token_mass",
+    "answer_tokens",
+    "bootstrap_interval",
     "degenerate_share",
     "encode_candidates",
     "evaluate",
     "evaluate_tofu",
     "greedy_answers",
+    "known_forgotten",
+    "leak_at_k",
+    "leakage",
     "load_sets",
+    "load_text",
     "load_tofu",
     "mean_nlls",
     "mean_words",
+    "perplexity",
     "read_retain_log",
+    "sampling_attack",
+    "shift",
+    "summarize",
     "tofu_questions",
+    "token_shift",
     "unlearn_quality",
     "utility",
     "with_initial_answers",
+    "worst_of_k",
 ]

@@ -1,0 +1,264 @@
+"""What unlearning did to text that has nothing to do with it: perplexity, and words that became rarer."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import Encoded
+from ..data.encoding import IGNORED
+from ..data.packing import Pack, pack
+from ..errors import NotFiniteError, PMCError
+from ..models import autocast, eval_mode
+from ..packed_pass import PackedPass, causal_lm
+
+WINDOW = 1024
+PASS_TOKENS = 8192  # of one forward pass
+PASS_TARGETS = 1 << 22  # log-probs that one pass returns: each row has one for every answer token
+COMMON = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMass:
+    """What one model makes of a text, token by token: small enough to keep while another model is loaded."""
+
+    logps: np.ndarray  # float64 [M]: of the text's own tokens, the first of each text left out
+    mass: np.ndarray  # float64 [M]: the probability that the answers' tokens have together, in each place
+    occurs: np.ndarray  # bool [M]: whether the text's own token is one of the answers'
+    tokens: int  # how many tokens of the answers were looked at
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(-self.logps.mean()))
+
+
+def load_text(source: str | Path) -> str:
+    """Read a text file, UTF-8, as one text."""
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PMCError(f"text {source} can't be read: {error}") from error
+    if not text.strip():
+        raise PMCError(f"text {source} is empty: give a file of plain text")
+    return text
+
+
+def text_windows(
+    tokenizer: Any, texts: Sequence[str], window: int = WINDOW, stride: int | None = None
+) -> list[Encoded]:
+    """Cut texts into overlapping windows that together predict every token of a text but its first, once.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer; if it puts a BOS before a text, that is what the first token is predicted from.
+    texts : sequence of str
+        Each is a context of its own.
+    window : int
+        Tokens of a forward pass's sequence.
+    stride : int, optional
+        Tokens by which the next window begins later; half a window by default. A window predicts what the one before
+        did not reach, so each token is predicted from at least window - stride others, but for a text's beginning.
+        Longer strides cost less and predict from less.
+    """
+    stride = window // 2 if stride is None else stride
+    if not 1 <= stride < window:
+        raise PMCError(f"window is {window} and stride {stride}: they must overlap, 1 <= stride < window")
+    windows = []
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        reached = 1  # the first token is predicted by nothing
+        for begin in range(0, len(ids), stride):
+            end = min(begin + window, len(ids))
+            if end > reached:
+                windows.append(Encoded(ids[begin:end], [IGNORED] * (reached - begin) + ids[reached:end]))
+                reached = end
+    if not windows:
+        raise PMCError(f"{len(texts)} texts hold no token to predict: give longer ones")
+    return windows
+
+
+def answer_tokens(
+    tokenizer: Any, answers: Sequence[str], texts: Sequence[str], *, common: float = COMMON
+) -> list[int]:
+    """Return the tokens of the answers that are worth following in the texts, ascending.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer.
+    answers : sequence of str
+        The forget answers. Each is encoded as it stands and after a space, as words stand inside a text.
+    texts : sequence of str
+        Those in which they will be followed.
+    common : float
+        Tokens with a larger share of the texts than this are left out, and so are special tokens. "the" and "." are
+        in every answer and hold most of the mass anywhere; they move with style and hide the carpenter of the
+        paper's example (arXiv 2507.04219, side effects: unlearning "John Doe is a carpenter" must not make carpenters
+        rare elsewhere). The texts alone decide it, so models are compared on the same tokens. A token that occurs
+        once is never common.
+    """
+    counts = Counter(token for text in texts for token in tokenizer(text, verbose=False)["input_ids"])
+    limit = max(1.0, common * counts.total())
+    special = set(tokenizer.all_special_ids)
+    found: set[int] = set()
+    for answer in answers:
+        for text in (answer.strip(), " " + answer.strip()):
+            found.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+    kept = sorted(t for t in found - special if counts[t] <= limit)
+    if not kept:
+        raise PMCError(f"no token of {len(answers)} answers has at most a share of {common:g} of the texts: raise it")
+    return kept
+
+
+def answer_token_mass(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    tokens: Sequence[int] = (),
+    *,
+    window: int = WINDOW,
+    stride: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+) -> TokenMass:
+    """Read texts with a model and note, in each place, the text's own token and the mass of `tokens`.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        Left as it was found. Its forward pass is packed and without gradients; one product with the head gives both
+        numbers, and logits exist in bounded chunks only.
+    tokenizer
+        Its tokenizer.
+    texts : sequence of str
+    tokens : sequence of int
+        `answer_tokens`.
+    window, stride : int
+        See `text_windows`.
+    autocast_dtype : torch.dtype, optional
+        What the model computes in under torch.autocast, if it does.
+
+    Raises
+    ------
+    PMCError
+        A window that does not fit the model or its stride; texts without a token to predict; a model whose packed
+        pass is not its own pass; log-probs that are NaN.
+    """
+    base = causal_lm(model)
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if longest and window > longest:
+        raise PMCError(f"window is {window} but the model has {longest} positions: lower it")
+    device = base.get_input_embeddings().weight.device
+    windows = text_windows(tokenizer, texts, window, stride)
+    followed = torch.tensor(sorted(set(tokens)), dtype=torch.int64)
+    packed = PackedPass(base)
+    packed.check(autocast_dtype)
+    logps, mass, own = [], [], []
+    size = min(PASS_TOKENS, max(1, PASS_TARGETS // (len(followed) + 1)))
+    for p in pack([[w] for w in windows], size):
+        with torch.no_grad(), eval_mode(base), autocast(device, autocast_dtype):
+            asked = _also(p, followed).to(device)
+            found = packed(asked, torch.zeros(len(asked.targets), device=device))[1].double().cpu()
+        if not found.isfinite().all():
+            raise NotFiniteError(
+                "the model's log-probs are NaN or infinite: its weights are damaged, or it overflows"
+            )
+        count = len(p.targets)
+        logps.append(found[:count])
+        mass.append(found[count:].view(count, len(followed)).exp().sum(1))
+        own.append(torch.isin(p.targets, followed))
+    return TokenMass(torch.cat(logps).numpy(), torch.cat(mass).numpy(), torch.cat(own).numpy(), len(followed))
+
+
+def _also(p: Pack, tokens: torch.Tensor) -> Pack:
+    """Ask every row of a pack for the log-probs of further tokens, after its targets'."""
+    count = len(p.targets)
+    return replace(
+        p,
+        targets=torch.cat([p.targets, tokens.repeat(count)]),
+        rows=torch.cat([p.rows, p.rows.repeat_interleave(len(tokens))]),
+    )
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    window: int = WINDOW,
+    stride: int | None = None,
+    *,
+    autocast_dtype: torch.dtype | None = None,
+) -> float:
+    """Return exp of the mean negative log-likelihood of the texts' tokens; parameters as `answer_token_mass` has them.
+
+    It depends on window and stride (`text_windows`): compare numbers of the same ones.
+    """
+    how: dict[str, Any] = {"window": window, "stride": stride, "autocast_dtype": autocast_dtype}
+    return answer_token_mass(model, tokenizer, texts, **how).perplexity
+
+
+def shift(before: TokenMass, after: TokenMass) -> dict[str, Any]:
+    """Compare what two models made of the same texts.
+
+    Returns
+    -------
+    dict
+        Ready for JSON, without any text. ``positions`` and ``tokens`` that were looked at; ``mass_before``,
+        ``mass_after`` and ``mass_ratio``: the mean mass of the answers' tokens over all places; ``occurrences``:
+        places where the text itself has one, and there ``probability_before``, ``probability_after``,
+        ``probability_shift`` (mean change), ``shift_quantiles`` (5, 50 and 95 %) and ``lowered`` (share of places
+        where it fell), None without occurrences; ``perplexity_before``, ``perplexity_after``.
+
+    Notes
+    -----
+    The shift where a token occurs is what arXiv 2507.04219 plots for unrelated text (side effects): methods that
+    push answers down lower it almost everywhere, PMC should leave it centred on 0. The mass over all places needs no
+    occurrence, so it also speaks about names that the text does not hold.
+    """
+    if before.tokens != after.tokens or not np.array_equal(before.occurs, after.occurs):
+        raise PMCError(
+            f"shift: {len(before.logps)} and {len(after.logps)} places, {before.tokens} and {after.tokens} tokens: "
+            "both models must read the same texts with one tokenizer, window and set of tokens"
+        )
+    if not before.tokens:
+        raise PMCError("shift: no tokens were followed: give answer_token_mass those of answer_tokens")
+    old, new = np.exp(before.logps[before.occurs]), np.exp(after.logps[after.occurs])
+    some, moved = len(old) > 0, new - old
+    return {
+        "positions": len(before.logps),
+        "tokens": before.tokens,
+        "mass_before": float(before.mass.mean()),
+        "mass_after": float(after.mass.mean()),
+        "mass_ratio": float(after.mass.mean() / before.mass.mean()),
+        "occurrences": len(old),
+        "probability_before": float(old.mean()) if some else None,
+        "probability_after": float(new.mean()) if some else None,
+        "probability_shift": float(moved.mean()) if some else None,
+        "shift_quantiles": np.quantile(moved, [0.05, 0.5, 0.95]).tolist() if some else None,
+        "lowered": float((moved < 0).mean()) if some else None,
+        "perplexity_before": before.perplexity,
+        "perplexity_after": after.perplexity,
+    }
+
+
+def token_shift(
+    before_model: Any,
+    after_model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    common: float = COMMON,
+    **how: Any,
+) -> dict[str, Any]:
+    """Return `shift` for two models that are both in memory; where only one fits, call its parts one by one.
+
+    `how` goes to `answer_token_mass`.
+    """
+    tokens = answer_tokens(tokenizer, answers, texts, common=common)
+    before, after = (answer_token_mass(m, tokenizer, texts, tokens, **how) for m in (before_model, after_model))
+    return shift(before, after)
