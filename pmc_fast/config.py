@@ -63,6 +63,10 @@ class PMCConfig:
     def __post_init__(self) -> None:
         self.validate()
 
+    def algorithm(self) -> dict[str, Any]:
+        """Return the settings of PMC alone, whatever else a subclass holds."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(PMCConfig)}
+
     def validate(self) -> None:
         """Raise PMCError for the first value that can't be meant."""
         _check_types(self)

@@ -1,7 +1,6 @@
 """Partial Model Collapse for any training loop: prepare, sample, loss (arXiv 2507.04219, section 4)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from .reward import Reward, rouge_l_recall
 from .rollout import RolloutEngine
 from .steps import Loss, Retain, Step
 from .store import BestStore
+
+PEAKS = ("peak_slots", "pool_bytes")  # of a process: over several the largest, where other counters add up
 
 
 class PMC:
@@ -99,7 +100,7 @@ class PMC:
         self.ranks.require_equal(
             {
                 "questions": [self.prompts, self.positions],
-                "PMC settings": {f.name: getattr(self.config, f.name) for f in fields(PMCConfig)},
+                "PMC settings": self.config.algorithm(),
             }
         )
         mine = self.ranks.share(range(len(self.prompts)))
@@ -150,7 +151,8 @@ class PMC:
         total: dict[str, float] = {}
         for theirs, counted in self.ranks.gather(self._sample(self.ranks.share(asked))):
             found |= theirs
-            total = {name: total.get(name, 0.0) + n for name, n in counted.items()}
+            for name, n in counted.items():
+                total[name] = max(total.get(name, 0.0), n) if name in PEAKS else total.get(name, 0.0) + n
         for i in asked:
             self.store.offer(i, *found[i])
         return total

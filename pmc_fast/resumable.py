@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from . import checkpoint
-from .config import PMCConfig
 from .data import Encoded
 from .errors import LostProcessError
 from .pmc import PMC
@@ -109,7 +107,7 @@ class ResumableTrainer(Trainer):
         return {
             "questions": checkpoint.digest(self.pmc.prompts),
             "retain rows": checkpoint.digest([s.input_ids for s in self.retain]),
-            "PMC settings": checkpoint.digest({f.name: getattr(config, f.name) for f in fields(PMCConfig)}),
+            "PMC settings": checkpoint.digest(config.algorithm()),
             "training settings": checkpoint.digest(settings),
             "parameters": checkpoint.digest(shapes),
         }

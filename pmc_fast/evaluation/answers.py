@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from ..data import Encoder
 from ..rollout import RolloutEngine
 
-MAX_ROWS = 512  # questions at once: bounds the pool of keys and values, whatever is asked
-
 
 def greedy_answers(engine: RolloutEngine, encoder: Encoder, questions: Sequence[str]) -> list[str]:
     """Answer questions greedily, with the encoder's prompts, stop tokens and max_length."""
@@ -17,6 +15,5 @@ def greedy_answers(engine: RolloutEngine, encoder: Encoder, questions: Sequence[
         temperature=0,
         max_length=encoder.max_length,
         stop_ids=encoder.stops,
-        max_rows=MAX_ROWS,
     )
     return encoder.answers([tokens for [tokens] in rollouts.tokens])

@@ -1,7 +1,7 @@
 """PMC as a trainer of TRL: TRL's base classes and habits around the core's trainer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class PMCConfig(PublishedDefaults, config.PMCConfig, _BaseConfig):
 
     def pmc_config(self) -> config.PMCConfig:
         """Return the settings of PMC alone."""
-        return config.PMCConfig(**{f.name: getattr(self, f.name) for f in fields(config.PMCConfig)})
+        return config.PMCConfig(**self.algorithm())
 
 
 class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
