@@ -147,7 +147,9 @@ class UnlearnConfig(PMCConfig):
         "none is left, nothing is written and the exit code is 0",
     )
     skip_threshold: float = _option(
-        0.0, "skip_known_forgotten: the largest ROUGE-L recall of the truth at which a sample does not say it"
+        0.0,
+        "skip_known_forgotten: the largest ROUGE-L recall of the truth at which a sample does not say it; at 0 not one "
+        "word may be shared, which few whole sentences fulfil",
     )
     min_quality: float | None = _option(None, "exit 3 if the unlearn quality (0 to 100) ends below this")
     min_utility: float | None = _option(None, "exit 3 if the utility (0 to 100) ends below this")

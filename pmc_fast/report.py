@@ -137,7 +137,7 @@ def _leak_texts(of: dict[str, Any] | None) -> dict[str, str]:
 
 def _interval(of: dict[str, Any]) -> str:
     low, high = of["interval"]
-    return f"{of['value']:.3f} ({low:.2f} to {high:.2f})"
+    return f"{of['value']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _texts(made: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
