@@ -1,7 +1,6 @@
 """The command line: pmc-fast unlearn, evaluate and env."""
 
 import dataclasses
-import json
 import sys
 import time
 import types
@@ -23,7 +22,9 @@ GATE_MISSED = 3
 EVALUATED = (
     "model", "before", "suite", "forget", "retain", "paraphrased", "general", "tofu", "split", "tofu_rows",
     "truth_ratio", "retain_log", "prompt_format", "system_prompt", "date_string", "max_length", "max_tokens", "device",
-    "dtype", "min_quality", "min_utility", "log_text",
+    "dtype", "attack_samples", "attack_temperature", "attack_top_k", "attack_top_p", "attack_prefill",
+    "attack_first_words", "leak_threshold", "confidence", "side_effects_text", "seed", "min_quality", "min_utility",
+    "log_text",
 )  # fmt: skip
 
 
@@ -45,6 +46,8 @@ def _config_options(config: type[UnlearnConfig], names: Iterable[str] | None = N
                 options["type"] = click.Choice(typing.get_args(kind))
             else:
                 options["type"] = _plain(kind)
+            if "flag_value" in f.metadata:  # the flag without a value
+                options |= {"is_flag": False, "flag_value": f.metadata["flag_value"]}
             command = click.option(flag, *f.metadata.get("aliases", ()), f.name, **options)(command)
         return command
 
@@ -121,6 +124,12 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
     if launched()[0] > 0:
         return 0
     _print_scores(made)
+    if "known_forgotten" in made and "history" not in made:
+        click.echo(
+            f"all {made['questions']} questions are known to be forgotten already: there is nothing to unlearn, and "
+            "nothing was written"
+        )
+        return 0
     click.echo(f"\nmodel, report.html and report.json are in {config.output}")
     return _gates(made)
 
@@ -128,32 +137,35 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
 @cli.command()
 @click.option("--json", "json_file", help="also write the scores into this file")
 @click.option("--rows", "rows_file", help="and every question's numbers into this one (.jsonl)")
+@click.option("--report", "report_file", help="and a page with tables and plots into this one (.html)")
 @_config_options(EvaluateConfig, EVALUATED)
-def evaluate(json_file: str | None, rows_file: str | None, **options: Any) -> int:
-    """Score a model: unlearn quality on FORGET, utility on RETAIN and GENERAL; or TOFU's metrics."""
-    config = EvaluateConfig.merge(None, _given(options))
-    from .evaluate_job import evaluate_model
+def evaluate(json_file: str | None, rows_file: str | None, report_file: str | None, **options: Any) -> int:
+    """Score a model: unlearn quality on FORGET, utility on RETAIN and GENERAL; or TOFU's metrics.
 
-    files = {"json": json_file, "rows": rows_file}
-    for kind, file in files.items():
-        if file and (Path(file).exists() or not Path(file).absolute().parent.is_dir()):
-            raise PMCError(f"{kind} file {file} exists, or its directory does not: name a new one")
-    if json_file and json_file == rows_file:
-        raise PMCError(f"json file and rows file are both {json_file}: name two")
+    With --attack-samples also what leaks when it is asked often or helped, with --side-effects-text what unlearning
+    did to other text.
+    """
+    config = EvaluateConfig.merge(None, _given(options))
+    from . import report
+    from .evaluate_job import evaluate_model
+    from .output import check_new_files, write_file
+
+    files = {"json": json_file, "rows": rows_file, "report": report_file}
+    check_new_files(files)
+    if report_file:
+        report.check_importable()
     rows: list[dict[str, Any]] = []
     with _Progress() as progress:
         made = evaluate_model(config, progress, rows)
     _print_scores(made)
-    texts = {
-        "json": json.dumps(made, indent=1, ensure_ascii=False),
-        "rows": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+    make = {
+        "json": lambda: report.summary(made),
+        "rows": lambda: report.jsonl(rows),
+        "report": lambda: report.html(made, rows),
     }
     for kind, file in files.items():
         if file:
-            try:
-                Path(file).write_text(texts[kind], encoding="utf-8")
-            except OSError as error:
-                raise PMCError(f"{kind} file {file} can't be written: {error.strerror}") from error
+            write_file(file, make[kind]())
     return _gates(made)
 
 
@@ -182,6 +194,8 @@ def _print_plan(plan: "Plan") -> None:
         f"steps     {s.steps} ({s.steps_per_epoch} an epoch), each {c.batch_size} x "
         f"{c.gradient_accumulation_steps} questions, {c.num_samples} samples a question"
     )
+    if c.skip_known_forgotten:
+        click.echo("skip      questions known to be forgotten: fewer steps where there are any")
     click.echo(f"output    {c.output}: nothing was written")
     for text in plan.warnings:
         click.echo(f"warning: {text}", err=True)

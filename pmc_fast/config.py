@@ -123,6 +123,38 @@ class UnlearnConfig(PMCConfig):
         "auto", "what is saved and evaluated (auto: as the model came)"
     )
     evaluate: bool = _option(True, "answer the forget and retain questions before and after, and score them")
+    attack_samples: int = _option(
+        0,
+        "leak attacks: answers sampled for each forget question, and the largest recall of the truth (0: off; without "
+        "a number: 100, as published)",
+        flag_value=100,
+    )
+    attack_temperature: float = _option(1.0, "leak attacks: sampling temperature; 1 is the model's own distribution")
+    attack_top_k: int = _option(0, "leak attacks: sample among the k likeliest tokens (0: all)")
+    attack_top_p: float = _option(1.0, "leak attacks: then among the likeliest that hold this probability mass")
+    attack_prefill: str = _option(
+        "The answer is: ", "leak attacks: one more, where answers are made to begin with this ('': not)"
+    )
+    attack_first_words: int = _option(
+        3, "leak attacks: one more, where answers are made to begin with so many words of the truth (0: not)"
+    )
+    leak_threshold: float = _option(
+        0.5, "leak attacks: a sample leaks if its recall of the truth is at least this; leak@k counts these"
+    )
+    confidence: float = _option(0.95, "leak attacks: level of the bootstrap intervals over questions")
+    side_effects_text: str = _option(
+        "", "a text file unrelated to FORGET: its perplexity, and how probable the answers' words are in it"
+    )
+    skip_known_forgotten: bool = _option(
+        False,
+        "leave out forget questions of which NUM_SAMPLES sampled answers never say the truth, report their rows; if "
+        "none is left, nothing is written and the exit code is 0",
+    )
+    skip_threshold: float = _option(
+        0.0,
+        "skip_known_forgotten: the largest ROUGE-L recall of the truth at which a sample does not say it; at 0 not one "
+        "word may be shared, which few whole sentences fulfil",
+    )
     min_quality: float | None = _option(None, "exit 3 if the unlearn quality (0 to 100) ends below this")
     min_utility: float | None = _option(None, "exit 3 if the utility (0 to 100) ends below this")
     log_text: bool = _option(False, "put questions and sampled answers into the report")
@@ -135,6 +167,16 @@ class UnlearnConfig(PMCConfig):
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         _require(self.checkpoint_steps >= 0, "checkpoint_steps", self.checkpoint_steps, "0 (never) or more")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        for name in ("attack_samples", "attack_top_k", "attack_first_words"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
+        _require(self.attack_temperature > 0, "attack_temperature", self.attack_temperature, "above 0")
+        for name in ("attack_top_p", "leak_threshold"):
+            _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "above 0 and at most 1")
+        _require(0 < self.confidence < 1, "confidence", self.confidence, "between 0 and 1")
+        _require(0 <= self.skip_threshold < 1, "skip_threshold", self.skip_threshold, "0 or more, and below 1")
+        for name, off in (("attack_samples", 0), ("side_effects_text", "")):
+            value = getattr(self, name)
+            _require(value == off or self.evaluate, name, value, "left out, or evaluate left on")
         for name in ("min_quality", "min_utility"):
             gate = getattr(self, name)
             _require(gate is None or 0 <= gate <= 100, name, gate, "between 0 and 100")

@@ -13,16 +13,22 @@ from .environment import machine, versions
 from .errors import PMCError
 from .evaluation import (
     EvalSet,
+    SideEffects,
     TofuSet,
+    TokenMass,
+    attack,
+    check_attacks,
     encode_candidates,
     evaluate,
     evaluate_tofu,
     greedy_answers,
+    leakage_settings,
     load_sets,
     load_tofu,
     mean_nlls,
     read_retain_log,
     tofu_questions,
+    with_side_effects,
 )
 from .packed_pass import PackedPass
 from .progress import Monitor, Silent, Stages
@@ -47,6 +53,8 @@ class _Candidate:
     tokenizer: Any
     format: PromptFormat
     groups: dict[str, list[list[Encoded]]]  # the candidate answers of each of TOFU's sets
+    text: SideEffects | None
+    tokens: list[int]  # those that are followed in the text
 
 
 def evaluate_model(
@@ -61,12 +69,14 @@ def evaluate_model(
     monitor : Monitor, optional
         Is told of stages.
     rows : list, optional
-        Is given every question's numbers, with ``model`` "before" or "after".
+        Is given every question's numbers, with ``model`` "before" or "after", and under ``attacks`` what each leak
+        attack got out of it.
 
     Returns
     -------
     dict
-        ``after``: the model's scores; ``before``: those of the other one; ``failed_gates`` of the model.
+        ``after``: the model's scores, with ``leakage`` and ``perplexity`` if they were asked for; ``before``: those of
+        the other one; ``side_effects`` between the two; ``failed_gates`` of the model. No numbers of single questions.
 
     Raises
     ------
@@ -88,12 +98,25 @@ def evaluate_model(
                 f"prompt_format auto is {formats['before']} for {config.before} and {formats['after']} for "
                 f"{config.model}: give --prompt-format, so that both are asked alike"
             )
-        config = dataclasses.replace(config, prompt_format=candidates["after"].format)
-    scores = {}
+        before, after = candidates.get("before"), candidates["after"]
+        if before and before.text and after.text:
+            before.text.require_same(after.text)
+        config = dataclasses.replace(config, prompt_format=after.format)
+    if before:
+        with stages("checking the model's weights"):  # those of the other one are, once it is loaded
+            _load(after, config)
+    scores: dict[str, dict[str, Any]] = {}
+    masses: dict[str, TokenMass] = {}
     for when, candidate in candidates.items():
         numbers: list[dict[str, Any]] = []
-        title = f" {when}" if len(candidates) > 1 else ""
-        scores[when] = _score(candidate, config, asked, stages, title, numbers)
+        title = f" {when}" if before else ""
+        with stages(f"loading the model{title}"):
+            loaded = _load(candidate, config)
+        scores[when] = _score(candidate, loaded, config, asked, stages, title, numbers)
+        if candidate.text:
+            with stages(f"side effects{title}"):
+                masses[when] = candidate.text.measure(loaded.model, candidate.tokens, loaded.autocast_dtype)
+        del loaded  # before the next one comes
         if rows is not None:
             rows += [{"model": when, **row} for row in numbers]
     return {
@@ -101,6 +124,7 @@ def evaluate_model(
         "versions": versions(),
         "machine": machine(),
         **scores,
+        **with_side_effects(scores, masses),
         "failed_gates": failed_gates(config, scores["after"]),
         "stage_seconds": stages.seconds,
     }
@@ -122,48 +146,76 @@ def _check(source: str, config: EvaluateConfig, asked: _Asked) -> _Candidate:
     encoder = Encoder(tokenizer, config)
     for s in asked.sets:
         encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
+    check_attacks(encoder, asked.sets, leakage_settings(config))
     groups = {
         s.name: encode_candidates(encoder, s.name, [(r.question, r.candidates) for r in s.rows]) for s in asked.tofu
     }
-    return _Candidate(source, tokenizer, encoder.format, groups)
+    text, tokens = None, []
+    if config.side_effects_text:
+        sources = [source for source in (config.model, config.before) if source]
+        positions = [n for n in map(models.max_positions, sources) if n]  # one window for both
+        text = SideEffects.read(config.side_effects_text, tokenizer, min(positions, default=None))
+        tokens = text.tokens(asked.sets)
+    return _Candidate(source, tokenizer, encoder.format, groups, text, tokens)
+
+
+def _load(candidate: _Candidate, config: EvaluateConfig) -> models.LoadedModel:
+    loaded = models.load_model(candidate.source, device=models.resolve_device(config.device), dtype=config.dtype)
+    models.check_fit(loaded.model, candidate.tokenizer, candidate.source)
+    return loaded
 
 
 def _score(
     candidate: _Candidate,
+    loaded: models.LoadedModel,
     config: EvaluateConfig,
     asked: _Asked,
     stages: Stages,
     title: str,
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    with stages(f"loading the model{title}"):
-        device = models.resolve_device(config.device)
-        loaded = models.load_model(candidate.source, device=device, dtype=config.dtype)
-        models.check_fit(loaded.model, candidate.tokenizer, candidate.source)
     engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype)
     generation_config = None if config.accidents else loaded.model.generation_config
     encoder = Encoder(candidate.tokenizer, config, generation_config)
-    how: dict[str, Any] = {"log_text": config.log_text, "on_set": stages.on_set, "rows": rows}
     with stages(f"evaluation{title}"):
-        if not asked.tofu:
-            return evaluate(lambda questions: greedy_answers(engine, encoder, questions), asked.sets, **how)
-        packed = PackedPass(loaded.model)
-        packed.check(loaded.autocast_dtype)
+        scores = _answers(engine, encoder, candidate, loaded, config, asked, stages, rows)
+    settings = leakage_settings(config)
+    if settings:
+        with stages(f"leak attacks{title}"):
+            how: dict[str, Any] = {"rows": rows, "log_text": config.log_text, "on_attack": stages.on_attack}
+            scores["leakage"] = attack(engine, encoder, asked.sets, settings, **how)
+    return scores
 
-        def nlls(s: TofuSet) -> list[list[float]]:
-            groups = candidate.groups[s.name]
-            stages.monitor.stage(f"  {s.name}: likelihood of {sum(map(len, groups))} answers")
-            low = loaded.autocast_dtype
-            return mean_nlls(packed, groups, max_tokens=config.max_tokens, autocast_dtype=low)
 
-        return evaluate_tofu(
-            lambda questions: greedy_answers(engine, encoder, questions),
-            nlls,
-            asked.tofu,
-            variant=config.truth_ratio,
-            retain_ratios=asked.retain_ratios,
-            **how,
-        )
+def _answers(
+    engine: RolloutEngine,
+    encoder: Encoder,
+    candidate: _Candidate,
+    loaded: models.LoadedModel,
+    config: EvaluateConfig,
+    asked: _Asked,
+    stages: Stages,
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    how: dict[str, Any] = {"log_text": config.log_text, "on_set": stages.on_set, "rows": rows}
+    if not asked.tofu:
+        return evaluate(lambda questions: greedy_answers(engine, encoder, questions), asked.sets, **how)
+    packed = PackedPass(loaded.model)
+    packed.check(loaded.autocast_dtype)
+
+    def nlls(s: TofuSet) -> list[list[float]]:
+        groups = candidate.groups[s.name]
+        stages.monitor.stage(f"  {s.name}: likelihood of {sum(map(len, groups))} answers")
+        return mean_nlls(packed, groups, max_tokens=config.max_tokens, autocast_dtype=loaded.autocast_dtype)
+
+    return evaluate_tofu(
+        lambda questions: greedy_answers(engine, encoder, questions),
+        nlls,
+        asked.tofu,
+        variant=config.truth_ratio,
+        retain_ratios=asked.retain_ratios,
+        **how,
+    )
 
 
 def failed_gates(config: UnlearnConfig, scores: dict[str, Any]) -> list[str]:

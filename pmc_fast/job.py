@@ -11,18 +11,32 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from . import models, report
+from . import models, report, skip
 from .arguments import PMCArguments
 from .config import UnlearnConfig
 from .data import Encoder, Row, load_rows
 from .environment import machine, versions
 from .errors import PMCError
 from .evaluate_job import failed_gates
-from .evaluation import EvalSet, evaluate, greedy_answers, load_sets, with_initial_answers
+from .evaluation import (
+    EvalSet,
+    SideEffects,
+    TokenMass,
+    attack,
+    check_attacks,
+    evaluate,
+    greedy_answers,
+    leakage_settings,
+    load_sets,
+    with_initial_answers,
+    with_side_effects,
+)
 from .output import check_output, written_aside
+from .packed_pass import PackedPass
 from .pmc import PMC
 from .progress import Monitor, Silent, Stages
-from .ranks import launched
+from .ranks import Ranks, launched
+from .rollout import RolloutEngine, SharedEngine
 from .schedule import Schedule
 from .trainer import PMCTrainer
 
@@ -39,7 +53,27 @@ class Plan:
     retain: list[Row]
     sets: list[EvalSet]
     schedule: Schedule
+    paraphrases: list[str | None]  # of the forget questions, for skip_known_forgotten
+    text: SideEffects | None  # unrelated, for the evaluation
+    kept: list[int]  # the forget questions that are trained on, from 0
     warnings: list[str] = field(default_factory=list)
+
+    def keep(self, kept: list[int], monitor: Monitor) -> None:
+        """Leave out all other forget questions, and plan the steps anew."""
+        if kept != self.kept:
+            self.kept, self.schedule = kept, Schedule.plan(self.config, len(kept), launched()[1])
+            self.warnings = _few_steps(self.schedule)
+            for text in self.warnings:
+                monitor.warn(text)
+
+
+def _few_steps(schedule: Schedule) -> list[str]:
+    if schedule.steps >= FEW_STEPS:
+        return []
+    return [
+        f"only {schedule.steps} optimizer steps are planned: under {FEW_STEPS} little may be forgotten; "
+        "raise --epochs or lower --batch-size"
+    ]
 
 
 def check(config: UnlearnConfig) -> Plan:
@@ -66,13 +100,19 @@ def check(config: UnlearnConfig) -> Plan:
     sets = load_sets(config, forget, retain) if config.evaluate else []
     for source, rows in [(config.forget, forget), (config.retain, retain), *((s.name, s.rows) for s in sets)]:
         encoder.check_lengths(source, [(row.question, row.answer) for row in rows])
-    plan = Plan(config, tokenizer, forget, retain, sets, Schedule.plan(config, len(forget), launched()[1]))
-    if plan.schedule.steps < FEW_STEPS:
-        plan.warnings.append(
-            f"only {plan.schedule.steps} optimizer steps are planned: under {FEW_STEPS} little may be forgotten; "
-            "raise --epochs or lower --batch-size"
-        )
-    return plan
+    check_attacks(encoder, sets, leakage_settings(config))
+    text = None
+    if config.side_effects_text:
+        text = SideEffects.read(config.side_effects_text, tokenizer, models.max_positions(config.model))
+    paraphrases: list[str | None] = [None] * len(forget)
+    if config.skip_known_forgotten:
+        paraphrases = skip.read_paraphrases(config, forget)
+    encoder.check_lengths(config.paraphrased, [(q or "", None) for q in paraphrases])
+    schedule = Schedule.plan(config, len(forget), launched()[1])
+    everything = list(range(len(forget)))
+    return Plan(
+        config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, _few_steps(schedule)
+    )
 
 
 def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
@@ -88,7 +128,8 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
     Returns
     -------
     dict
-        What report.json holds; ``failed_gates`` names the gates that were missed.
+        What report.json holds; ``failed_gates`` names the gates that were missed. Where every question is known to
+        be forgotten (skip_known_forgotten) there is nothing to do: ``known_forgotten`` says so, and nothing was written.
 
     Raises
     ------
@@ -111,23 +152,49 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         save_dtype = _save_dtype(config, loaded.checkpoint_dtype)
         size = sum(p.numel() for p in model.parameters()) * save_dtype.itemsize
         path = check_output(config.output, size + (64 << 20))
-    trainer = _trainer(plan, loaded, monitor)
-    pmc, engine, ranks = trainer.pmc, trainer.pmc.engine, trainer.pmc.ranks
+    arguments = _arguments(config, loaded)  # several processes know each other from here on
+    known = None
+    if config.skip_known_forgotten:
+        with stages("looking for what is known to be forgotten"):
+            known = _known_forgotten(plan, loaded)
+        monitor.stage(f"  {len(known.rows)} of {known.questions} questions are left out{_numbers(known.rows)}")
+        if not known.kept:
+            return {"questions": known.questions, "known_forgotten": dataclasses.asdict(known), "failed_gates": []}
+        plan.keep(known.kept, monitor)
+    trainer = _trainer(plan, loaded, arguments, monitor)
+    pmc, ranks = trainer.pmc, trainer.pmc.ranks
+    engine = SharedEngine(pmc.engine, ranks)
     resumed = trainer.find_checkpoint(config.resume, warn=monitor.warn)
+    result: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    masses: dict[str, TokenMass] = {}
 
     def answer(asked: Any) -> list[str]:
-        mine = ranks.share(range(len(asked)))
-        answers = zip(mine, greedy_answers(engine, pmc.encoder, [asked[i] for i in mine]), strict=True)
-        everyones = {i: text for of in ranks.gather(dict(answers)) for i, text in of.items()}
-        return [everyones[i] for i in range(len(asked))]
+        return greedy_answers(engine, pmc.encoder, asked)
+
+    def measure(when: str) -> None:
+        numbers: list[dict[str, Any]] = []
+        how: dict[str, Any] = {"log_text": config.log_text, "rows": numbers}
+        with stages(f"evaluation {when}"):
+            result[when] = evaluate(answer, sets, on_set=stages.on_set, **how)
+        if settings := leakage_settings(config):
+            with stages(f"leak attacks {when}"):
+                result[when]["leakage"] = attack(
+                    engine, pmc.encoder, sets, settings, on_attack=stages.on_attack, **how
+                )
+        if plan.text:
+            with stages(f"side effects {when}"):
+                masses[when] = plan.text.measure(model, plan.text.tokens(sets), loaded.autocast_dtype)
+        rows.extend({"model": when, **row} for row in numbers)
 
     with stages("initial answers"):
-        initial = pmc.prepare()
-    result: dict[str, Any] = {}
+        initial = dict(zip(plan.kept, pmc.prepare(), strict=True))
     if config.evaluate:
-        sets = with_initial_answers(plan.sets, initial)
-        with stages("evaluation before"):
-            result["before"] = evaluate(answer, sets, log_text=config.log_text, on_set=stages.on_set)
+        left_out = [i for i in range(len(plan.forget)) if i not in initial]
+        if left_out:
+            initial |= dict(zip(left_out, answer([plan.forget[i].question for i in left_out]), strict=True))
+        sets = with_initial_answers(plan.sets, [initial[i] for i in range(len(plan.forget))])
+        measure("before")
     with stages("unlearning" if resumed is None else f"unlearning, from {resumed[0].name} on"):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
     if not all(torch.isfinite(p).all() for p in model.parameters()):
@@ -137,8 +204,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         for p in model.parameters():
             p.copy_(p.to(save_dtype))
     if config.evaluate:
-        with stages("evaluation after"):
-            result["after"] = evaluate(answer, sets, log_text=config.log_text, on_set=stages.on_set)
+        measure("after")
     made = {
         "settings": dataclasses.asdict(config),
         "questions": len(plan.forget),
@@ -146,7 +212,9 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",
         "versions": versions(),
         "machine": machine(),
+        **({} if known is None else {"known_forgotten": dataclasses.asdict(known)}),
         **result,
+        **with_side_effects(result, masses),
         "history": [r for r in trainer.state.log_history if "collapse_loss" in r],
         "stopped": trainer.stopped,
         **({"sampled_answers": _sampled(pmc)} if config.log_text else {}),
@@ -155,7 +223,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         "stage_seconds": stages.seconds,
     }
     if ranks.rank == 0:
-        files = report.render(made)
+        files = report.render(made, rows)
         with stages("saving"), written_aside(path) as directory:
             model.to(save_dtype).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
@@ -164,6 +232,27 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         shutil.rmtree(_checkpoints(config), ignore_errors=True)  # they hold the initial answers
     ranks.gather(None)  # a launcher would end a process whose peer is done
     return made
+
+
+def _known_forgotten(plan: Plan, loaded: models.LoadedModel) -> skip.KnownForgotten:
+    """Judge the forget questions, or take over what an earlier start of this run found."""
+    c, ranks = plan.config, Ranks()
+    directory = _checkpoints(c) if c.resume in ("", "auto") else Path(c.resume).parent
+    about = (c, plan.forget, plan.paraphrases)
+    found = skip.remembered(directory, *about) if c.resume else None
+    if found is None:
+        engine = SharedEngine(RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype), ranks)
+        encoder = Encoder(plan.tokenizer, c, None if c.accidents else loaded.model.generation_config)
+        found = skip.judge(engine, encoder, *about, PackedPass(loaded.model), loaded.autocast_dtype)
+    found = ranks.gather(found)[0]  # one list, whatever another process's rounding
+    if c.checkpoint_steps and found.kept and ranks.rank == 0:
+        skip.remember(_checkpoints(c), found, *about)
+    return found
+
+
+def _numbers(rows: list[int], most: int = 20) -> str:
+    shown = ", ".join(map(str, rows[:most]))
+    return f" (rows {shown}{', ...' if len(rows) > most else ''})" if rows else ""
 
 
 def _sampled(pmc: PMC) -> list[dict[str, Any]]:
@@ -185,9 +274,8 @@ def _checkpoints(config: UnlearnConfig) -> Path:
     return output.with_name(output.name + ".checkpoints")
 
 
-def _trainer(plan: Plan, loaded: models.LoadedModel, monitor: Monitor) -> PMCTrainer:
-    c = plan.config
-    arguments = PMCArguments(
+def _arguments(c: UnlearnConfig, loaded: models.LoadedModel) -> PMCArguments:
+    return PMCArguments(
         output_dir=str(_checkpoints(c)),
         num_train_epochs=c.num_epochs,
         per_device_train_batch_size=c.batch_size,
@@ -206,7 +294,11 @@ def _trainer(plan: Plan, loaded: models.LoadedModel, monitor: Monitor) -> PMCTra
         disable_tqdm=True,
         report_to="none",
     )
-    questions = [row.question for row in plan.forget]
+
+
+def _trainer(plan: Plan, loaded: models.LoadedModel, arguments: PMCArguments, monitor: Monitor) -> PMCTrainer:
+    c = plan.config
+    questions = [plan.forget[i].question for i in plan.kept]
     callbacks = [_Told(monitor, plan.schedule.steps)]
     trainer = PMCTrainer(loaded.model, arguments, questions, plan.retain, c, plan.tokenizer, callbacks=callbacks)
     with suppress(OSError):

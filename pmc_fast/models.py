@@ -56,6 +56,11 @@ def load_tokenizer(source: str) -> Any:
     return _load("AutoTokenizer", source)
 
 
+def max_positions(source: str) -> int | None:
+    """Return how many positions a model has, from its config alone; None where it does not say."""
+    return getattr(_load("AutoConfig", source).get_text_config(), "max_position_embeddings", None)
+
+
 def load_model(
     source: str, *, device: torch.device, dtype: str = "auto", param_dtype: str = "float32"
 ) -> LoadedModel:

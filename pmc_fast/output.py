@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,3 +50,30 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_new_files(files: Mapping[str, str | None]) -> None:
+    """Refuse names of files to be written, by what they are for, that are taken, equal or in no directory."""
+    seen: dict[Path, str] = {}
+    for kind, file in files.items():
+        if not file:
+            continue
+        path = Path(file).absolute()
+        if path.exists() or not path.parent.is_dir():
+            raise PMCError(f"{kind} file {file} exists, or its directory does not: name a new one")
+        if path in seen:
+            raise PMCError(f"{seen[path]} file and {kind} file are both {file}: name two")
+        seen[path] = kind
+
+
+def write_file(file: str, text: str) -> None:
+    """Write a file whole or not at all."""
+    path = Path(file).absolute()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.rename(path)
+    except OSError as error:
+        raise PMCError(f"{file} can't be written: {error.strerror}") from error
+    finally:
+        aside.unlink(missing_ok=True)

@@ -50,3 +50,7 @@ class Stages:
     def on_set(self, s: EvalSet) -> None:
         """Show which questions are asked: an evaluation takes a while."""
         self.monitor.stage(f"  {s.name}: {len(s.rows)} questions")
+
+    def on_attack(self, questions: str, attack: str) -> None:
+        """Show which leak attack begins: each is a rollout of its own."""
+        self.monitor.stage(f"  {questions}: {attack}")

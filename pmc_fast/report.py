@@ -1,7 +1,7 @@
-"""What a run leaves beside the model: report.json, report.html and the model card."""
+"""What a run leaves beside the model, and an evaluation in files: JSON, a page with plots, the model card."""
 
-import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ SUMMARY = (
     ("utility", "utility (0-100)", ".1f"),
     ("forget_quality", "TOFU forget quality (p-value)", ".2g"),
     ("model_utility", "TOFU model utility (0-1)", ".3f"),
+    ("perplexity", "unrelated text: perplexity", ".2f"),
+    ("answer_token_mass", "unrelated text: probability of forget-answer tokens", ".2g"),
 )
+ATTACKS = {"sampling": "sampling", "prefill": "prefill", "first_words": "first words given"}
 OF_A_SET = (
     ("rouge_l_recall", "ROUGE-L recall", ".3f"),
     ("mean_words", "words an answer", ".1f"),
@@ -23,10 +26,33 @@ OF_A_SET = (
 )
 
 
-def render(made: dict[str, Any]) -> dict[str, str]:
-    """Return all three as {file name: text}, so that nothing about them can fail once weights are written."""
+def render(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> dict[str, str]:
+    """Return all of a run's files as {file name: text}, so that nothing about them can fail once weights are written.
+
+    Parameters
+    ----------
+    made : dict
+        What report.json holds.
+    rows : sequence of dict
+        Every question's numbers, for rows.jsonl.
+    """
     check_importable()
-    return {"report.json": json.dumps(made, indent=1), "report.html": html(made), "README.md": model_card(made)}
+    files = {
+        "report.json": json.dumps(made, indent=1),
+        "report.html": html(made, rows),
+        "README.md": model_card(made),
+    }
+    return files | ({"rows.jsonl": jsonl(rows)} if rows else {})
+
+
+def summary(made: dict[str, Any]) -> str:
+    """Return a result as JSON: its summary numbers, without those of single questions."""
+    return json.dumps(made, indent=1, ensure_ascii=False)
+
+
+def jsonl(rows: Sequence[dict[str, Any]]) -> str:
+    """Return every question's numbers, a line each."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def check_importable() -> None:
@@ -38,14 +64,12 @@ def check_importable() -> None:
         raise PMCError(f"reports need {error.name}: pip install 'pmc_fast[cli]'") from error
 
 
-def html(made: dict[str, Any]) -> str:
-    """Return a page that needs no other file: tables and plots of a run."""
-    plots = {}
-    if made["history"]:
-        plots = {"scores": _scores_plot(made["history"]), "losses": _losses_plot(made["history"])}
-    if "after" in made:
-        plots["metrics"] = _metrics_plot(made)
-    return _render("report.html.jinja", made=made, plots=plots, rows=metric_rows(made))
+def html(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
+    """Return a page that needs no other file: tables and plots of a run, or of an evaluation."""
+    from .plots import plots
+
+    values: dict[str, Any] = {"made": made, "plots": plots(made, rows), "rows": metric_rows(made)}
+    return _render("report.html.jinja", **values, leaks=leak_rows(made), texts=_texts(made))
 
 
 def model_card(made: dict[str, Any]) -> str:
@@ -56,12 +80,20 @@ def model_card(made: dict[str, Any]) -> str:
 
 
 def metric_rows(made: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (metric, before, after) as texts, the two summary numbers first."""
+    """Return (metric, before, after) as texts, the two summary numbers first and what leaks next."""
     before, after = made.get("before", {}), made.get("after", {})
     rows = [
         (label, _number(before.get(key), form), _number(after.get(key), form))
         for key, label, form in SUMMARY
         if key in after
+    ]
+    rows += [
+        (
+            f"{of['set']}, {of['attack']} attack: largest recall of {of['samples']}",
+            of["before"]["worst"],
+            of["after"]["worst"],
+        )
+        for of in leak_rows(made)
     ]
     for name, scores in after.get("sets", {}).items():
         old = before.get("sets", {}).get(name, {})
@@ -69,6 +101,70 @@ def metric_rows(made: dict[str, Any]) -> list[tuple[str, str, str]]:
             if key in scores:
                 rows.append((f"{name}: {label}", _number(old.get(key), form), _number(scores[key], form)))
     return rows
+
+
+def leak_rows(made: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each leak attack's numbers as texts: a dict with its set, attack, samples, before and after."""
+    found = []
+    for name, attacks in _leaks(made, "after").items():
+        for kind, after in attacks.items():
+            if not after["questions"]:
+                continue
+            old = _leaks(made, "before").get(name, {}).get(kind)
+            found.append(
+                {"set": name, "attack": ATTACKS.get(kind, kind), "samples": after["samples"],
+                 "questions": after["questions"], "left_out": after["left_out"],
+                 "before": _leak_texts(old), "after": _leak_texts(after)}
+            )  # fmt: skip
+    return found
+
+
+def _leaks(made: dict[str, Any], when: str) -> dict[str, Any]:
+    return made.get(when, {}).get("leakage", {}).get("sets", {})
+
+
+def _leak_texts(of: dict[str, Any] | None) -> dict[str, str]:
+    if of is None:
+        return dict.fromkeys(("worst", "leak_at_1", "leak_at_n", "degenerate"), "-")
+    most = of["leak_at_k"][str(of["samples"])]
+    return {
+        "worst": _interval(of["worst"]),
+        "leak_at_1": _interval(of["leak_at_k"]["1"]),
+        "leak_at_n": _interval(most),
+        "degenerate": f"{of['degenerate']:.0%}",
+    }
+
+
+def _interval(of: dict[str, Any]) -> str:
+    low, high = of["interval"]
+    return f"{of['value']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _texts(made: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return tables of texts by their titles, where log_text kept any: question, truth, before, after."""
+    kept = {when: _kept_texts(made[when]) for when in ("before", "after") if when in made}
+    tables = []
+    for title, after in kept.get("after", {}).items():
+        before = kept.get("before", {}).get(title, after)
+        tables.append(
+            (title, [
+                {"question": new["question"], "truth": new["truth"], "before": _said(old), "after": _said(new)}
+                for old, new in zip(before, after, strict=True)
+            ])
+        )  # fmt: skip
+    return tables
+
+
+def _kept_texts(scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found = {f"Answers: {name}": s.get("texts") for name, s in scores["sets"].items()}
+    for name, attacks in scores.get("leakage", {}).get("sets", {}).items():
+        for kind, of in attacks.items():
+            found[f"Samples of the largest recall: {name}, {ATTACKS.get(kind, kind)}"] = of.get("texts")
+    return {title: texts for title, texts in found.items() if texts}
+
+
+def _said(row: dict[str, Any]) -> str:
+    return row["answer"] if "answer" in row else row["worst"]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -86,67 +182,3 @@ def _render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(template).render(**values)
-
-
-def _figure(width: float = 5.6) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _scores_plot(history: list[dict[str, Any]]) -> str:
-    figure, axes = _figure()
-    steps = [r["step"] for r in history]
-    (score,) = axes.plot(steps, [r["mean_score"] for r in history], color="C0", label="mean best score")
-    axes.set(xlabel="optimizer step", ylabel="mean best score", ylim=(0, 1))
-    right = axes.twinx()
-    right.spines[["top"]].set_visible(False)
-    (pending,) = right.plot(
-        steps, [r["pending"] for r in history], color="C1", linestyle="--", label="questions pending"
-    )
-    right.set(ylabel="questions pending", ylim=(0, None))
-    right.yaxis.get_major_locator().set_params(integer=True)
-    figure.legend(handles=[score, pending], frameon=False, ncols=2, loc="outside upper center")
-    return _svg(figure)
-
-
-def _losses_plot(history: list[dict[str, Any]]) -> str:
-    figure, axes = _figure()
-    steps = [r["step"] for r in history]
-    for key, label in (
-        ("collapse_loss", "collapse"),
-        ("retain_loss", "retain"),
-        ("forget_loss", "forget (tracked)"),
-    ):
-        if key in history[0]:
-            axes.plot(steps, [r[key] for r in history], label=label)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats per token)", ylim=(0, None))
-    axes.legend(frameon=False)
-    return _svg(figure)
-
-
-def _metrics_plot(made: dict[str, Any]) -> str:
-    sets = made["after"]["sets"]
-    figure, axes = _figure(8.0)
-    width = 0.38
-    for shift, when, color in ((-width / 2, "before", "0.7"), (width / 2, "after", "C0")):
-        if when in made:
-            values = [made[when]["sets"][name]["rouge_l_recall"] for name in sets]
-            bars = axes.bar([i + shift for i in range(len(sets))], values, width, color=color, label=when)
-            axes.bar_label(bars, fmt="%.2f", fontsize=8)
-    labels = [f"{name.replace('_', ' ')}\n({scores['role']})" for name, scores in sets.items()]
-    axes.set_xticks(range(len(sets)), labels)
-    axes.set(ylabel="mean ROUGE-L recall", ylim=(0, 1.1))
-    axes.legend(frameon=False)
-    return _svg(figure)

@@ -15,7 +15,9 @@ from pmc_fast.errors import PMCError
         ("top_p", 0.0), ("top_p", 1.01), ("top_p", float("nan")), ("retain_weight", -1.0), ("min_len", -1),
         ("max_length", 1), ("prompt_format", "alpaca"), ("system_prompt", None), ("num_epochs", 0.0),
         ("batch_size", 0), ("learning_rate", 0.0), ("weight_decay", -0.1), ("min_quality", 101.0),
-        ("dtype", "int8"), ("general", "a.jsonl"), ("accidents", "no"), ("learning_rate", "1e-5"),
+        ("dtype", "int8"), ("general", "a.jsonl"), ("accidents", "no"), ("learning_rate", "1e-5"), ("attack_samples", -1),
+        ("attack_temperature", 0.0), ("attack_top_p", 1.5), ("leak_threshold", 0.0), ("confidence", 1.0),
+        ("skip_threshold", 1.0),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(setting, value):
@@ -26,6 +28,8 @@ def test_values_out_of_range_are_named(setting, value):
 def test_gates_need_the_evaluation():
     with pytest.raises(PMCError, match="min_utility is 50"):
         UnlearnConfig(min_utility=50.0, evaluate=False)
+    with pytest.raises(PMCError, match="attack_samples is 9: it must be left out, or evaluate left on"):
+        UnlearnConfig(attack_samples=9, evaluate=False)
 
 
 def test_layers_override_each_other():

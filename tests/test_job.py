@@ -86,9 +86,11 @@ def test_result_is_a_model_with_card_and_reports(arguments, data, tiny, capsys):
     different = [not torch.equal(a, b) for a, b in zip(tiny.parameters(), changed.parameters(), strict=True)]
     assert all(different)
     page = (data / "out/report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 5  # sets, Pareto, recalls, scores, losses
     assert "src=" not in page
     assert 'href="http' not in page
+    rows = [json.loads(line) for line in (data / "out/rows.jsonl").read_text().splitlines()]
+    assert [r["model"] for r in rows if r["set"] == "forget"] == ["before"] * 4 + ["after"] * 4
     assert "base_model" not in (data / "out/README.md").read_text()  # a local directory is no hub id
     assert left_behind(data) == ["out"]
 
@@ -102,7 +104,7 @@ def test_text_stays_out_unless_asked_for(arguments, data, tiny, tokenizer, capsy
         assert run([*arguments, *(["--log-text"] if log_text else [])]) == 0
         shown = capsys.readouterr()
         everything = shown.out + shown.err
-        for name in ("report.json", "report.html", "README.md", "config.json"):
+        for name in ("report.json", "report.html", "rows.jsonl", "README.md", "config.json"):
             everything += (data / "out" / name).read_text()
         assert (SECRET in everything) is log_text
         assert any(a in everything for a in answers) is log_text

@@ -252,6 +252,7 @@ def test_attack_on_a_model(tiny, tokenizer):
 def test_known_forgotten():
     scores = np.array([[0.0, 0.0], [0.0, 0.1], [np.nan, np.nan], [0.0, 0.0]])
     assert known_forgotten(scores) == [0, 3]
+    assert known_forgotten(scores, 0.1) == [0, 1, 3]
     assert known_forgotten(np.zeros((0, 2))) == []
     with pytest.raises(PMCError, match="at least one sample"):
         known_forgotten(np.zeros((3, 0)))

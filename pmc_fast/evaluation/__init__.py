@@ -2,6 +2,7 @@
 
 from .answers import greedy_answers
 from .attacks import AttackResult, sampling_attack
+from .evidence import SideEffects, attack, check_attacks, leakage_settings, with_side_effects
 from .leakage import LeakageSettings, known_forgotten, leakage, summarize
 from .likelihood import encode_candidates, mean_nlls
 from .metrics import degenerate_share, mean_words, unlearn_quality, utility
@@ -22,12 +23,15 @@ __all__ = [
     "AttackResult",
     "EvalSet",
     "LeakageSettings",
+    "SideEffects",
     "TofuRow",
     "TofuSet",
     "TokenMass",
     "answer_token_mass",
     "answer_tokens",
+    "attack",
     "bootstrap_interval",
+    "check_attacks",
     "degenerate_share",
     "encode_candidates",
     "evaluate",
@@ -36,6 +40,7 @@ __all__ = [
     "known_forgotten",
     "leak_at_k",
     "leakage",
+    "leakage_settings",
     "load_sets",
     "load_text",
     "load_tofu",
@@ -51,5 +56,6 @@ __all__ = [
     "unlearn_quality",
     "utility",
     "with_initial_answers",
+    "with_side_effects",
     "worst_of_k",
 ]

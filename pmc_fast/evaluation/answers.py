@@ -1,12 +1,12 @@
 """A model's greedy answers, all questions at once on the rollout engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..data import Encoder
-from ..rollout import RolloutEngine
+from ..rollout import Rollouts
 
 
-def greedy_answers(engine: RolloutEngine, encoder: Encoder, questions: Sequence[str]) -> list[str]:
+def greedy_answers(engine: Callable[..., Rollouts], encoder: Encoder, questions: Sequence[str]) -> list[str]:
     """Answer questions greedily, with the encoder's prompts, stop tokens and max_length."""
     prompts = [encoder.prompt(question) for question in questions]
     rollouts = engine(

@@ -106,28 +106,10 @@ def sampling_attack(
     The forced words end at a token's end: where the tokenizer would join their last token with the truth's next one,
     that token is left to the model.
     """
-    if not rows:
-        raise PMCError("leakage: there are no rows: give forget questions with their answers")
-    asked, prompts, drafts, rests = [], [], [], []
-    for number, row in enumerate(rows):
-        if not row.answer:
-            raise PMCError(f"leakage: row {number + 1} has no answer: leaks are found by comparing with the truth")
-        given, rest = _split(row.answer, first_words)
-        if not _WORD.search(rest.lower()):
-            continue
-        prompt, draft = _forced(encoder, row.question, _join(prefill, given), _join(prefill, row.answer))
-        if len(prompt) >= encoder.max_length:
-            raise PMCError(
-                f"leakage: row {number + 1} and what its answer must begin with take {len(prompt)} tokens of max_length "
-                f"{encoder.max_length}: raise --max-length"
-            )
-        asked.append(number)
-        prompts.append(prompt)
-        drafts.append([draft])
-        rests.append(rest)
+    asked = prepare_attack(encoder, rows, prefill, first_words)
     start = time.perf_counter()
     rollouts = engine(
-        prompts,
+        asked.prompts,
         num_samples=num_samples,
         temperature=temperature,
         top_k=top_k,
@@ -135,12 +117,49 @@ def sampling_attack(
         max_length=encoder.max_length,
         stop_ids=encoder.stops,
         seed=seed,
-        drafts=drafts,
+        drafts=asked.drafts,
     )
     seconds = time.perf_counter() - start
     samples = [encoder.answers(tokens) for tokens in rollouts.tokens]
-    scores = rouge_l_recall(rests, samples).reshape(len(asked), num_samples)
-    return AttackResult(asked, scores, samples, len(rows) - len(asked), threshold, dict(rollouts.counters), seconds)
+    scores = rouge_l_recall(asked.rests, samples).reshape(len(asked.rows), num_samples)
+    left_out = len(rows) - len(asked.rows)
+    return AttackResult(asked.rows, scores, samples, left_out, threshold, dict(rollouts.counters), seconds)
+
+
+@dataclass(slots=True)
+class AttackPrompts:
+    """What an attack asks; lists over the rows that have a truth left to find."""
+
+    rows: list[int]
+    prompts: list[list[int]]
+    drafts: list[list[list[int]]]
+    rests: list[str]  # of the truth, after what was given away
+
+
+def prepare_attack(
+    encoder: Encoder, rows: Sequence[Row], prefill: str = "", first_words: int = 0, *, name: str = "leakage"
+) -> AttackPrompts:
+    """Return what `sampling_attack` asks, or refuse it as that does; `name` says in errors whose rows these are."""
+    if not rows:
+        raise PMCError(f"{name}: there are no rows: give forget questions with their answers")
+    asked = AttackPrompts([], [], [], [])
+    for number, row in enumerate(rows):
+        if row.answer is None:
+            raise PMCError(f"{name}: row {number + 1} has no answer: leaks are found by comparing with the truth")
+        given, rest = _split(row.answer, first_words)
+        if not _WORD.search(rest.lower()):
+            continue
+        prompt, draft = _forced(encoder, row.question, _join(prefill, given), _join(prefill, row.answer))
+        if len(prompt) >= encoder.max_length:
+            raise PMCError(
+                f"{name}: row {number + 1} and what its answer must begin with take {len(prompt)} tokens of max_length "
+                f"{encoder.max_length}: raise --max-length"
+            )
+        asked.rows.append(number)
+        asked.prompts.append(prompt)
+        asked.drafts.append([draft])
+        asked.rests.append(rest)
+    return asked
 
 
 def _split(truth: str, words: int) -> tuple[str, str]:

@@ -31,6 +31,15 @@ class LeakageSettings:
     resamples: int = 2000
     seed: int = 0
 
+    def attacks(self) -> dict[str, dict[str, Any]]:
+        """Return the attacks by name, and what each gives away."""
+        made: dict[str, dict[str, Any]] = {"sampling": {}}
+        if self.prefill:
+            made["prefill"] = {"prefill": self.prefill}
+        if self.first_words:
+            made["first_words"] = {"first_words": self.first_words}
+        return made
+
 
 def leakage(
     engine: Callable[..., Rollouts],
@@ -63,17 +72,12 @@ def leakage(
         (``sampling``, ``prefill``, ``first_words``) what `summarize` returns.
     """
     s = settings or LeakageSettings()
-    attacks: dict[str, dict[str, Any]] = {"sampling": {}}
-    if s.prefill:
-        attacks["prefill"] = {"prefill": s.prefill}
-    if s.first_words:
-        attacks["first_words"] = {"first_words": s.first_words}
     how: dict[str, Any] = {
         name: getattr(s, name) for name in ("num_samples", "temperature", "top_p", "top_k", "threshold", "seed")
     }
     sets: dict[str, dict[str, Any]] = {}
     for name, asked in {"forget": rows, "forget_paraphrased": paraphrased or ()}.items():
-        for attack, change in attacks.items() if asked or name == "forget" else ():
+        for attack, change in s.attacks().items() if asked or name == "forget" else ():
             on_attack(name, attack)
             result = sampling_attack(engine, encoder, asked, **how, **change)
             summary = summarize(result, level=s.level, resamples=s.resamples, seed=s.seed)
@@ -138,21 +142,24 @@ def summarize(result: AttackResult, *, level: float = 0.95, resamples: int = 200
     }
 
 
-def known_forgotten(scores: np.ndarray) -> list[int]:
-    """Return the questions that need no unlearning: no sample shares a word with the truth.
+def known_forgotten(scores: np.ndarray, threshold: float = 0.0) -> list[int]:
+    """Return the questions that need no unlearning: no sample says anything of the truth.
 
     Parameters
     ----------
     scores : array [Q, N]
         ROUGE-L recall of each sampled answer against the truth. NaN where there is no truth to compare with (none
         was given, or ROUGE sees no word of it): such a question never qualifies.
+    threshold : float
+        The largest recall that says nothing. With 0 not one word may be shared; answers in whole sentences share
+        "the" and "of" with most truths.
 
     Returns
     -------
     list of int
-        Questions all of whose scores are 0. One that no sample answered with words qualifies too: look at the share
-        of degenerate samples.
+        Questions none of whose scores is above `threshold`. One that no sample answered with words qualifies too:
+        look at the share of degenerate samples.
     """
     if scores.ndim != 2 or not scores.shape[1]:
         raise PMCError(f"known_forgotten: scores have shape {scores.shape}: give at least one sample a question")
-    return np.flatnonzero((scores == 0).all(axis=1)).tolist()
+    return np.flatnonzero((scores <= threshold).all(axis=1)).tolist()

@@ -1,0 +1,187 @@
+"""The plots of reports and pages, each as an SVG text that needs nothing else."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+
+WIDTH = 4.8  # inches, of every plot: its text is legible beside the page's, on a telephone too
+COLORS = {"before": "0.62", "after": "C0"}
+BINS = np.linspace(0, 1, 11)
+
+
+def plots(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> dict[str, str]:
+    """Return the plots that a result has the numbers for, by their captions.
+
+    Parameters
+    ----------
+    made : dict
+        What report.json holds, or `evaluate_model` returns.
+    rows : sequence of dict
+        Every question's numbers, with ``model`` "before" or "after".
+    """
+    found: dict[str, str] = {}
+    scores = {when: made[when] for when in COLORS if when in made}
+    if scores:
+        found["Recall of greedy answers"] = _sets(scores)
+    if scores and all("unlearn_quality" in s and "utility" in s for s in scores.values()):
+        found["Quality against utility (better: up, right)"] = _pareto(scores)
+    for caption, key in (
+        ("Forget questions by their greedy answer", None),
+        ("Forget questions by their worst sample", "sampling"),
+    ):
+        values = {when: _recalls(rows, when, key) for when in scores}
+        if any(values.values()):
+            found[caption] = _histogram(values)
+    leaks = {when: s["leakage"]["sets"]["forget"]["sampling"] for when, s in scores.items() if "leakage" in s}
+    leaks = {when: summary for when, summary in leaks.items() if summary["questions"]}
+    if leaks:
+        found["Share of questions that leak in k samples"] = _leak_at_k(leaks)
+    history = made.get("history")
+    if history:
+        found["Best answers against the initial ones"] = _scores(history)
+        found["Training losses"] = _losses(history)
+    return found
+
+
+def _recalls(rows: Sequence[dict[str, Any]], when: str, attack: str | None) -> list[float]:
+    of = [row for row in rows if row["model"] == when and row["set"] == "forget"]
+    if attack is None:
+        return [row["rouge_l_recall"] for row in of]
+    return [row["attacks"][attack]["worst"] for row in of if attack in row.get("attacks", {})]
+
+
+def _figure(height: float = 3.2, grid: Literal["both", "x", "y"] = "y") -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _legend(figure: Any, handles: Sequence[Any] | None = None) -> None:
+    how: dict[str, Any] = {} if handles is None else {"handles": handles}
+    figure.legend(frameon=False, ncols=3, loc="outside upper center", **how)
+
+
+def _label(name: str) -> str:
+    """Return a set's name, which is a user's file's, as a label: no mathematics in it, and not long."""
+    words = textwrap.shorten(name.replace("_", " "), 60, placeholder=" ...")
+    return textwrap.fill(words, 20).replace("$", r"\$")
+
+
+def _sets(scores: dict[str, dict[str, Any]]) -> str:
+    sets = scores["after"]["sets"]
+    figure, axes = _figure(1.2 + 0.62 * len(sets), grid="x")
+    height = 0.8 / len(scores)
+    for i, (when, s) in enumerate(scores.items()):
+        values = [s["sets"][name]["rouge_l_recall"] for name in sets]
+        places = [n + (i - (len(scores) - 1) / 2) * height for n in range(len(sets))]
+        bars = axes.barh(places, values, height * 0.92, color=COLORS[when], label=when)
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
+    axes.set_yticks(range(len(sets)), [f"{_label(name)}\n({s['role']})" for name, s in sets.items()])
+    axes.set(xlabel="mean ROUGE-L recall", xlim=(0, 1.1))
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    if len(scores) > 1:
+        _legend(figure)
+    return _svg(figure)
+
+
+def _pareto(scores: dict[str, dict[str, Any]]) -> str:
+    figure, axes = _figure(grid="both")
+    points = {when: (s["utility"], s["unlearn_quality"]) for when, s in scores.items()}
+    if len(points) == 2:
+        arrow = {"arrowstyle": "->", "color": "0.45", "shrinkA": 7, "shrinkB": 7}
+        axes.annotate("", points["after"], points["before"], arrowprops=arrow)
+    for when, (x, y) in points.items():
+        axes.scatter([x], [y], s=70, color=COLORS[when], label=f"{when}: {y:.1f}, {x:.1f}", zorder=3)
+    axes.set(xlabel="utility (0 to 100)", ylabel="unlearn quality (0 to 100)", xlim=(0, 104), ylim=(0, 104))
+    _legend(figure)
+    return _svg(figure)
+
+
+def _histogram(values: dict[str, list[float]]) -> str:
+    figure, axes = _figure()
+    shown = {when: of for when, of in values.items() if of}
+    width = 0.085 / len(shown)
+    centres = (BINS[:-1] + BINS[1:]) / 2
+    for i, (when, of) in enumerate(shown.items()):
+        counts = np.histogram(np.clip(of, 0, 1), BINS)[0]
+        places = centres + (i - (len(shown) - 1) / 2) * width
+        axes.bar(places, counts, width, color=COLORS[when], label=f"{when} (mean {np.mean(of):.2f})")
+    axes.set(xlabel="ROUGE-L recall of the truth", ylabel="questions", xlim=(0, 1))
+    axes.set_xticks(BINS)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    _legend(figure)
+    return _svg(figure)
+
+
+def _leak_at_k(leaks: dict[str, dict[str, Any]]) -> str:
+    figure, axes = _figure(grid="both")
+    for when, summary in leaks.items():
+        ks = [int(k) for k in summary["leak_at_k"]]
+        values = [of["value"] for of in summary["leak_at_k"].values()]
+        low, high = zip(*(of["interval"] for of in summary["leak_at_k"].values()), strict=True)
+        axes.plot(ks, values, marker="o", color=COLORS[when], label=when)
+        axes.fill_between(ks, low, high, color=COLORS[when], alpha=0.2, linewidth=0)
+    axes.set_xscale("log", base=2)
+    ticks = ks if len(ks) < 2 or ks[-1] / ks[-2] > 1.5 else [*ks[:-2], ks[-1]]  # labels of neighbours would touch
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="k samples of a question", ylabel="leak@k", ylim=(0, 1.04))
+    if len(leaks) > 1:
+        _legend(figure)
+    return _svg(figure)
+
+
+def _scores(history: list[dict[str, Any]]) -> str:
+    figure, axes = _figure()
+    steps = [r["step"] for r in history]
+    (score,) = axes.plot(steps, [r["mean_score"] for r in history], color="C0", label="mean best score")
+    axes.set(xlabel="optimizer step", ylabel="mean best score", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    right = axes.twinx()
+    right.spines[["top"]].set_visible(False)
+    (pending,) = right.plot(
+        steps, [r["pending"] for r in history], color="C1", linestyle="--", label="questions pending"
+    )
+    right.set(ylabel="questions pending", ylim=(0, None))
+    right.yaxis.get_major_locator().set_params(integer=True)
+    seconds = list(accumulate(r["rollout_seconds"] + r["train_seconds"] for r in history))
+    if len(history) > 1 and seconds[-1] > seconds[0]:
+        x, t = [0, *steps], [0.0, *seconds]
+        above = axes.secondary_xaxis("top", functions=(lambda n: np.interp(n, x, t), lambda s: np.interp(s, t, x)))
+        above.set_xlabel("seconds of rollouts and training")
+    _legend(figure, [score, pending])
+    return _svg(figure)
+
+
+def _losses(history: list[dict[str, Any]]) -> str:
+    figure, axes = _figure()
+    steps = [r["step"] for r in history]
+    for key, label in (
+        ("collapse_loss", "collapse"),
+        ("retain_loss", "retain"),
+        ("forget_loss", "forget (tracked)"),
+    ):
+        if key in history[0]:
+            axes.plot(steps, [r[key] for r in history], label=label)
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats/token)", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend(figure)
+    return _svg(figure)
