@@ -1,7 +1,6 @@
 """The demo's whole run in other people's trainers, for `benchmarks.end_to_end`: the same settings, the same clock."""
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,54 +9,25 @@ import transformers
 
 from pmc_fast import PMC
 from pmc_fast.config import PMCConfig
-from pmc_fast.evaluation import greedy_answers
 from pmc_fast.schedule import Schedule, micro_batches
+
+from .runs import Clock, Run, optimizer_of, own_settings, prepared, training_arguments
 
 STAND_IN = Path(__file__).parent.parent / "tests" / "open_unlearning" / "src"
 
 
-class Clock(transformers.TrainerCallback):
-    """Tells a run of each step that a Trainer logs."""
-
-    def __init__(self, run: Any) -> None:
-        self.run = run
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "collapse_loss" in logs:
-            self.run.on_step(logs | {"step": state.global_step})
-
-
-def _settings(run: Any) -> dict[str, Any]:
-    c = run.config
-    return {
-        "output_dir": tempfile.mkdtemp(), "num_train_epochs": c.num_epochs, "learning_rate": c.learning_rate,
-        "per_device_train_batch_size": c.batch_size, "gradient_accumulation_steps": c.gradient_accumulation_steps,
-        "weight_decay": c.weight_decay, "use_cpu": True, "disable_tqdm": True, "report_to": "none", "seed": c.seed,
-        "logging_steps": 1,
-    }  # fmt: skip
-
-
-def _own(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in PMCConfig.__dataclass_fields__}
-
-
-def _trained(run: Any, pmc: PMC, train: Any, steps: Any, encoder: Any = None) -> dict[str, Any]:
-    run.answer = lambda asked: greedy_answers(pmc.engine, encoder or pmc.encoder, asked)
-    run.start()
-    pmc.prepare()
-    run.stop()
-    run.evaluate(0)
-    run.resume()
+def _trained(run: Run, pmc: PMC, train: Any, steps: Any, encoder: Any = None) -> dict[str, Any]:
+    prepared(run, pmc, encoder)
     train()
     return run.result(steps())
 
 
-def plain(run: Any) -> dict[str, Any]:
+def plain(run: Run) -> dict[str, Any]:
     """Run a loop of prepare, sample and loss, in the Trainer's order, with its optimizer and schedule."""
     c = run.config
-    pmc = PMC(run.model, run.tokenizer, PMCConfig(**_own(c)), [row.question for row in run.forget])
+    pmc = PMC(run.model, run.tokenizer, PMCConfig(**own_settings(c)), [row.question for row in run.forget])
     kept = pmc.encode_retain(run.retain)
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay, fused=True)
+    optimizer = optimizer_of(run)
     warmup = Schedule.plan(c, len(run.forget)).steps_per_epoch
     rate = transformers.get_linear_schedule_with_warmup(optimizer, warmup, run.steps)
     order = torch.Generator().manual_seed(c.seed + 1)
@@ -78,12 +48,14 @@ def plain(run: Any) -> dict[str, Any]:
     return _trained(run, pmc, train, lambda: run.steps)
 
 
-def trl(run: Any) -> dict[str, Any]:
+def trl(run: Run) -> dict[str, Any]:
     """Run TRL's PMCTrainer."""
     from pmc_fast.integrations.trl import PMCConfig as TRLConfig
     from pmc_fast.integrations.trl import PMCTrainer
 
-    arguments = TRLConfig(**_settings(run) | _own(run.config), bf16=False, gradient_checkpointing=False)
+    arguments = TRLConfig(
+        **training_arguments(run.config) | own_settings(run.config), bf16=False, gradient_checkpointing=False
+    )
     trainer = PMCTrainer(
         run.model, arguments, [row.question for row in run.forget], run.retain, processing_class=run.tokenizer,
         callbacks=[Clock(run)],
@@ -105,7 +77,7 @@ class _Pairs(torch.utils.data.Dataset[Any]):
         return {"forget": self.forget[i], "retain": self.retain[int(torch.randint(len(self.retain), (1,)))]}
 
 
-def open_unlearning(run: Any) -> dict[str, Any]:
+def open_unlearning(run: Run) -> dict[str, Any]:
     """Run OpenUnlearning's handler in the stand-in, on padded batches in its Trainer's own order."""
     sys.path.insert(0, str(STAND_IN))
     from data import Collator  # type: ignore[import-not-found]
@@ -117,12 +89,12 @@ def open_unlearning(run: Any) -> dict[str, Any]:
         return [{"input_ids": torch.tensor(p.input_ids), "labels": torch.tensor(p.labels)} for p in pairs]
 
     c = run.config
-    encoder = PMC(run.model, run.tokenizer, PMCConfig(**_own(c)), ["?"]).encoder
+    encoder = PMC(run.model, run.tokenizer, PMCConfig(**own_settings(c)), ["?"]).encoder
     own = ("num_samples", "temperature", "top_k", "top_p", "max_length")
     trainer = Handler(
         model=run.model, eval_dataset=None, processing_class=run.tokenizer, evaluators=None, template_args=None,
         args=transformers.TrainingArguments(
-            **_settings(run), remove_unused_columns=False, max_grad_norm=0.0, save_strategy="no",
+            **training_arguments(run.config), remove_unused_columns=False, max_grad_norm=0.0, save_strategy="no",
             warmup_steps=Schedule.plan(c, len(run.forget)).steps_per_epoch,
         ),
         train_dataset=_Pairs(items(run.forget), items(run.retain)), data_collator=Collator(run.tokenizer),

@@ -11,98 +11,35 @@ Runs are added to results/end_to_end.json one by one; a run that is there is not
 """
 
 import argparse
-import json
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 import transformers
 
-from examples.demo_model import finetuned_model
 from pmc_fast import PMCArguments, PMCTrainer
-from pmc_fast.config import UnlearnConfig
-from pmc_fast.data import load_rows
-from pmc_fast.evaluation import evaluate, greedy_answers, load_sets
+from pmc_fast.evaluation import greedy_answers
 from pmc_fast.packed_pass import PackedPass
 from pmc_fast.reference import Reference, train
 from pmc_fast.schedule import Schedule
 
 from . import drop_ins, harness
+from .runs import Clock, Run, demo_config, measured, optimizer_of, prepared, training_arguments
 
-TOFU = "examples/tofu"
 RESULT = harness.RESULTS / "end_to_end.json"
 PLOT = harness.RESULTS / "end_to_end.svg"
 CURVE = (6, 12, 18, 24, 30, 36, 42, 48, 54)  # steps after which seed 0 is evaluated; the others after 30
 STOP_SCORE = 0.05
 
 
-class Run:
-    """The demo's task with one method and seed, and its clock."""
-
-    def __init__(self, method: str, seed: int, epochs: float) -> None:
-        self.method, self.seed = method, seed
-        values = {
-            "model": str(finetuned_model()), "forget": f"{TOFU}/forget20.jsonl", "retain": f"{TOFU}/retain60.jsonl",
-            "paraphrased": f"{TOFU}/forget20.jsonl", "seed": seed, "num_epochs": epochs,
-            "general": [f"{TOFU}/real_authors30.jsonl", f"{TOFU}/world_facts30.jsonl"],
-        }  # fmt: skip
-        if method == "stopping":
-            values["stop_score"] = STOP_SCORE
-        self.config = UnlearnConfig.merge("small", values)
-        self.forget = load_rows(self.config.forget)
-        self.retain = load_rows(self.config.retain, answers=True)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.config.model)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(self.config.model, dtype=torch.float32).eval()
-        self.sets = load_sets(self.config, self.forget, self.retain)
-        self.steps = Schedule.plan(self.config, len(self.forget)).steps
-        self.seconds = 0.0
-        self.history: list[dict[str, Any]] = []
-        self.curve: list[dict[str, Any]] = []
-        self.answer: Callable[[Any], list[str]] = lambda questions: []
-        self.started = 0.0
-        self.lock = ExitStack()
-        torch.manual_seed(seed)
-
-    def start(self) -> None:
-        """Let the clock run, with the machine for ourselves."""
-        self.lock.enter_context(harness.alone())
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        self.seconds += time.perf_counter() - self.started
-
-    def resume(self) -> None:
-        self.lock.close()
-        time.sleep(0.1)  # another benchmark that waits gets its turn
-        self.start()
-
-    def on_step(self, record: dict[str, Any]) -> None:
-        """Take note of an optimizer step; the clock stands still meanwhile."""
-        self.stop()
-        kept = {k: v for k, v in record.items() if isinstance(v, (int, float))}
-        self.history.append(kept | {"seconds": self.seconds})
-        step = int(record["step"])
-        if step % 10 == 0:
-            print(f"  step {step}/{self.steps}: {self.seconds:.0f} s, loss {record['loss']:.3f}", flush=True)
-        if self.method in COMPARED and step in (CURVE if self.seed == 0 else (30,)) and step < self.steps:
-            self.evaluate(step)
-        self.resume()
-
-    def evaluate(self, step: int) -> None:
-        made = evaluate(self.answer, self.sets)
-        self.curve.append({"step": step, "seconds": self.seconds, **made})
-        print(f"  {summary(self.curve[-1])}", flush=True)
-
-    def result(self, steps: int, **more: Any) -> dict[str, Any]:
-        self.evaluate(steps)
-        self.lock.close()
-        return {
-            "method": self.method, "seed": self.seed, "seconds": self.seconds, "steps": steps, "curve": self.curve,
-            "history": self.history, "commit": harness.commit(), **more,
-        }  # fmt: skip
+def demo_run(method: str, seed: int, epochs: float) -> Run:
+    """Return the demo's task, evaluated along the way where methods are compared."""
+    stop = {"stop_score": STOP_SCORE} if method == "stopping" else {}
+    run = Run(method, demo_config(seed, num_epochs=epochs, **stop))
+    points = (CURVE if seed == 0 else (30,)) if method in COMPARED else ()
+    run.due = lambda step, seconds: step in points and step < run.steps
+    return run
 
 
 class TimedReference(Reference):
@@ -137,23 +74,13 @@ def reference(run: Run) -> dict[str, Any]:
 
 def pmc_fast(run: Run) -> dict[str, Any]:
     """Run PMCTrainer with the job's settings."""
-    c = run.config
-    arguments = PMCArguments(
-        output_dir=tempfile.mkdtemp(), num_train_epochs=c.num_epochs, per_device_train_batch_size=c.batch_size,
-        gradient_accumulation_steps=c.gradient_accumulation_steps, learning_rate=c.learning_rate,
-        weight_decay=c.weight_decay, use_cpu=True, disable_tqdm=True, report_to="none", seed=c.seed,
-    )  # fmt: skip
+    arguments = PMCArguments(**training_arguments(run.config, bf16=run.loaded.autocast_dtype is not None))
     questions = [r.question for r in run.forget]
     trainer = PMCTrainer(
-        run.model, arguments, questions, run.retain, c, run.tokenizer, callbacks=[drop_ins.Clock(run)]
+        run.model, arguments, questions, run.retain, run.config, run.tokenizer, callbacks=[Clock(run)]
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    run.answer = lambda asked: greedy_answers(trainer.pmc.engine, trainer.pmc.encoder, asked)
-    run.start()
-    trainer.pmc.prepare()
-    run.stop()
-    run.evaluate(0)
-    run.resume()
+    prepared(run, trainer.pmc)
     trainer.train()
     return run.result(trainer.state.global_step, stopped=trainer.stopped)
 
@@ -167,7 +94,7 @@ def retain_only(run: Run) -> dict[str, Any]:
     encoder, engine = Encoder(run.tokenizer, c, run.model.generation_config), RolloutEngine(run.model)
     run.answer = lambda asked: greedy_answers(engine, encoder, asked)
     kept = [encoder.pair(r.question, r.answer or "") for r in run.retain]
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay, fused=True)
+    optimizer = optimizer_of(run)
     warmup = Schedule.plan(c, len(run.forget)).steps_per_epoch
     rate = transformers.get_linear_schedule_with_warmup(optimizer, warmup, run.steps)
     order, packed = torch.Generator().manual_seed(c.seed + 1), PackedPass(run.model)
@@ -201,18 +128,6 @@ LABELS = {
     "open_unlearning": "OpenUnlearning's handler (stand-in)",
 }  # fmt: skip
 COMPARED = ("reference", "pmc_fast", "stopping", "retain_only")
-
-
-def summary(point: dict[str, Any]) -> str:
-    retain, forget = point["sets"]["retain"]["rouge_l_recall"], point["sets"]["forget"]
-    return (
-        f"step {point['step']}, {point['seconds']:.0f} s: quality {point['unlearn_quality']:.1f}, utility "
-        f"{point['utility']:.1f}, retain {retain:.3f}, {forget['degenerate']:.0%} under 3 words"
-    )
-
-
-def measured() -> list[dict[str, Any]]:
-    return json.loads(RESULT.read_text(encoding="utf-8"))["results"] if RESULT.exists() else []
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -269,15 +184,15 @@ def main() -> None:
     arguments = parser.parse_args()
     for seed in [] if arguments.report else arguments.seeds:
         for method in arguments.methods:
-            done = {(r["method"], r["seed"]) for r in measured()}
+            done = {(r["method"], r["seed"]) for r in measured(RESULT)}
             if (method, seed) in done and not arguments.again:
                 continue
             print(f"{method}, seed {seed}", flush=True)
-            result = METHODS[method](Run(method, seed, arguments.epochs))
+            result = METHODS[method](demo_run(method, seed, arguments.epochs))
             # read again: another process may have added a run
-            others = [r for r in measured() if (r["method"], r["seed"]) != (method, seed)]
+            others = [r for r in measured(RESULT) if (r["method"], r["seed"]) != (method, seed)]
             harness.write(RESULT, "end_to_end", [*others, result])
-    results = measured()
+    results = measured(RESULT)
     if results:
         plot(results)
         print(table(results))

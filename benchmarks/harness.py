@@ -94,8 +94,10 @@ def summarize(rounds: list[dict[str, float]], peaks: Mapping[str, int | None]) -
     return result
 
 
-def document(suite: str, results: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Return the one JSON schema of all suites."""
+def document(
+    suite: str, results: list[dict[str, Any]], seed: int, facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the one JSON schema of all suites; `facts` are the suite's own settings."""
     return {
         "schema": SCHEMA,
         "suite": suite,
@@ -104,6 +106,7 @@ def document(suite: str, results: list[dict[str, Any]], seed: int) -> dict[str, 
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seed": seed,
+        **({"facts": dict(facts)} if facts else {}),
         "results": results,
     }
 
@@ -120,8 +123,10 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
-def write(path: Path, suite: str, results: list[dict[str, Any]], seed: int = 0) -> Path:
+def write(
+    path: Path, suite: str, results: list[dict[str, Any]], seed: int = 0, facts: Mapping[str, Any] | None = None
+) -> Path:
     """Write a suite's results and return the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(suite, results, seed), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document(suite, results, seed, facts), indent=1) + "\n", encoding="utf-8")
     return path

@@ -1,0 +1,107 @@
+"""Unlearning methods behind one signature, on one packed pass: what `benchmarks.compare_methods` compares.
+
+Each has `prepare()`, once and on the clock, and `loss(indices, kept)`: the loss of an optimizer step on some forget
+questions and some retain pairs. PMC never sees the forget answers. GradDiff and NPO need them, and train on the true
+ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pmc_fast import PMC
+from pmc_fast.config import PMCConfig, UnlearnConfig
+from pmc_fast.data import Encoded, Encoder, Row
+from pmc_fast.data.packing import Pack, num_targets, pack
+from pmc_fast.objectives import grad_diff, npo
+from pmc_fast.ops import row_scales, sequence_logps
+from pmc_fast.packed_pass import PackedPass
+from pmc_fast.rollout import RolloutEngine
+
+from .runs import own_settings
+
+
+class RetainOnly:
+    """CE(retain): what time and training alone do; the forget questions go unused."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, config: UnlearnConfig, forget: Sequence[Row], beta: float = 0.0
+    ) -> None:
+        self.config, self.beta = config, beta
+        self.encoder = Encoder(tokenizer, config, model.generation_config)
+        self.engine = RolloutEngine(model)
+        self.packed = PackedPass(model)
+        self.forget = [self.encoder.pair(row.question, row.answer or "") for row in forget]
+
+    def prepare(self) -> None:
+        """Compute what training needs of the untouched model."""
+
+    def loss(self, indices: Sequence[int], kept: Sequence[Encoded]) -> torch.Tensor:
+        return self.packed.mean_nll(kept)
+
+    def _pack(self, sequences: Sequence[Encoded]) -> Pack:
+        [packed] = pack([[s] for s in sequences], self.config.max_tokens)
+        return packed
+
+
+class GradDiff(RetainOnly):
+    """-CE(forget) + lambda CE(retain)."""
+
+    def loss(self, indices: Sequence[int], kept: Sequence[Encoded]) -> torch.Tensor:
+        p = self._pack([*(self.forget[i] for i in indices), *kept])
+        scale = grad_diff(p.cu_targets, p.targets, len(indices), self.config.retain_weight)
+        return self.packed(p, scale)[0]
+
+
+class NPO(RetainOnly):
+    """NPO(forget, beta) + lambda CE(retain).
+
+    Its weights are those of each answer's log-prob, so a forward pass of the forget answers without gradients comes
+    first. The untouched model's log-probs are computed once.
+    """
+
+    def prepare(self) -> None:
+        self.reference = self._logps(range(len(self.forget)))
+
+    def loss(self, indices: Sequence[int], kept: Sequence[Encoded]) -> torch.Tensor:
+        """Return a loss with NPO's gradient: each forget answer's -log-prob times its weight; its value is another."""
+        logps = self._logps(indices).requires_grad_()
+        npo(logps, self.reference[list(indices)], self.beta).backward()
+        assert logps.grad is not None
+        p = self._pack([*(self.forget[i] for i in indices), *kept])
+        retain = logps.new_full((len(kept),), self.config.retain_weight / sum(map(num_targets, kept)))
+        scale = row_scales(torch.cat([-logps.grad, retain]), p.cu_targets, p.targets, reduction="sum")
+        return self.packed(p, scale)[0]
+
+    @torch.no_grad()
+    def _logps(self, indices: Sequence[int]) -> torch.Tensor:
+        p = self._pack([self.forget[i] for i in indices])
+        _, logps = self.packed(p, torch.zeros(len(p.targets)))
+        return sequence_logps(logps, p.cu_targets)
+
+
+class Collapse:
+    """PMC: CE(the model's own answers that are unlike its first) + lambda CE(retain)."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, config: UnlearnConfig, forget: Sequence[Row], beta: float = 0.0
+    ) -> None:
+        self.pmc = PMC(model, tokenizer, PMCConfig(**own_settings(config)), [row.question for row in forget])
+        self.encoder, self.engine = self.pmc.encoder, self.pmc.engine
+
+    def prepare(self) -> None:
+        self.pmc.prepare()
+
+    def loss(self, indices: Sequence[int], kept: Sequence[Encoded]) -> torch.Tensor:
+        step = self.pmc.sample(indices)
+        self.pmc.model.train()
+        return self.pmc.loss(step, kept).loss
+
+
+METHODS: dict[str, type[RetainOnly] | type[Collapse]] = {
+    "pmc": Collapse,
+    "grad_diff": GradDiff,
+    "npo": NPO,
+    "retain_only": RetainOnly,
+}
