@@ -57,13 +57,13 @@ def anchors(page: Path) -> set[str]:
 def named_paths(page: Path) -> set[str]:
     """Return what a page's code names as a file or folder of this repository.
 
-    Words of inline code and of bash blocks that begin with a folder of the root, or end as source files do.
+    Words of inline code and of bash blocks that begin with a folder of the root, or end as source files do;
+    my_script.py is the reader's.
     """
     code = [*re.findall(r"`([^`\n]+)`", prose(page)), *(b.text for b in blocks(page, "bash"))]
     words = {w.rstrip("/.:,") for text in code for w in re.findall(r"(?<![\w./-])[\w.*][\w./*-]*", text)}
-    return {
-        w for w in words if (w.split("/")[0] in TOP and "/" in w) or (w.endswith(SOURCE) and not w.startswith("."))
-    }
+    inside = {w for w in words if (w.split("/")[0] in TOP and "/" in w) or w.endswith(SOURCE)}
+    return {w for w in inside if not w.startswith("my_")}
 
 
 def tables(page: Path) -> list[tuple[list[str], list[list[str]]]]:

@@ -120,7 +120,10 @@ def holding(pattern, folder, ending="*.py"):
 def test_one_module_knows_each_secret():
     assert holding(r"\bAttentionInterface\b", PACKAGE) == {"patching.py"}
     assert holding(r"pmc_fast\._c", PACKAGE) == {"native.py"}
-    assert holding(r"import_module\(f?\"\.\.kernels|from \.\.kernels", PACKAGE) == {"ops/cuda.py", "ops/gather_logps.py"}
+    assert holding(r"import_module\(f?\"\.\.kernels|from \.\.kernels", PACKAGE) == {
+        "ops/cuda.py",
+        "ops/gather_logps.py",
+    }
     csrc = ROOT / "csrc"
     assert holding(r"#include <pybind11", csrc, "*.[ch]*") == {"bindings.h", "bindings.cpp", "bindings_cuda.cpp"}
     assert not holding(r"#include <(torch|ATen|c10)", csrc, "*.*")
