@@ -89,8 +89,9 @@ def decode_attention(
         return _reference(q, k, v, k_pool, v_pool, index, scale, softcap, window)
     good = all(t.dtype == q.dtype and t.stride(-1) == 1 for t in (q, k, v, k_pool, v_pool))
     good = good and k.shape == v.shape and k_pool.is_contiguous() and v_pool.is_contiguous()
-    good = good and k_pool.shape[1:] == k.shape[1:] == v_pool.shape[1:]
-    if not good or q.dtype not in DTYPES or q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
+    good = good and all(t.dim() == 3 for t in (q, k, k_pool)) and k_pool.shape == v_pool.shape
+    good = good and k_pool.shape[1:] == k.shape[1:] and k.shape[1] > 0 < k.shape[2]
+    if not good or q.dtype not in DTYPES or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         raise PMCError(
             f"decode_attention: q is {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)}, the pool "
             f"{k_pool.dtype} {tuple(k_pool.shape)}: need one type of float32, float64 or bfloat16, heads a multiple of "
@@ -111,7 +112,7 @@ def decode_attention(
     )
     kernel = getattr(module, f"decode_attention_{DTYPES[q.dtype]}")
     if backend == "cpu":
-        kernel(*arguments, module.best_isa(), torch.get_num_threads())
+        kernel(*arguments, k_pool.shape[0], module.best_isa(), torch.get_num_threads())
     else:
         with torch.cuda.device(q.device):  # launches go to the current device, whatever the stream
             try:
