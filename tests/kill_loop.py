@@ -39,7 +39,7 @@ class Run:
     """A forked process that runs the command line."""
 
     def __init__(self, job: Job, output: Path) -> None:
-        self.job, self.output, self.log = job, output, output.with_name("log.txt")
+        self.job, self.output, self.log = job, output, output.with_name(output.name + ".log")
         self.log.write_text("")
         self.start = time.perf_counter()
         self.pid = os.fork()
@@ -95,18 +95,42 @@ def in_a_checkpoint(run: Run) -> None:
         time.sleep(random.uniform(0, 0.02))
 
 
+def while_writing(run: Run) -> None:
+    run.wait(lambda: any(run.output.parent.glob(f".{run.output.name}.*")))
+    time.sleep(random.uniform(0, run.job.writing))
+
+
+def settings(model: str, data: Path) -> list[str]:
+    return [
+        "unlearn", "--model", model, "--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl"),
+        "--preset", "small", "--epochs", "2", "--batch-size", "2", "--num-samples", "2", "--max-length", "40",
+        "--device", "cpu", "--no-evaluate",
+    ]  # fmt: skip
+
+
 def unlearning(model: str, data: Path) -> Job:
     def command(output: Path) -> list[str]:
-        return [
-            "unlearn", "--model", model, "--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl"),
-            "--output", str(output), "--preset", "small", "--epochs", "2", "--batch-size", "2", "--num-samples", "2",
-            "--max-length", "40", "--device", "cpu", "--no-evaluate", "--checkpoint-steps", "1", "--resume", "auto",
-        ]  # fmt: skip
+        return [*settings(model, data), "--output", str(output), "--checkpoint-steps", "1", "--resume", "auto"]
 
     return Job("unlearn", command, {"anywhere": anywhere, "saving": while_saving, "checkpoint": in_a_checkpoint})
 
 
-JOBS = [unlearning]  # functions of a model and a directory with data
+def merging(model: str, data: Path) -> Job:
+    """Two requests, stacked, become one model."""
+    stack = data / "stack"
+    for seed in ("0", "1"):
+        request = [*settings(model, data), "--lora", "--stack", str(stack), "--seed", seed]
+        run = Run(Job("request", lambda output, request=request: request, {}), stack)
+        run.wait()
+        assert run.code == 0, run.log.read_text()
+
+    def command(output: Path) -> list[str]:
+        return ["merge", "--stack", str(stack), "--output", str(output)]
+
+    return Job("merge", command, {"anywhere": anywhere, "writing": while_writing})
+
+
+JOBS = {"unlearn": unlearning, "merge": merging}  # by command: functions of a model and a directory with data
 
 
 def hashes(output: Path) -> dict[str, str]:
@@ -128,13 +152,14 @@ def sound_step(output: Path) -> int:
 
 def check(job: Job, output: Path) -> bool:
     """Refuse anything half done; return whether the output is there."""
-    known = {output.name, output.name + ".checkpoints", "log.txt"}
+    known = {output.name, output.name + ".checkpoints", output.name + ".log"}
     others = [p.name for p in output.parent.iterdir() if p.name not in known]
     assert all(name.startswith(f".{output.name}.") for name in others), others  # aside, under no name that is read
     if not output.exists():
         return False
     assert hashes(output) == job.whole, "an output was written that is not the undisturbed run's"
-    json.loads((output / "report.json").read_text())
+    for report in output.glob("*.json"):
+        json.loads(report.read_text())
     return True
 
 
@@ -160,7 +185,7 @@ def round_of(job: Job, folder: Path, times: int, kills: Counter[str]) -> None:
         assert reached < 0 or f"from checkpoint-{reached} on" in text, text
         assert check(job, output)
         left = sorted(p.name for p in folder.iterdir())
-        assert left == ["log.txt", "out"], left
+        assert left == ["out", "out.log"], left
 
 
 def loop(times: int, seed: int = 0) -> Counter[str]:
@@ -170,6 +195,7 @@ def loop(times: int, seed: int = 0) -> Counter[str]:
 
     import pmc_fast.job
     from examples.demo_model import tiny_model
+    from pmc_fast.cli import cli
 
     del transformers, pmc_fast  # loaded once, for all forks
     torch.set_num_threads(1)
@@ -183,12 +209,12 @@ def loop(times: int, seed: int = 0) -> Counter[str]:
         }
         for kind, of in rows.items():
             (data / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
-        jobs = [make(str(tiny_model()), data) for make in JOBS]
+        jobs = [make(str(tiny_model()), data) for command, make in JOBS.items() if command in cli.commands]
         for job in jobs:
             folder = data / f"whole-{job.name}"
             folder.mkdir()
             run = Run(job, folder / "out")
-            run.wait(lambda run=run: "] saving" in run.log.read_text())
+            run.wait(lambda run=run: any(run.output.parent.glob(".out.*")))
             begun = time.perf_counter()
             run.wait()
             assert run.code == 0, run.log.read_text()
