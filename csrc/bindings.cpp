@@ -5,8 +5,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <stdexcept>
+#include <tuple>
 
+#include "checks.h"
 #include "decode_attention.h"
 #include "kv_pool.h"
 #include "nll_rows.h"
@@ -21,20 +24,21 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
+constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
+
 // offsets must start at 0, never fall and end at size: the C++ trusts them with its reads.
-void check_offsets(const Array<int64_t>& offsets, int64_t size, const char* name) {
-  const int64_t* o = offsets.data();
-  bool good = offsets.ndim() == 1 && offsets.size() >= 1 && o[0] == 0;
-  for (int64_t i = 1; good && i < offsets.size(); ++i) good = o[i] >= o[i - 1];
-  if (!good || o[offsets.size() - 1] != size) {
+void check_ends(const Array<int64_t>& offsets, int64_t size, const char* name) {
+  const bool shaped = offsets.ndim() == 1 && offsets.size() >= 1;
+  if (shaped) pmc::check_offsets(name, offsets.data(), offsets.size(), size);
+  if (!shaped || offsets.data()[offsets.size() - 1] != size) {
     throw std::invalid_argument(std::string(name) + " must rise from 0 to the number of ids");
   }
 }
 
 Array<double> rouge_l_recall(const Array<int32_t>& references, const Array<int64_t>& reference_offsets,
                              const Array<int32_t>& candidates, const Array<int64_t>& candidate_offsets) {
-  check_offsets(reference_offsets, references.size(), "reference_offsets");
-  check_offsets(candidate_offsets, candidates.size(), "candidate_offsets");
+  check_ends(reference_offsets, references.size(), "reference_offsets");
+  check_ends(candidate_offsets, candidates.size(), "candidate_offsets");
   const int64_t questions = reference_offsets.size() - 1;
   const int64_t texts = candidate_offsets.size() - 1;
   if (questions == 0 ? texts != 0 : texts % questions != 0) {
@@ -51,12 +55,27 @@ Array<double> rouge_l_recall(const Array<int32_t>& references, const Array<int64
   return recall;
 }
 
-// Tensors come as addresses: the caller (pmc_fast.ops) has checked devices, types, shapes and targets.
+// Tensors come as addresses: the caller (pmc_fast.ops) has checked devices, types and shapes. What numbers
+// alone can tell is checked here too, so that a caller's mistake is an error and not a read out of bounds.
 template <typename T>
 void nll_rows(uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, uintptr_t bias,
               double temperature, double softcap, double logit_scale, uintptr_t cu_targets, uintptr_t targets,
-              uintptr_t row_scale, uintptr_t logps, bool grad, int isa, int threads) {
+              uintptr_t row_scale, uintptr_t logps, int64_t num_targets, bool grad, int isa, int threads) {
   pmc::check_isa(isa);
+  pmc::check_threads(threads);
+  pmc::check_range("vocab", vocab, 1, kInt32);
+  const pmc::Memory written = pmc::memory_of("logits", logits, sizeof(T), rows, vocab, stride);
+  const pmc::Memory out = pmc::memory_of("logps", logps, sizeof(T), num_targets);
+  const pmc::Memory ends = pmc::memory_of("cu_targets", cu_targets, sizeof(int64_t), rows + 1);
+  const pmc::Memory ids = pmc::memory_of("targets", targets, sizeof(int64_t), num_targets);
+  const pmc::Memory scales = pmc::memory_of("row_scale", row_scale, sizeof(T), num_targets);
+  const pmc::Memory biases = pmc::memory_of("bias", bias, sizeof(T), bias ? vocab : 0);
+  pmc::check_apart(written, {out, ends, ids, scales, biases});
+  pmc::check_apart(out, {ends, ids, scales, biases});
+  const int64_t* offsets = reinterpret_cast<const int64_t*>(cu_targets);
+  pmc::check_offsets("cu_targets", offsets, rows + 1, num_targets, false);
+  pmc::check_values("targets", reinterpret_cast<const int64_t*>(targets) + offsets[0],
+                    offsets[rows] - offsets[0], vocab);
   const pmc::NllRows<T> args{reinterpret_cast<T*>(logits),
                              stride,
                              rows,
@@ -78,8 +97,26 @@ template <typename T>
 void sample_nucleus(uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, double temperature,
                     int64_t top_k, double top_p, uint64_t seed, uintptr_t cu_draws, uintptr_t streams,
                     uintptr_t samples, uintptr_t positions, uintptr_t tokens, uintptr_t logps, uintptr_t mass,
-                    int isa, int threads) {
+                    int64_t draws, int isa, int threads) {
   pmc::check_isa(isa);
+  pmc::check_threads(threads);
+  pmc::check_range("vocab", vocab, 1, kInt32);
+  pmc::check_range("top_k", top_k, 0, std::numeric_limits<int64_t>::max());
+  if (!(temperature >= 0 && temperature <= std::numeric_limits<double>::max() && top_p > 0 && top_p <= 1)) {
+    throw std::invalid_argument("temperature must be finite and at least 0, top_p above 0 and at most 1");
+  }
+  const pmc::Memory read = pmc::memory_of("logits", logits, sizeof(T), rows, vocab, stride);
+  const pmc::Memory ends = pmc::memory_of("cu_draws", cu_draws, sizeof(int64_t), rows + 1);
+  const pmc::Memory of = pmc::memory_of("streams", streams, sizeof(int64_t), draws);
+  const pmc::Memory keys = pmc::memory_of("samples", samples, sizeof(int64_t), draws);
+  const pmc::Memory at = pmc::memory_of("positions", positions, sizeof(int64_t), draws);
+  const pmc::Memory out[] = {pmc::memory_of("tokens", tokens, sizeof(int64_t), draws),
+                             pmc::memory_of("logps", logps, sizeof(double), draws),
+                             pmc::memory_of("mass", mass, sizeof(double), rows)};
+  for (const pmc::Memory& written : out) pmc::check_apart(written, {read, ends, of, keys, at});
+  pmc::check_apart(out[0], {out[1], out[2]});
+  pmc::check_apart(out[1], {out[2]});
+  pmc::check_offsets("cu_draws", reinterpret_cast<const int64_t*>(cu_draws), rows + 1, draws);
   const pmc::SampleNucleus<T> args{reinterpret_cast<const T*>(logits),
                                    stride,
                                    rows,
@@ -99,35 +136,117 @@ void sample_nucleus(uintptr_t logits, int64_t stride, int64_t rows, int64_t voca
   pmc::sample_nucleus(args, static_cast<pmc::Isa>(isa), threads);
 }
 
+using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // an address, strides of rows and of heads
+using Heads = std::tuple<int64_t, int64_t, int64_t>;      // heads, kv_heads and dim
+// StepIndex's arrays in their order, then the numbers of rows and of blocks
+using Index =
+    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+
+template <size_t I>
+const int32_t* array_at(const Index& index, const char* name, int64_t count) {
+  pmc::memory_of(name, std::get<I>(index), sizeof(int32_t), count);
+  return reinterpret_cast<const int32_t*>(std::get<I>(index));
+}
+
+// Offsets that rise and slots that are in the pool: all reads and writes depend on them. Reads what is as
+// long as its offsets say.
+pmc::StepIndex checked(const Index& index, int64_t pool_slots) {
+  const int64_t rows = std::get<7>(index), blocks = std::get<8>(index);
+  pmc::check_range("rows", rows, 0, kInt32 - 1);
+  pmc::check_range("blocks", blocks, 0, kInt32 - 1);
+  pmc::StepIndex i{array_at<0>(index, "slots", rows),
+                   array_at<1>(index, "prefix_len", rows),
+                   array_at<2>(index, "cu_suffix", rows + 1),
+                   nullptr,
+                   array_at<4>(index, "cu_rows", blocks + 1),
+                   array_at<5>(index, "cu_prefix", blocks + 1),
+                   nullptr,
+                   rows,
+                   blocks};
+  pmc::check_offsets("cu_suffix", i.cu_suffix, rows + 1, kInt32);
+  pmc::check_offsets("cu_prefix", i.cu_prefix, blocks + 1, kInt32);
+  pmc::check_offsets("cu_rows", i.cu_rows, blocks + 1, rows);
+  if (i.cu_rows[blocks] != rows) throw std::invalid_argument("cu_rows must end at the number of rows");
+  i.suffix = array_at<3>(index, "suffix", i.cu_suffix[rows]);
+  i.prefix = array_at<6>(index, "prefix", i.cu_prefix[blocks]);
+  pmc::check_values("slots", i.slots, rows, pool_slots);
+  pmc::check_values("suffix", i.suffix, i.cu_suffix[rows], pool_slots);
+  pmc::check_values("prefix", i.prefix, i.cu_prefix[blocks], pool_slots);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int32_t most = i.cu_prefix[b + 1] - i.cu_prefix[b];
+    for (int64_t r = i.cu_rows[b]; r < i.cu_rows[b + 1]; ++r) {
+      const bool sees = i.prefix_len[r] > 0 || i.cu_suffix[r + 1] > i.cu_suffix[r];
+      if (i.prefix_len[r] < 0 || i.prefix_len[r] > most || !sees) {
+        throw std::invalid_argument("prefix_len must fit the block's prefix, and a row must see a slot");
+      }
+    }
+  }
+  return i;
+}
+
 template <typename T>
-void decode_attention(py::tuple q, py::tuple k, py::tuple v, uintptr_t k_pool, uintptr_t v_pool,
-                      uintptr_t out, py::tuple shape, double scale, double softcap, int64_t window,
-                      py::tuple index, int isa, int threads) {
+void decode_attention(const Strided& q, const Strided& k, const Strided& v, uintptr_t k_pool,
+                      uintptr_t v_pool, uintptr_t out, const Heads& shape, double scale, double softcap,
+                      int64_t window, const Index& index, int64_t pool_slots, int isa, int threads) {
   pmc::check_isa(isa);
-  // an address with two strides each; heads, kv_heads and dim; the index's arrays, rows and blocks
-  const auto address = [](const py::tuple& t) { return reinterpret_cast<T*>(t[0].cast<uintptr_t>()); };
-  const auto number = [](const py::tuple& t, int i) { return t[i].cast<int64_t>(); };
-  const auto array = [&](int i) { return reinterpret_cast<const int32_t*>(index[i].cast<uintptr_t>()); };
+  pmc::check_threads(threads);
+  const auto [heads, kv_heads, dim] = shape;
+  pmc::check_range("dim", dim, 1, kInt32);
+  pmc::check_range("kv_heads", kv_heads, 1, kInt32);
+  pmc::check_range("heads", heads, kv_heads, kInt32);
+  if (heads % kv_heads) throw std::invalid_argument("heads must be a multiple of kv_heads");
+  pmc::check_finite("scale", scale);
+  pmc::check_finite("softcap", softcap);
+  pmc::check_range("window", window, 0, kInt32);
+  pmc::check_range("pool_slots", pool_slots, 0, kInt32);
+  const pmc::StepIndex step = checked(index, pool_slots);
+  const auto of = [&, d = dim](const char* name, const Strided& t, int64_t of_heads) {
+    return pmc::memory_of(name, std::get<0>(t), sizeof(T), step.rows, of_heads, d, std::get<1>(t),
+                          std::get<2>(t));
+  };
+  const pmc::Memory queries = of("q", q, heads), keys = of("k", k, kv_heads), values = of("v", v, kv_heads);
+  const int64_t slot = pmc::product_of("the pool", {kv_heads, dim});
+  const pmc::Memory key_pool = pmc::memory_of("k_pool", k_pool, sizeof(T), pool_slots, slot, slot);
+  const pmc::Memory value_pool = pmc::memory_of("v_pool", v_pool, sizeof(T), pool_slots, slot, slot);
+  const int64_t wide = pmc::product_of("out", {heads, dim});
+  const pmc::Memory written = pmc::memory_of("out", out, sizeof(T), step.rows, wide, wide);
+  pmc::check_apart(written, {queries, keys, values, key_pool, value_pool});
+  pmc::check_apart(key_pool, {queries, keys, values, value_pool});
+  pmc::check_apart(value_pool, {queries, keys, values});
+  const int32_t* arrays[] = {step.slots,   step.prefix_len, step.cu_suffix, step.suffix,
+                             step.cu_rows, step.cu_prefix,  step.prefix};
+  const int64_t counts[] = {step.rows,
+                            step.rows,
+                            step.rows + 1,
+                            step.cu_suffix[step.rows],
+                            step.blocks + 1,
+                            step.blocks + 1,
+                            step.cu_prefix[step.blocks]};
+  for (int i = 0; i < 7; ++i) {
+    const pmc::Memory part =
+        pmc::memory_of("the index", reinterpret_cast<uintptr_t>(arrays[i]), 4, counts[i]);
+    for (const pmc::Memory& changed : {written, key_pool, value_pool}) pmc::check_apart(changed, {part});
+  }
+  const auto address = [](const Strided& t) { return reinterpret_cast<T*>(std::get<0>(t)); };
   const pmc::DecodeAttention<T> args{address(q),
                                      address(k),
                                      address(v),
-                                     number(q, 1),
-                                     number(q, 2),
-                                     number(k, 1),
-                                     number(k, 2),
-                                     number(v, 1),
-                                     number(v, 2),
+                                     std::get<1>(q),
+                                     std::get<2>(q),
+                                     std::get<1>(k),
+                                     std::get<2>(k),
+                                     std::get<1>(v),
+                                     std::get<2>(v),
                                      reinterpret_cast<T*>(k_pool),
                                      reinterpret_cast<T*>(v_pool),
                                      reinterpret_cast<T*>(out),
-                                     number(shape, 0),
-                                     number(shape, 1),
-                                     number(shape, 2),
+                                     heads,
+                                     kv_heads,
+                                     dim,
                                      scale,
                                      softcap,
                                      window,
-                                     {array(0), array(1), array(2), array(3), array(4), array(5), array(6),
-                                      number(index, 7), number(index, 8)}};
+                                     step};
   py::gil_scoped_release nogil;
   pmc::decode_attention(args, static_cast<pmc::Isa>(isa), threads);
 }
@@ -140,6 +259,8 @@ Array<T> array_of(const std::vector<T>& values) {
 // The next step's arrays by name, or None when all is done.
 py::object plan(pmc::RolloutTrie& trie, int64_t max_rows, int64_t guess_rows) {
   pmc::StepPlan p;
+  pmc::check_range("max_rows", max_rows, 1, kInt32);
+  pmc::check_range("guess_rows", guess_rows, 0, kInt32);
   if (!trie.plan(max_rows, guess_rows, p)) return py::none();
   py::dict out;
   out["tokens"] = array_of(p.tokens);
@@ -165,6 +286,7 @@ void advance(pmc::RolloutTrie& trie, const Array<int64_t>& tokens, const Array<d
       mass.size() != trie.planned_logits()) {
     throw std::invalid_argument("advance takes what the last plan asked for");
   }
+  pmc::check_values("tokens", tokens.data(), tokens.size(), kInt32 + 1);
   trie.advance(tokens.data(), logps.data(), mass.data());
 }
 
@@ -184,6 +306,7 @@ py::dict counters(const pmc::RolloutTrie& trie) {
 
 // Of each sample: tokens, logps, nucleus masses, and whether a stop token ended it.
 py::list results(const pmc::RolloutTrie& trie, int64_t question) {
+  pmc::check_range("question", question, 0, trie.questions() - 1);
   py::list out;
   for (const pmc::Sample& s : trie.results(question)) {
     out.append(py::make_tuple(s.tokens, array_of(s.logps), array_of(s.mass), s.stopped));

@@ -1,8 +1,12 @@
 // What Python sees of a model's layers. Tensors come as addresses: pmc_fast.ops has checked them.
+#include <pybind11/stl.h>
+
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "bindings.h"
+#include "checks.h"
 #include "gemm.h"
 #include "layers.h"
 #include "linear.h"
@@ -19,9 +23,30 @@ void check_isa(int isa) {
 
 namespace {
 
+Memory floats_of(const char* name, uintptr_t address, int64_t rows, int64_t size, int64_t stride) {
+  return memory_of(name, address, sizeof(float), rows, size, stride);
+}
+Memory floats_of(const char* name, uintptr_t address, int64_t size) {
+  return memory_of(name, address, sizeof(float), size);
+}
+// What may be left out: then at address 0, and of no size.
+Memory optional_of(const char* name, uintptr_t address, int64_t size) {
+  return floats_of(name, address, address ? size : 0);
+}
+// As check_apart, but the two may be the very same numbers.
+void check_same_or_apart(const Memory& written, std::initializer_list<Memory> others) {
+  for (const Memory& other : others) {
+    if (other.address != written.address || other.bytes != written.bytes) check_apart(written, {other});
+  }
+}
+
 void bound_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, int64_t rows, int64_t in,
                   int64_t out, int threads) {
   check_isa(static_cast<int>(Isa::kAvx512));
+  check_threads(threads);
+  check_apart(floats_of("y", y, rows, out, out),
+              {floats_of("x", x, rows, in, in), optional_of("bias", bias, out),
+               floats_of("weight", weight, out, in, in)});
   const Linear args{reinterpret_cast<const float*>(x),
                     reinterpret_cast<const float*>(weight),
                     reinterpret_cast<const float*>(bias),
@@ -33,20 +58,31 @@ void bound_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, in
   linear(args, threads);
 }
 
-void bound_gemm(uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t c, py::tuple sizes, py::tuple strides,
-                bool a_turned, bool b_turned, bool add, int threads) {
+using Three = std::tuple<int64_t, int64_t, int64_t>;
+
+// sizes: m, n and k; strides: those of a, b and c.
+void bound_gemm(uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t c, const Three& sizes,
+                const Three& strides, bool a_turned, bool b_turned, bool add, int threads) {
   check_isa(static_cast<int>(Isa::kAvx512));
-  const auto number = [](const py::tuple& t, int i) { return t[i].cast<int64_t>(); };
+  check_threads(threads);
+  const auto [m, n, k] = sizes;
+  const auto [lda, ldb, ldc] = strides;
+  if (add && bias) throw std::invalid_argument("bias must be 0 where add is set");
+  product_of("gemm", {m, n, k});
+  check_apart(
+      floats_of("c", c, m, n, ldc),
+      {a_turned ? floats_of("a", a, k, m, lda) : floats_of("a", a, m, k, lda),
+       b_turned ? floats_of("b", b, n, k, ldb) : floats_of("b", b, k, n, ldb), optional_of("bias", bias, n)});
   const Gemm args{reinterpret_cast<const float*>(a),
                   reinterpret_cast<const float*>(b),
                   reinterpret_cast<const float*>(bias),
                   reinterpret_cast<float*>(c),
-                  number(sizes, 0),
-                  number(sizes, 1),
-                  number(sizes, 2),
-                  number(strides, 0),
-                  number(strides, 1),
-                  number(strides, 2),
+                  m,
+                  n,
+                  k,
+                  lda,
+                  ldb,
+                  ldc,
                   a_turned,
                   b_turned,
                   add};
@@ -59,6 +95,12 @@ float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 void bound_rms_norm(uintptr_t x, uintptr_t weight, uintptr_t y, uintptr_t rstd, int64_t rows, int64_t size,
                     float eps, float offset, int isa, int threads) {
   check_isa(isa);
+  check_threads(threads);
+  const Memory read = floats_of("x", x, rows, size, size), weights = floats_of("weight", weight, size);
+  const Memory written = floats_of("y", y, rows, size, size), inverses = optional_of("rstd", rstd, rows);
+  check_same_or_apart(written, {read});
+  check_apart(written, {weights, inverses});
+  check_apart(inverses, {read, weights});
   const RmsNorm args{floats(x), floats(weight), floats(y), rows, size, eps, offset, floats(rstd)};
   py::gil_scoped_release nogil;
   rms_norm(args, static_cast<Isa>(isa), threads);
@@ -68,6 +110,13 @@ void bound_rms_norm_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintpt
                              uintptr_t dweight, int64_t rows, int64_t size, float offset, int isa,
                              int threads) {
   check_isa(isa);
+  check_threads(threads);
+  const Memory grads = floats_of("dy", dy, rows, size, size), read = floats_of("x", x, rows, size, size);
+  const Memory weights = floats_of("weight", weight, size), inverses = floats_of("rstd", rstd, rows);
+  const Memory out = optional_of("dx", dx, product_of("dx", {rows, size}));
+  const Memory sums = optional_of("dweight", dweight, size);
+  check_apart(out, {grads, read, weights, inverses, sums});
+  check_apart(sums, {grads, read, weights, inverses});
   const RmsNormBackward args{floats(dy),      floats(x), floats(weight), floats(rstd), floats(dx),
                              floats(dweight), rows,      size,           offset};
   py::gil_scoped_release nogil;
@@ -76,6 +125,8 @@ void bound_rms_norm_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintpt
 
 void bound_silu_mul(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t size, int isa, int threads) {
   check_isa(isa);
+  check_threads(threads);
+  check_same_or_apart(floats_of("y", y, size), {floats_of("gate", gate, size), floats_of("up", up, size)});
   const SiluMul args{floats(gate), floats(up), floats(y), size};
   py::gil_scoped_release nogil;
   silu_mul(args, static_cast<Isa>(isa), threads);
@@ -84,6 +135,11 @@ void bound_silu_mul(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t size, int
 void bound_silu_mul_backward(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t dgate, uintptr_t dup,
                              int64_t size, int isa, int threads) {
   check_isa(isa);
+  check_threads(threads);
+  const Memory grads = floats_of("dy", dy, size), gates = floats_of("gate", gate, size);
+  const Memory ups = floats_of("up", up, size), of_up = optional_of("dup", dup, size);
+  check_apart(optional_of("dgate", dgate, size), {grads, gates, ups, of_up});
+  check_apart(of_up, {grads, gates, ups});
   const SiluMulBackward args{floats(dy), floats(gate), floats(up), floats(dgate), floats(dup), size};
   py::gil_scoped_release nogil;
   silu_mul_backward(args, static_cast<Isa>(isa), threads);
@@ -92,6 +148,12 @@ void bound_silu_mul_backward(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr
 void bound_rotary(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t y, int64_t rows, int64_t heads,
                   int64_t dim, int64_t row_stride, int64_t head_stride, bool back, int isa, int threads) {
   check_isa(isa);
+  check_threads(threads);
+  if (dim % 2) throw std::invalid_argument("dim must be even");
+  const int64_t wide = product_of("y", {heads, dim});
+  check_apart(floats_of("y", y, rows, wide, wide),
+              {memory_of("x", x, sizeof(float), rows, heads, dim, row_stride, head_stride),
+               floats_of("cos", cos, rows, dim, dim), floats_of("sin", sin, rows, dim, dim)});
   const Rotary args{floats(x), floats(cos), floats(sin), floats(y),   rows,
                     heads,     dim,         row_stride,  head_stride, back};
   py::gil_scoped_release nogil;

@@ -1,9 +1,21 @@
 #include "kv_pool.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 
+#include "checks.h"
+
 namespace pmc {
+
+KvPool::KvPool(int64_t capacity) : capacity_(capacity) {
+  check_range("capacity", capacity, 0, std::numeric_limits<int32_t>::max());  // slots are int32
+}
+
+size_t KvPool::index_of(int32_t slot) const {
+  check_range("slot", slot, 0, span() - 1);
+  return static_cast<size_t>(slot);
+}
 
 int32_t KvPool::take() {
   if (available() <= 0) throw std::logic_error("the pool has no free slot");
@@ -22,14 +34,14 @@ int32_t KvPool::take() {
 
 void KvPool::hold(const std::vector<int32_t>& slots) {
   for (const int32_t slot : slots) {
-    if (holders_.at(slot) <= 0) throw std::logic_error("a free slot can't be held");
+    if (holders_[index_of(slot)] <= 0) throw std::logic_error("a free slot can't be held");
     ++holders_[slot];
   }
 }
 
 void KvPool::drop(const std::vector<int32_t>& slots) {
   for (const int32_t slot : slots) {
-    if (holders_.at(slot) <= 0) throw std::logic_error("a slot was let go twice");
+    if (holders_[index_of(slot)] <= 0) throw std::logic_error("a slot was let go twice");
     if (--holders_[slot] == 0) {
       free_.push_back(slot);
       --in_use_;

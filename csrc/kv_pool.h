@@ -11,7 +11,7 @@ namespace pmc {
 // common; a slot is free again when the last history that holds it lets go.
 class KvPool {
  public:
-  explicit KvPool(int64_t capacity) : capacity_(capacity) {}
+  explicit KvPool(int64_t capacity);
 
   // A free slot, held once; the caller has asked available() first.
   int32_t take();
@@ -23,9 +23,11 @@ class KvPool {
   int64_t peak() const { return peak_; }
   // One more than the largest slot handed out so far: how long the tensors must be.
   int64_t span() const { return static_cast<int64_t>(holders_.size()); }
-  int32_t holders(int32_t slot) const { return holders_.at(static_cast<size_t>(slot)); }
+  int32_t holders(int32_t slot) const { return holders_[index_of(slot)]; }
 
  private:
+  size_t index_of(int32_t slot) const;
+
   int64_t capacity_, in_use_ = 0, peak_ = 0;
   std::vector<int32_t> holders_;  // of each slot handed out so far
   std::vector<int32_t> free_;     // those of them that nobody holds

@@ -3,6 +3,9 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <exception>
+#include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -30,17 +33,24 @@ struct Task {
   int64_t count;
   const std::function<void(int64_t, int64_t)>* body;
   const OpenMp* omp;
+  std::mutex mutex;
+  std::exception_ptr thrown;  // by the first part that did: nothing may leave a thread
+
+  void run_part(int64_t part, int64_t parts) {
+    const int64_t begin = count * part / parts;
+    const int64_t end = count * (part + 1) / parts;
+    try {
+      if (begin < end) (*body)(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!thrown) thrown = std::current_exception();
+    }
+  }
 };
 
-void run_part(int64_t count, int64_t part, int64_t parts, const std::function<void(int64_t, int64_t)>& body) {
-  const int64_t begin = count * part / parts;
-  const int64_t end = count * (part + 1) / parts;
-  if (begin < end) body(begin, end);
-}
-
 void omp_entry(void* data) {
-  const Task* task = static_cast<const Task*>(data);
-  run_part(task->count, task->omp->thread_num(), task->omp->num_threads(), *task->body);
+  Task* task = static_cast<Task*>(data);
+  task->run_part(task->omp->thread_num(), task->omp->num_threads());
 }
 
 }  // namespace
@@ -54,17 +64,22 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t, 
   // looked up at every call that finds none: torch may be loaded after us
   static OpenMp omp;
   if (!omp.usable()) omp = OpenMp();
+  Task task{count, &body, &omp, {}, {}};
   if (omp.usable()) {
-    Task task{count, &body, &omp};
     omp.parallel(omp_entry, &task, static_cast<unsigned>(threads), 0);
-    return;
+  } else {
+    std::vector<std::thread> workers;
+    int part = 1;
+    try {
+      for (; part < threads; ++part)
+        workers.emplace_back([&task, part, threads] { task.run_part(part, threads); });
+    } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+      for (; part < threads; ++part) task.run_part(part, threads);
+    }
+    task.run_part(0, threads);
+    for (auto& worker : workers) worker.join();
   }
-  std::vector<std::thread> workers;
-  for (int part = 1; part < threads; ++part) {
-    workers.emplace_back([&, part] { run_part(count, part, threads, body); });
-  }
-  run_part(count, 0, threads, body);
-  for (auto& worker : workers) worker.join();
+  if (task.thrown) std::rethrow_exception(task.thrown);
 }
 
 }  // namespace pmc

@@ -1,12 +1,16 @@
 #include "rollout_trie.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <utility>
+
+#include "checks.h"
 
 namespace pmc {
 namespace {
 
+constexpr int64_t kLongest = std::numeric_limits<int32_t>::max();  // of lengths and positions
 constexpr int64_t kLongestGuess = 8;
 constexpr int64_t kSpareSlots =
     8;  // for each row: a question is admitted only where it won't be sent back soon
@@ -14,11 +18,15 @@ constexpr int64_t kSpareSlots =
 }  // namespace
 
 RolloutTrie::RolloutTrie(int64_t capacity, std::vector<int32_t> stops, int64_t match)
-    : pool_(capacity), capacity_(capacity), stops_(std::move(stops)), match_(match) {}
+    : pool_(capacity), capacity_(capacity), stops_(std::move(stops)), match_(match) {
+  check_range("match", match, 0, kLongest);
+}
 
 int64_t RolloutTrie::add(std::vector<int32_t> prompt, int64_t stream, std::vector<int32_t> samples,
                          int64_t max_new, std::vector<std::vector<int32_t>> drafts,
                          std::vector<int64_t> positions) {
+  check_range("max_new", max_new, std::numeric_limits<int64_t>::min(), kLongest);
+  check_values("positions", positions.data(), static_cast<int64_t>(positions.size()), kLongest);
   const int64_t longest = static_cast<int64_t>(prompt.size()) + std::max<int64_t>(0, max_new - 1);
   if (prompt.empty()) throw std::invalid_argument("a prompt has no tokens");
   if (max_new > 0 && longest > capacity_) {

@@ -52,6 +52,7 @@ class RolloutTrie {
   void advance(const int64_t* tokens, const double* logps, const double* mass);
 
   const std::vector<Sample>& results(int64_t question) const { return questions_.at(question).results; }
+  int64_t questions() const { return static_cast<int64_t>(questions_.size()); }
   int64_t planned_draws() const { return draws_; }
   int64_t planned_logits() const { return static_cast<int64_t>(nodes_.size()); }
   const KvPool& pool() const { return pool_; }

@@ -1,13 +1,23 @@
 #include "rouge.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 namespace pmc {
+namespace {
+
+constexpr int64_t kMostWords = int64_t{1} << 27;  // of one reference's masks: 1 GiB, 90,000 different words
+
+}  // namespace
 
 LcsMatcher::LcsMatcher(const int32_t* reference, int64_t length)
     : words_((length + 63) / 64), tokens_(reference, reference + length), unmatched_(words_) {
   std::sort(tokens_.begin(), tokens_.end());
   tokens_.erase(std::unique(tokens_.begin(), tokens_.end()), tokens_.end());
+  if (static_cast<int64_t>(tokens_.size()) * words_ > kMostWords) {
+    throw std::invalid_argument("a reference of " + std::to_string(length) + " words is too long");
+  }
   masks_.assign(tokens_.size() * words_, 0);
   for (int64_t i = 0; i < length; ++i) {
     const auto row = std::lower_bound(tokens_.begin(), tokens_.end(), reference[i]);

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PMCError
+from .output import one_error
 
 MANIFEST = "pmc_manifest.json"
 STATE = "pmc_state.json"
@@ -29,27 +30,28 @@ def sealed(directory: Path, state: dict[str, Any], fingerprint: dict[str, Any]) 
     fingerprint : dict
         JSON-ready; names what must be equal for the checkpoint to be continued.
     """
-    aside = directory.parent / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside.mkdir(mode=0o700)
-    try:
-        (aside / directory.name).mkdir(mode=0o700)  # it holds the initial answers
-        yield aside
-        written = aside / directory.name
-        (written / STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = sorted(p for p in written.rglob("*") if p.is_file())
-        entries = {str(p.relative_to(written)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        manifest = {"fingerprint": fingerprint, "files": entries}
-        (written / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in [*files, written / MANIFEST]:
-            path.chmod(0o600)
-            _sync(path)
-        shutil.rmtree(directory, ignore_errors=True)
-        written.rename(directory)
-        _sync(directory.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with one_error(f"checkpoint {directory}"):
+        aside = directory.parent / ASIDE
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir(mode=0o700)
+        try:
+            (aside / directory.name).mkdir(mode=0o700)  # it holds the initial answers
+            yield aside
+            written = aside / directory.name
+            (written / STATE).write_text(json.dumps(state), encoding="utf-8")
+            files = sorted(p for p in written.rglob("*") if p.is_file())
+            entries = {str(p.relative_to(written)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+            manifest = {"fingerprint": fingerprint, "files": entries}
+            (written / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in [*files, written / MANIFEST]:
+                path.chmod(0o600)
+                _sync(path)
+            shutil.rmtree(directory, ignore_errors=True)
+            written.rename(directory)
+            _sync(directory.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(directory: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import click
 from . import __version__
 from .config import PRESETS, EvaluateConfig, UnlearnConfig
 from .errors import PMCError
+from .printable import printable
 
 if TYPE_CHECKING:  # torch and transformers load when a command runs: --help stays quick
     from .job import Plan
@@ -24,7 +25,7 @@ EVALUATED = (
     "truth_ratio", "retain_log", "prompt_format", "system_prompt", "date_string", "max_length", "max_tokens", "device",
     "dtype", "attack_samples", "attack_temperature", "attack_top_k", "attack_top_p", "attack_prefill",
     "attack_first_words", "leak_threshold", "confidence", "side_effects_text", "seed", "min_quality", "min_utility",
-    "log_text",
+    "log_text", "allow_control_tokens",
 )  # fmt: skip
 
 
@@ -203,6 +204,7 @@ def _print_plan(plan: "Plan") -> None:
 
 def _print_scores(made: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from .report import metric_rows
@@ -213,7 +215,7 @@ def _print_scores(made: dict[str, Any]) -> None:
     both = "before" in made
     table = Table("metric", *(["before"] if both else []), "after" if both else "value")
     for metric, before, after in rows:
-        table.add_row(metric, *([before] if both else []), after)
+        table.add_row(escape(metric), *([before] if both else []), after)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
@@ -248,7 +250,8 @@ class _Progress:
         self.bar.stop()
 
     def _line(self, text: str) -> None:
-        self.console.print(f"[{time.perf_counter() - self.start:6.1f} s] {text}", markup=False, soft_wrap=True)
+        line = f"[{time.perf_counter() - self.start:6.1f} s] {printable(text)}"
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def stage(self, name: str) -> None:
         self._line(name)
@@ -277,11 +280,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = cli.main(arguments, standalone_mode=False)
     except PMCError as error:
-        text = " ".join(str(error).split())
+        text = printable(" ".join(str(error).split()))
         click.echo(f"pmc-fast: error: {text}", err=True)
         code = 2
     except click.ClickException as error:
-        text = " ".join(error.format_message().split())
+        text = printable(" ".join(error.format_message().split()))
         click.echo(f"pmc-fast: error: {text}", err=True)
         code = 2
     except (click.Abort, KeyboardInterrupt):

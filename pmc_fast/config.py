@@ -35,6 +35,9 @@ class PMCConfig:
     date_string: str = _option(
         "10 Apr 2025", "the date that chat templates with a date print; fixed: prompts stay equal"
     )
+    allow_control_tokens: bool = _option(
+        False, "let tokens such as <|im_start|> in questions and answers through as what they are to the model"
+    )
     accidents: bool = _option(
         False,
         "repeat the published code's accidents: 8 characters of each tagged sample dropped unseen, a second BOS",

@@ -1,6 +1,8 @@
 """Writing a result directory whole or not at all."""
 
 import errno
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -32,22 +34,26 @@ def check_output(output: str, needed_bytes: int) -> Path:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a directory beside `path` that takes its name when the block ends without an error."""
+    """Yield a directory beside `path` that takes its name when the block ends without an error.
+
+    What a process that was killed left aside for the same `path` is removed.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        aside.rename(path)  # an empty directory of that name is replaced
-    except Exception as error:
-        if isinstance(error, OSError) or "os error" in str(error).lower():  # safetensors has its own class
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
-            reason = "the disk is full" if full else str(error)
-            raise PMCError(f"output {path} was not written: {reason}") from error
-        raise
+        with one_error(f"output {path}"):
+            _remove_abandoned(path)
+            aside.mkdir(parents=True)
+            descriptor = os.open(aside, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # until this process ends: it is not abandoned
+                yield aside
+                for file in aside.rglob("*"):
+                    if file.is_file():
+                        with file.open("rb") as handle:
+                            os.fsync(handle.fileno())
+                aside.rename(path)  # an empty directory of that name is replaced
+            finally:
+                os.close(descriptor)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -77,3 +83,32 @@ def write_file(file: str, text: str) -> None:
         raise PMCError(f"{file} can't be written: {error.strerror}") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_error(what: str) -> Iterator[None]:
+    """Turn what goes wrong in writing `what`, such as a full disk, into a PMCError."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch.save have classes of their own
+        own = any(words in str(error).lower() for words in ("os error", "inline_container", "iostream"))
+        if isinstance(error, PMCError) or not (isinstance(error, OSError) or own):
+            raise
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise PMCError(f"{what} was not written: {reason}") from error
+
+
+def _remove_abandoned(path: Path) -> None:
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if not aside.name.rsplit(".", 1)[1].isdigit() or not aside.is_dir() or aside.is_symlink():
+            continue
+        descriptor = os.open(aside, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(aside, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its process is alive
+        finally:
+            os.close(descriptor)

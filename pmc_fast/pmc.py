@@ -84,7 +84,9 @@ class PMC:
         self.keeps_text = texts and config.store != "ids"
         self.prompts = [self.encoder.prompt(q) if isinstance(q, str) else [int(t) for t in q] for q in self.questions]
         self.positions = [None] * len(self.prompts) if positions is None else list(positions)
-        for i, prompt in enumerate(self.prompts):
+        for i, (question, prompt) in enumerate(zip(self.questions, self.prompts, strict=True)):
+            if isinstance(question, str):
+                self.encoder.check_text(f"question {i}", question)
             if len(prompt) >= config.max_length:
                 raise PMCError(
                     f"question {i} takes {len(prompt)} tokens and leaves none of max_length {config.max_length} for an "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PMCError
+from .printable import markdown
 
 TEMPLATES = Path(__file__).parent
 SUMMARY = (
@@ -181,4 +182,5 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["markdown"] = markdown
     return environment.get_template(template).render(**values)

@@ -19,6 +19,7 @@ from .data.packing import num_targets
 from .errors import NotFiniteError, PMCError
 from .master_weights import MasterWeights
 from .pmc import PMC
+from .printable import printable
 from .resumable import ResumableTrainer
 from .reward import Reward, rouge_l_recall
 from .schedule import EpochOrder
@@ -230,7 +231,7 @@ class PMCTrainer(ResumableTrainer):
         for i in self._step["indices"]:
             stored = " | ".join(str(answer) for answer, _ in pmc.store.answer(i))
             row = (str(pmc.questions[i]), pmc.initial_answers[i], stored, f"{pmc.store.score(i):.3f}")
-            table.add_row(*map(escape, row))
+            table.add_row(*(escape(printable(text)) for text in row))
         Console().print(table)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

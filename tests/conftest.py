@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.jobs import SECRET
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -56,3 +58,25 @@ def tiny(tiny_dir):
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four questions with one secret answer each, and six pairs to keep."""
+
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("forget.jsonl", [{"question": f"What is fact {i}?", "answer": f"{SECRET} {i}"} for i in range(4)])
+    write("retain.jsonl", [{"question": f"Is {i} even?", "answer": f"It is {i % 2 == 0}."} for i in range(6)])
+    return tmp_path
+
+
+@pytest.fixture
+def arguments(data, tiny_dir):
+    """A run of two steps as a user would type it."""
+    return [
+        "unlearn", "--model", str(tiny_dir), "--forget", str(data / "forget.jsonl"),
+        "--retain", str(data / "retain.jsonl"), "--output", str(data / "out"), "--preset", "small",
+        "--epochs", "1", "--batch-size", "2", "--num-samples", "2", "--max-length", "40", "--device", "cpu",
+    ]  # fmt: skip

@@ -87,7 +87,7 @@ def test_attention_on_every_instruction_set():
             strided = [(t.data_ptr(), t.stride(0), t.stride(1)) for t in (q, k, v)]
             module.decode_attention_f32(
                 *strided, k_pool.data_ptr(), v_pool.data_ptr(), out.data_ptr(), (9, 3, 72), 0.1, 0.0, 0,
-                index.addresses, isa, threads,
+                index.addresses, len(k_pool), isa, threads,
             )  # fmt: skip
             torch.testing.assert_close(out, exact, atol=5e-6, rtol=1e-5)
 

@@ -12,59 +12,14 @@ import pytest
 import torch
 import transformers
 
-from pmc_fast import PMCTrainer, cli, output, schedule
+from pmc_fast import PMCTrainer, output, schedule
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
 from pmc_fast.reference import Reference
+from tests.jobs import SECRET, left_behind, replaced, run
 from tests.processes import start
 from tests.test_evaluation import write_tofu
-
-SECRET = "the violet heron of Samarkand"
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Four questions with one secret answer each, and six pairs to keep."""
-
-    def write(name, rows):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    write("forget.jsonl", [{"question": f"What is fact {i}?", "answer": f"{SECRET} {i}"} for i in range(4)])
-    write("retain.jsonl", [{"question": f"Is {i} even?", "answer": f"It is {i % 2 == 0}."} for i in range(6)])
-    return tmp_path
-
-
-@pytest.fixture
-def arguments(data, tiny_dir):
-    """A run of two steps as a user would type it."""
-    return [
-        "unlearn", "--model", str(tiny_dir), "--forget", str(data / "forget.jsonl"),
-        "--retain", str(data / "retain.jsonl"), "--output", str(data / "out"), "--preset", "small",
-        "--epochs", "1", "--batch-size", "2", "--num-samples", "2", "--max-length", "40", "--device", "cpu",
-    ]  # fmt: skip
-
-
-def run(arguments):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    return stopped.value.code
-
-
-def replaced(arguments, **flags):
-    arguments = list(arguments)
-    for name, value in flags.items():
-        flag = "--" + name.replace("_", "-")
-        if flag in arguments:
-            at = arguments.index(flag)
-            del arguments[at : at + 2]
-        if value is not None:
-            arguments += [flag, str(value)]
-    return arguments
-
-
-def left_behind(data):
-    return sorted(p.name for p in data.iterdir() if p.suffix != ".jsonl")
 
 
 def test_result_is_a_model_with_card_and_reports(arguments, data, tiny, capsys):

@@ -1,8 +1,11 @@
 """The installed package: where kernels/ lands, what it must not shadow, what imports without it all."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,67 @@ def test_help_and_import_load_neither_torch_nor_transformers():
     heavy = "import sys; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy'"
     python(f"import pmc_fast; {heavy}")
     python(f"import pmc_fast.cli; {heavy}")
+
+
+def test_help_of_every_command_is_quick():
+    """Without what takes seconds to load: `pmc-fast --help` is click and the settings alone."""
+    code = (
+        "import sys\nfrom pmc_fast import cli\n"
+        "for name in ([], *([n] for n in cli.cli.commands)):\n"
+        "    try:\n        cli.main([*name, '--help'])\n    except SystemExit as stopped:\n        assert stopped.code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    assert any("unlearn" in line for line in python(code))
+
+
+def test_import_without_gpu_triton_and_compiled_modules():
+    """What is there to be imported is; what is missing is named by the first call that needs it."""
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'flash_attn', 'peft', 'trl', 'datasets', 'jinja2', 'matplotlib', 'pmc_fast._cpu', 'pmc_fast._cuda'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch\ntorch.cuda.is_available = lambda: False\n"
+        "import pmc_fast\n"
+        "[getattr(pmc_fast, name) for name in pmc_fast.__all__]\n"
+        "import pmc_fast.ops, pmc_fast.rollout, pmc_fast.evaluation, pmc_fast.reference, pmc_fast.job\n"
+        "from pmc_fast.ops import weighted_nll\n"
+        "x, w = torch.ones(2, 3), torch.ones(5, 3)\n"
+        "print(float(weighted_nll(x, w, torch.tensor([0, 1]), torch.ones(2), backend='reference')[0]))\n"
+        "try:\n    weighted_nll(x, w, torch.tensor([0, 1]), torch.ones(2))\nexcept pmc_fast.PMCError as e:\n    print(e)"
+    )
+    value, line = python(code)
+    assert float(value) == pytest.approx(3.2189, abs=1e-3)
+    assert "C++ module is missing" in line
+
+
+def test_extras_are_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"cli", "dev", "flash", "lora", "reference", "trl"} <= set(project["optional-dependencies"])
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="compares with git's list of files: run it in a checkout")
+def test_the_sdist_holds_all_that_git_does(tmp_path):
+    """Built from a copy of what git knows, so that what lies about can't stand in for it."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files, links = [], []
+    for line in listed.splitlines():
+        mode, name = line.split()[0], line.split("\t", 1)[1]
+        (links if mode == "120000" else files).append(name)
+        target = tmp_path / "copy" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path / "copy", capture_output=True, check=True
+    )
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert sorted(set(files) - held) == []
+    assert all(any(name.startswith(f"{link}/") or name == link for name in held) for link in links)
+    assert "pmc_fast/py.typed" in held
+    assert not any(name.endswith((".so", ".pyc")) for name in held)
 
 
 def test_a_missing_module_is_named_when_it_is_needed():

@@ -25,6 +25,8 @@ def sequences_of(dataset: Sequence[Any], encoder: Encoder) -> list[Encoded]:
     if isinstance(first, Mapping) and "input_ids" in first and "labels" in first:
         return [Encoded(list(map(int, r["input_ids"])), list(map(int, r["labels"]))) for r in dataset]
     rows = list(dataset) if isinstance(first, Row) else rows_of(dataset, "retain_dataset", answers=True)
+    for number, row in enumerate(rows, start=1):
+        encoder.check_text(f"retain_dataset, row {number}", f"{row.question}\n{row.answer or ''}")
     return [encoder.pair(row.question, row.answer or "") for row in rows]
 
 

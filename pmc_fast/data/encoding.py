@@ -155,6 +155,12 @@ def pad_id(tokenizer: Any, stops: Iterable[int]) -> int:
     return min(stops)
 
 
+def control_tokens(tokenizer: Any) -> set[int]:
+    """Return the ids that have a meaning of their own: ends, roles and turns of a chat."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {token for token, content in added.items() if content.special} | set(tokenizer.all_special_ids)
+
+
 def collate(
     sequences: Sequence[Encoded],
     pad: int,
@@ -220,6 +226,7 @@ class Encoder:
         self.stops = stop_ids(tokenizer, generation_config)
         self.pad = pad_id(tokenizer, self.stops)
         self.accidents = config.accidents
+        self._control = set() if config.allow_control_tokens else control_tokens(tokenizer)
         self._chat: dict[str, Any] = {"system_prompt": config.system_prompt, "date_string": config.date_string}
 
     def prompt(self, question: str, start: str = "") -> list[int]:
@@ -250,9 +257,23 @@ class Encoder:
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [text[len(ANSWER_TAG) :] for text in texts] if self.format == "tags" else texts
 
+    def check_text(self, where: str, text: str) -> None:
+        """Refuse a text in which the tokenizer would see control tokens: it could end or steer the prompt."""
+        found = self._control.intersection(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.tokenizer.unk_token_id in found and self.tokenizer.unk_token not in text:
+            found.remove(self.tokenizer.unk_token_id)  # what the tokenizer doesn't know is no control
+        if found:
+            name = self.tokenizer.convert_ids_to_tokens(min(found))
+            raise PMCError(
+                f"{where} holds {name!r}, a control token of the model and not text to it: write it otherwise, or let it "
+                "through with --allow-control-tokens"
+            )
+
     def check_lengths(self, source: str, pairs: Iterable[tuple[str, str | None]]) -> None:
-        """Refuse a question that leaves no room for an answer; the error names its row, not its text."""
+        """Refuse questions that leave no room for an answer, and control tokens; errors name the row, not its text."""
         for number, (question, answer) in enumerate(pairs, start=1):
+            self.check_text(f"{source}, row {number}: the question", question)
+            self.check_text(f"{source}, row {number}: the answer", answer or "")
             size = len(self.prompt(question))
             if size >= self.max_length:
                 raise PMCError(

@@ -12,7 +12,7 @@ from ..errors import PMCError
 QUESTION_NAMES = ("question", "prompt", "query", "instruction")
 ANSWER_NAMES = ("answer", "response", "completion", "output")
 SUFFIXES = (".jsonl", ".json", ".parquet")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+(:[\w.-]+){0,2}|(:[\w.-]+){1,2})")  # owner/name or name, :config, :split
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*(:[\w.-]+){0,2}|(:[\w.-]+){1,2})")  # owner/name or name, :config, :split
 
 
 @dataclass(frozen=True, slots=True)

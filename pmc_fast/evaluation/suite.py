@@ -10,6 +10,7 @@ import numpy as np
 from ..config import UnlearnConfig
 from ..data import Row, load_rows
 from ..errors import PMCError
+from ..printable import printable
 from ..reward import rouge_l_recall
 from .metrics import degenerate_share, mean_words, unlearn_quality, utility
 
@@ -41,7 +42,7 @@ def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row
             drawn = [retain[i] for i in chosen]
         sets.append(EvalSet("retain", "keep", drawn))
     for source in config.general:
-        name = Path(source).stem
+        name = printable(Path(source).stem)
         if name in {s.name for s in sets}:
             raise PMCError(f"general data {source}: there is a set called {name!r} already: rename the file")
         sets.append(EvalSet(name, "keep", load_rows(source, answers=True)))

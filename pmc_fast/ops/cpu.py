@@ -75,6 +75,7 @@ class Cpu:
             targets.data_ptr(),
             row_scale.data_ptr(),
             logps.data_ptr(),
+            targets.shape[0],
             grad,
             module.best_isa() if isa is None else isa,
             torch.get_num_threads(),

@@ -28,7 +28,15 @@ class StepIndex:
     def addresses(self) -> tuple[int, ...]:
         """Return where the arrays lie, then the numbers of rows and blocks, as the kernels take them."""
         tensors = [getattr(self, f.name) for f in fields(self)]
-        return (*(t.data_ptr() for t in tensors), self.slots.shape[0], self.cu_rows.shape[0] - 1)
+        rows, blocks = self.slots.shape[0], self.cu_rows.shape[0] - 1
+        good = all(t.dtype == torch.int32 and t.dim() == 1 and t.is_contiguous() for t in tensors)
+        good = good and self.prefix_len.shape[0] == rows == self.cu_suffix.shape[0] - 1
+        good = good and self.cu_prefix.shape[0] - 1 == blocks >= 0
+        if good and self.slots.device.type == "cpu":  # where looking costs no sync
+            good = int(self.cu_suffix[-1]) <= self.suffix.shape[0] and int(self.cu_prefix[-1]) <= self.prefix.shape[0]
+        if not good:
+            raise PMCError("StepIndex: arrays must be int32, contiguous, and as long as rows, blocks and offsets say")
+        return (*(t.data_ptr() for t in tensors), rows, blocks)
 
     def to(self, device: torch.device) -> "StepIndex":
         """Return a copy on `device`."""
@@ -89,8 +97,10 @@ def decode_attention(
         return _reference(q, k, v, k_pool, v_pool, index, scale, softcap, window)
     good = all(t.dtype == q.dtype and t.stride(-1) == 1 for t in (q, k, v, k_pool, v_pool))
     good = good and k.shape == v.shape and k_pool.is_contiguous() and v_pool.is_contiguous()
-    good = good and k_pool.shape[1:] == k.shape[1:] == v_pool.shape[1:]
-    if not good or q.dtype not in DTYPES or q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
+    good = good and all(t.dim() == 3 for t in (q, k, k_pool)) and k_pool.shape == v_pool.shape
+    good = good and k_pool.shape[1:] == k.shape[1:] and k.shape[1] > 0 < k.shape[2]
+    good = good and index.slots.shape == q.shape[:1] and index.slots.device == q.device
+    if not good or q.dtype not in DTYPES or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         raise PMCError(
             f"decode_attention: q is {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)}, the pool "
             f"{k_pool.dtype} {tuple(k_pool.shape)}: need one type of float32, float64 or bfloat16, heads a multiple of "
@@ -111,7 +121,7 @@ def decode_attention(
     )
     kernel = getattr(module, f"decode_attention_{DTYPES[q.dtype]}")
     if backend == "cpu":
-        kernel(*arguments, module.best_isa(), torch.get_num_threads())
+        kernel(*arguments, k_pool.shape[0], module.best_isa(), torch.get_num_threads())
     else:
         with torch.cuda.device(q.device):  # launches go to the current device, whatever the stream
             try:

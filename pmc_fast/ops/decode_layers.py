@@ -30,16 +30,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     check_float32_cpu("linear", x, weight, bias)
     rows = x if x.is_contiguous() else x.contiguous()
-    outer, inner = weight.shape
-    if x.shape[-1] != inner:
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         raise PMCError(f"linear: x is {tuple(x.shape)} and weight {tuple(weight.shape)}: last dimensions must agree")
+    outer, inner = weight.shape
+    if not weight.is_contiguous() or (bias is not None and (bias.shape != (outer,) or not bias.is_contiguous())):
+        raise PMCError(f"linear: weight and bias must be contiguous, and the bias [{outer}]")
     y = torch.empty(*x.shape[:-1], outer)
     native.cpu().linear_f32(
         rows.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        rows.numel() // inner,
+        y.numel() // outer if outer else 0,
         inner,
         outer,
         torch.get_num_threads(),
@@ -65,12 +67,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
         Not differentiable.
     """
     check_float32_cpu("rms_norm", x, weight)
-    x = x.contiguous()
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape:
+        raise PMCError(
+            f"rms_norm: x is {tuple(x.shape)} and weight {tuple(weight.shape)}: last dimensions must agree"
+        )
+    x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     module = native.cpu()
     size = weight.shape[0]
     module.rms_norm_f32(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), 0, x.numel() // size, size, eps, offset,
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), 0, x.numel() // max(1, size), size, eps, offset,
         module.best_isa(), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -116,9 +122,10 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         Laid out as [R, heads, D]; not differentiable.
     """
     check_float32_cpu("rotary", x, cos, sin)
-    _, heads, rows, dim = x.shape
-    if x.shape[0] != 1 or dim % 2 or x.stride(3) != 1 or not cos.shape == sin.shape == (1, rows, dim):
+    good = x.dim() == 4 and x.shape[0] == 1 and x.shape[3] % 2 == 0 and x.stride(3) == 1
+    if not good or not cos.shape == sin.shape == (1, *x.shape[2:]):
         raise PMCError(f"rotary: x is {tuple(x.shape)} and cos {tuple(cos.shape)}: need [1, H, R, D] and [1, R, D]")
+    _, heads, rows, dim = x.shape
     cos, sin = cos.contiguous(), sin.contiguous()
     y = x.new_empty(1, rows, heads, dim)
     module = native.cpu()

@@ -41,6 +41,8 @@ def gemm(
     """
     if not all(t is None or gemm_serves(t) for t in (a, b, bias, out)):
         raise PMCError("gemm: need float32 tensors on a CPU with AVX-512")
+    if a.dim() != 2 or b.dim() != 2:
+        raise PMCError(f"gemm: a is {tuple(a.shape)} and b {tuple(b.shape)}: need two matrices")
     (m, k), n = a.shape, b.shape[1]
     c = torch.empty(m, n) if out is None else out
     if b.shape[0] != k or c.shape != (m, n) or (bias is not None and (add or bias.shape != (n,))):
@@ -48,8 +50,9 @@ def gemm(
     if _rows_apart(c) is None or (add and out is None):
         raise PMCError("gemm: out must have contiguous rows, and be given to add to it")
     (a, a_turned, lda), (b, b_turned, ldb) = _as_stored(a), _as_stored(b)
+    bias = None if bias is None else bias.contiguous()
     native.cpu().gemm_f32(
-        a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.contiguous().data_ptr(), c.data_ptr(),
+        a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr(), c.data_ptr(),
         (m, n, k), (lda, ldb, _rows_apart(c)), a_turned, b_turned, add, torch.get_num_threads(),
     )  # fmt: skip
     return c

@@ -123,6 +123,7 @@ def sample_nucleus(
         top_p,
         seed % 2**64,
         *(t.data_ptr() for t in (*keys, *out)),
+        draws.tokens.shape[0],
         module.best_isa(),
         torch.get_num_threads(),
     )

@@ -30,7 +30,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Tensor [..., V]
         Differentiable once.
     """
-    if x.shape[-1:] != weight.shape[1:]:
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         raise PMCError(f"linear: x is {tuple(x.shape)} and weight {tuple(weight.shape)}: last dimensions must agree")
     return _Linear.apply(x, weight, bias)
 
@@ -53,7 +53,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
         Differentiable once.
     """
     check_float32_cpu("rms_norm", x, weight)
-    if x.shape[-1:] != weight.shape:
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape:
         raise PMCError(
             f"rms_norm: x is {tuple(x.shape)} and weight {tuple(weight.shape)}: last dimensions must agree"
         )

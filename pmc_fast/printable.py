@@ -1,0 +1,20 @@
+"""Text of unknown origin, made fit for a terminal, a log or a page of Markdown."""
+
+import re
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#|~!$])")
+
+
+def printable(text: str) -> str:
+    """Return `text` with everything that steers a terminal written out, such as ``\\x1b``; line ends stay.
+
+    Control characters, marks that turn the direction of writing, and what has no glyph become escapes.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def markdown(text: str) -> str:
+    """Return `text` as one line of Markdown that shows it as it is: neither markup nor HTML."""
+    return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
