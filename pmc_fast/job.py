@@ -239,7 +239,7 @@ def _known_forgotten(plan: Plan, loaded: models.LoadedModel) -> skip.KnownForgot
     c, ranks = plan.config, Ranks()
     directory = _checkpoints(c) if c.resume in ("", "auto") else Path(c.resume).parent
     about = (c, plan.forget, plan.paraphrases)
-    found = skip.remembered(directory, *about) if c.resume else None
+    found = ranks.gather(skip.remembered(directory, *about) if c.resume else None)[0]  # the first one's files count
     if found is None:
         engine = SharedEngine(RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype), ranks)
         encoder = Encoder(plan.tokenizer, c, None if c.accidents else loaded.model.generation_config)

@@ -17,11 +17,9 @@ from .ops import row_scales
 from .packed_pass import PackedPass, causal_lm
 from .ranks import Ranks
 from .reward import Reward, rouge_l_recall
-from .rollout import RolloutEngine
+from .rollout import RolloutEngine, add_counters
 from .steps import Loss, Retain, Step
 from .store import BestStore
-
-PEAKS = ("peak_slots", "pool_bytes")  # of a process: over several the largest, where other counters add up
 
 
 class PMC:
@@ -153,8 +151,7 @@ class PMC:
         total: dict[str, float] = {}
         for theirs, counted in self.ranks.gather(self._sample(self.ranks.share(asked))):
             found |= theirs
-            for name, n in counted.items():
-                total[name] = max(total.get(name, 0.0), n) if name in PEAKS else total.get(name, 0.0) + n
+            add_counters(total, counted)
         for i in asked:
             self.store.offer(i, *found[i])
         return total

@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import checkpoint
-from .config import PMCConfig, UnlearnConfig
+from .config import UnlearnConfig
 from .data import Encoder, Row, load_rows
 from .errors import PMCError
 from .evaluation import (
@@ -184,6 +184,5 @@ def remember(
 
 
 def _digest(config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[str | None]) -> str:
-    names = [*(f.name for f in fields(PMCConfig)), "skip_threshold", "leak_threshold", "model"]
     rows = [[row.question, row.answer, other] for row, other in zip(forget, paraphrases, strict=True)]
-    return checkpoint.digest([rows, {name: getattr(config, name) for name in names}])
+    return checkpoint.digest([rows, config.algorithm(), config.skip_threshold, config.leak_threshold, config.model])

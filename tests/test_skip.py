@@ -115,13 +115,19 @@ def test_shared_rollouts_are_the_whole_ones():
 
     def engine(prompts, *, drafts, num_samples):
         assert drafts == [[p] for p in prompts]
-        return Rollouts([[[*p, n] for n in range(num_samples)] for p in prompts], [], [], [], {"rows": len(prompts)})
+        return Rollouts(
+            [[[*p, n] for n in range(num_samples)] for p in prompts],
+            [],
+            [],
+            [],
+            {"rows": len(prompts), "peak_slots": 7},
+        )
 
     prompts = [[1], [2], [3], [4], [5]]
-    told = {1: ({1: [[2, 0], [2, 1]], 3: [[4, 0], [4, 1]]}, {"rows": 2})}
+    told = {1: ({1: [[2, 0], [2, 1]], 3: [[4, 0], [4, 1]]}, {"rows": 2, "peak_slots": 9})}
     made = SharedEngine(engine, Ranks(0, told))(prompts, drafts=[[p] for p in prompts], num_samples=2)
     assert made.tokens == [[[p, 0], [p, 1]] for p in (1, 2, 3, 4, 5)]
-    assert made.counters == {"rows": 5}
+    assert made.counters == {"rows": 5, "peak_slots": 9}
 
 
 @pytest.fixture

@@ -1,10 +1,18 @@
 """One rollout, shared out over the processes of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..ranks import Ranks
 from .engine import RolloutEngine, Rollouts
+
+PEAKS = ("peak_slots", "pool_bytes")  # of a process: over several the largest, where other counters add up
+
+
+def add_counters(total: dict[str, float], counted: Mapping[str, float]) -> None:
+    """Add one process's counters to those of others."""
+    for name, n in counted.items():
+        total[name] = max(total.get(name, 0), n) if name in PEAKS else total.get(name, 0) + n
 
 
 class SharedEngine:
@@ -30,8 +38,9 @@ class SharedEngine:
         own = None if drafts is None else [drafts[i] for i in mine]
         made = self.engine([prompts[i] for i in mine], drafts=own, **how)
         found: dict[int, list[list[int]]] = {}
-        counters: dict[str, int] = {}
+        counters: dict[str, float] = {}
         for tokens, counted in self.ranks.gather((dict(zip(mine, made.tokens, strict=True)), made.counters)):
             found |= tokens
-            counters = {name: counters.get(name, 0) + n for name, n in counted.items()}
-        return Rollouts([found[i] for i in range(len(prompts))], [], [], [], counters)
+            add_counters(counters, counted)
+        whole = {name: int(n) for name, n in counters.items()}
+        return Rollouts([found[i] for i in range(len(prompts))], [], [], [], whole)
