@@ -18,6 +18,7 @@ Runs are added to results/compare_methods.json one by one; a run that is there i
 
 import argparse
 import dataclasses
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,7 +123,8 @@ class TimedRun(Run):
 
     def run(self) -> dict[str, Any]:
         self.train()
-        self.evaluate(len(self.history))
+        if not self.curve or self.curve[-1]["step"] != len(self.history):
+            self.evaluate(len(self.history))
         if self.plan.attack:
             self.curve[-1]["leakage"] = self.attack()
         self.lock.close()
@@ -200,6 +202,7 @@ def main() -> None:
         fresh.append(plan)
         print(f"{plan.method} {plan.setting}, seed {plan.seed}, {plan.budget:.0f} s", flush=True)
         result = TimedRun(plan).run()
+        gc.collect()  # a run refers to itself: its model would stay until memory is short
         results = measured(o.json)  # read now: another process may have added a run
         old = plan.find(results)
         harness.write(o.json, "compare_methods", [*(r for r in results if r is not old), result], facts=facts)

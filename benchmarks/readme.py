@@ -233,10 +233,16 @@ def runs_table(suites: Suites) -> str:
 
 
 def drop_ins_table(suites: Suites) -> str:
-    runs = [r for r in suites.results("end_to_end") if r["method"] not in end_to_end.COMPARED or r["method"] == "pmc_fast"]
+    runs = [
+        r for r in suites.results("end_to_end") if r["method"] not in end_to_end.COMPARED or r["method"] == "pmc_fast"
+    ]
     seeds = {r["seed"] for r in runs if r["method"] != "pmc_fast"}
     runs = [r for r in runs if r["seed"] in seeds]
-    return end_to_end.table(runs) if runs else "Not measured yet: `python -m benchmarks.end_to_end --methods plain trl open_unlearning`."
+    return (
+        end_to_end.table(runs)
+        if runs
+        else "Not measured yet: `python -m benchmarks.end_to_end --methods plain trl open_unlearning`."
+    )
 
 
 def _compared(make: Callable[[list[dict[str, Any]]], str]) -> Callable[[Suites], str]:
