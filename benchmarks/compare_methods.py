@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from pmc_fast.data import Encoder
+from pmc_fast.errors import NotFiniteError
 from pmc_fast.evaluation import evaluate, greedy_answers, sampling_attack, summarize
 from pmc_fast.schedule import Schedule, micro_batches
 
@@ -122,16 +123,21 @@ class TimedRun(Run):
             self.on_step({"step": step, "loss": loss.item()})
 
     def run(self) -> dict[str, Any]:
-        self.train()
-        if not self.curve or self.curve[-1]["step"] != len(self.history):
-            self.evaluate(len(self.history))
-        if self.plan.attack:
-            self.curve[-1]["leakage"] = self.attack()
+        diverged = None
+        try:
+            self.train()
+            if not self.curve or self.curve[-1]["step"] != len(self.history):
+                self.evaluate(len(self.history))
+            if self.plan.attack:
+                self.curve[-1]["leakage"] = self.attack()
+        except NotFiniteError as error:  # gradient ascent may end there: that is a result too
+            diverged = str(error)
+            print(f"  diverged: {diverged}", flush=True)
         self.lock.close()
         return {
             "method": self.method, "setting": self.plan.setting, "seed": self.config.seed, "budget_s": self.plan.budget,
-            "seconds": self.seconds, "steps": len(self.history), "curve": self.curve, "history": self.history,
-            "commit": harness.commit(),
+            "seconds": self.seconds, "steps": len(self.history), "diverged": diverged, "curve": self.curve,
+            "history": self.history, "commit": harness.commit(),
         }  # fmt: skip
 
     def attack(self) -> dict[str, Any]:
