@@ -18,6 +18,7 @@ Runs are added to results/compare_methods.json one by one; a run that is there i
 
 import argparse
 import dataclasses
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from pmc_fast.data import Encoder
+from pmc_fast.errors import NotFiniteError
 from pmc_fast.evaluation import evaluate, greedy_answers, sampling_attack, summarize
 from pmc_fast.schedule import Schedule, micro_batches
 
@@ -42,7 +44,8 @@ GRIDS: dict[str, list[dict[str, float]]] = {
     "retain_only": [{"learning_rate": lr} for lr in (1e-5, 5e-5)],
 }  # fmt: skip
 RETAIN_WEIGHTS = (0.5, 1.25, 3.0)
-POINTS = (0.1, 0.2, 0.35, 0.5, 0.75)  # shares of the budget at which a run is evaluated; and at its end
+POINTS = (0.1, 0.2, 0.35, 0.5, 0.75)  # shares of the budget at which seed 0 is evaluated; and every run at its end
+FEW_POINTS = (0.2, 0.5)  # the other seeds
 ATTACK: dict[str, Any] = {"num_samples": 100, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}
 ATTACK_LENGTH = 100  # tokens of prompt and answer; no forget question and its truth take more than 76
 ATTACK_SECONDS = 60.0  # guessed: a model that has forgotten shares less and babbles more
@@ -120,15 +123,21 @@ class TimedRun(Run):
             self.on_step({"step": step, "loss": loss.item()})
 
     def run(self) -> dict[str, Any]:
-        self.train()
-        self.evaluate(len(self.history))
-        if self.plan.attack:
-            self.curve[-1]["leakage"] = self.attack()
+        diverged = None
+        try:
+            self.train()
+            if not self.curve or self.curve[-1]["step"] != len(self.history):
+                self.evaluate(len(self.history))
+            if self.plan.attack:
+                self.curve[-1]["leakage"] = self.attack()
+        except NotFiniteError as error:  # gradient ascent may end there: that is a result too
+            diverged = str(error)
+            print(f"  diverged: {diverged}", flush=True)
         self.lock.close()
         return {
             "method": self.method, "setting": self.plan.setting, "seed": self.config.seed, "budget_s": self.plan.budget,
-            "seconds": self.seconds, "steps": len(self.history), "curve": self.curve, "history": self.history,
-            "commit": harness.commit(),
+            "seconds": self.seconds, "steps": len(self.history), "diverged": diverged, "curve": self.curve,
+            "history": self.history, "commit": harness.commit(),
         }  # fmt: skip
 
     def attack(self) -> dict[str, Any]:
@@ -156,22 +165,24 @@ def full_plans(
     best = {method: chosen(results, method, budget) or {} for method in methods}
     for seed in seeds:
         for method in methods:
-            yield Plan(method, best[method], seed, budget, POINTS, attack=True)
+            yield Plan(method, best[method], seed, budget, FEW_POINTS if seed else POINTS, attack=True)
     for weight in RETAIN_WEIGHTS if "pmc" in methods else ():
         yield Plan("pmc", best["pmc"] | {"retain_weight": weight}, 0, budget, POINTS, attack=True)
 
 
 def estimate(methods: Sequence[str], seeds: Sequence[int], budget: float, grid_only: bool, evaluation: float) -> str:
     """Return what a whole run will take, in words."""
-    grid = sum(len(GRIDS[m]) for m in methods)
-    full = 0 if grid_only else len(methods) * len(seeds) + (len(RETAIN_WEIGHTS) - 1) * ("pmc" in methods)
-    clock = grid * budget * GRID_SHARE + full * budget
-    asked = evaluation * (grid + full * (len(POINTS) + 1))
-    attacks = ATTACK_SECONDS * full
+    short = [plan for method in methods for plan in grid_plans(method, budget)]
+    full = [] if grid_only else list(full_plans(methods, seeds, budget, []))
+    if full and "pmc" in methods and 0 in seeds:
+        full.pop()  # one of the retain weights is the chosen one
+    training = sum(plan.budget for plan in short + full)
+    asked = evaluation * sum(len(plan.points) + 1 for plan in short + full)
+    attacks = ATTACK_SECONDS * len(full)
     return (
-        f"{grid} grid runs of {budget * GRID_SHARE:.0f} s and {full} of {budget:.0f} s: {clock / 60:.0f} min of training, "
-        f"about {asked / 60:.0f} min of evaluations and {attacks / 60:.0f} min of attacks, "
-        f"{(clock + asked + attacks) / 60:.0f} min in all if nothing has been measured"
+        f"{len(short)} grid runs of {budget * GRID_SHARE:.0f} s and {len(full)} of {budget:.0f} s: {training / 60:.0f} min of "
+        f"training, about {asked / 60:.0f} min of evaluations and {attacks / 60:.0f} min of attacks: "
+        f"{(training + asked + attacks) / 60:.0f} min in all, less what has been measured"
     )
 
 
@@ -197,6 +208,7 @@ def main() -> None:
         fresh.append(plan)
         print(f"{plan.method} {plan.setting}, seed {plan.seed}, {plan.budget:.0f} s", flush=True)
         result = TimedRun(plan).run()
+        gc.collect()  # a run refers to itself: its model would stay until memory is short
         results = measured(o.json)  # read now: another process may have added a run
         old = plan.find(results)
         harness.write(o.json, "compare_methods", [*(r for r in results if r is not old), result], facts=facts)

@@ -20,8 +20,9 @@ def grid_runs(results: Sequence[Result], method: str, budget: float) -> list[Res
 
 
 def chosen(results: Sequence[Result], method: str, budget: float) -> dict[str, float] | None:
-    """Return the setting of a method's best grid run; None where the grid has not been run."""
-    return max(grid_runs(results, method, budget), key=harmonic, default={"setting": None})["setting"]
+    """Return the setting of a method's best grid run that did not diverge; None where there is none."""
+    runs = sound(grid_runs(results, method, budget))
+    return max(runs, key=harmonic)["setting"] if runs else None
 
 
 def final_runs(results: Sequence[Result], method: str, budget: float) -> list[Result]:
@@ -29,6 +30,10 @@ def final_runs(results: Sequence[Result], method: str, budget: float) -> list[Re
     setting = chosen(results, method, budget)
     runs = [r for r in results if (r["method"], r["setting"], r["budget_s"]) == (method, setting, budget)]
     return sorted(runs, key=lambda r: r["seed"])
+
+
+def sound(runs: Sequence[Result]) -> list[Result]:
+    return [r for r in runs if not r["diverged"]]
 
 
 def retain_weight_runs(results: Sequence[Result], budget: float) -> list[Result]:
@@ -74,20 +79,22 @@ def table(results: Sequence[Result]) -> str:
     """Return the chosen settings' ends: means over the seeds, with the range in brackets."""
     budget = full_budget(results)
     lines = [
-        f"| {budget:.0f} s of | setting | steps | {' | '.join(COLUMNS)} |",
-        "|---|---|---:|" + "---:|" * len(COLUMNS),
+        f"| after {budget:.0f} s | setting | seeds | steps | {' | '.join(COLUMNS)} |",
+        "|---|---|---|---:|" + "---:|" * len(COLUMNS),
     ]
 
-    def line(label: str, how: str, runs: Sequence[Result]) -> None:
+    def line(label: str, how: str, seeds: str, runs: Sequence[Result]) -> None:
         steps = sum(r["steps"] for r in runs) / len(runs)
         ends = [r["curve"][-1] for r in runs]
-        lines.append(f"| {label} | {how} | {steps:.0f} | {' | '.join(cell(name, ends) for name in COLUMNS)} |")
+        lines.append(f"| {label} | {how} | {seeds} | {steps:.0f} | {' | '.join(cell(n, ends) for n in COLUMNS)} |")
 
     if untouched := [r for r in results if r["budget_s"] == 0]:
-        line("before", "", untouched)
+        line("before", "", "", untouched)
     for method, label in LABELS.items():
-        if runs := final_runs(results, method, budget):
-            line(label, words(runs[0]["setting"]), runs)
+        runs = final_runs(results, method, budget)
+        if kept := sound(runs):
+            lost = f", {len(runs) - len(kept)} diverged" if len(kept) < len(runs) else ""
+            line(label, words(kept[0]["setting"]), ", ".join(str(r["seed"]) for r in kept) + lost, kept)
     return "\n".join(lines)
 
 
@@ -96,32 +103,32 @@ def grid_table(results: Sequence[Result]) -> str:
     budget = full_budget(results)
     names = ("unlearn quality", "utility", "R(retain)", "words an answer", "under 3 words", "repeated words")
     lines = [
-        f"| {budget * GRID_SHARE:.0f} s of | setting | steps | {' | '.join(names)} |",
+        f"| after {budget * GRID_SHARE:.0f} s | setting | steps | {' | '.join(names)} |",
         "|---|---|---:|" + "---:|" * len(names),
     ]
     for method, label in LABELS.items():
         best = chosen(results, method, budget)
         for r in grid_runs(results, method, budget):
             how = words(r["setting"])
-            cells = " | ".join(cell(name, [r["curve"][-1]]) for name in names)
-            lines.append(f"| {label} | {f'**{how}**' if r['setting'] == best else how} | {r['steps']} | {cells} |")
+            cells = ["diverged"] * len(names) if r["diverged"] else [cell(n, [r["curve"][-1]]) for n in names]
+            marked = f"**{how}**" if r["setting"] == best else how
+            lines.append(f"| {label} | {marked} | {r['steps']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def retain_weight_table(results: Sequence[Result]) -> str:
     """Return PMC's utility against its retain weight: the lowest on the way, and the end."""
-    runs = retain_weight_runs(results, full_budget(results))
-    start = next((r["curve"][-1]["utility"] for r in results if r["budget_s"] == 0), None)
+    runs = sound(retain_weight_runs(results, full_budget(results)))
+    start = next((f"{r['curve'][-1]['utility']:.1f}" for r in results if r["budget_s"] == 0), "-")
     lines = [
         "| retain weight | utility before | lowest on the way | at | at the end | R(retain) | unlearn quality |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in runs:
         low, end = min(r["curve"], key=lambda p: p["utility"]), r["curve"][-1]
-        before = "-" if start is None else f"{start:.1f}"
         lines.append(
-            f"| {r['setting']['retain_weight']:g} | {before} | {low['utility']:.1f} | {low['seconds']:.0f} s "
-            f"| {end['utility']:.1f} | {cell('R(retain)', [end])} | {end['unlearn_quality']:.1f} |"
+            f"| {r['setting']['retain_weight']:g} | {start} | {low['utility']:.1f} | {low['seconds']:.0f} s "
+            f"| {end['utility']:.1f} | {cell('R(retain)', [end])} | {cell('unlearn quality', [end])} |"
         )
     return "\n".join(lines)
 
@@ -134,42 +141,50 @@ def words(setting: dict[str, float]) -> str:
 # --- plot
 
 COLORS = {"pmc": "C0", "grad_diff": "C1", "npo": "C2", "retain_only": "C7"}
+SHADES = ("C9", "C0", "navy", "C4", "C5")  # of retain weights
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Draw quality and utility against time, utility against leakage, and the retain weight's effect."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     budget = full_budget(results)
     start = [r["curve"][-1] | {"seconds": 0.0} for r in results if r["budget_s"] == 0]
     figure = Figure(figsize=(9, 7), layout="constrained")
-    (quality, useful), (pareto, weights) = figure.subplots(2, 2)
+    (quality, useful), (leaks, weights) = figure.subplots(2, 2)
 
     def curve(axes: Any, run: Result, key: str, **how: Any) -> None:
         points = start + run["curve"]
-        axes.plot([p["seconds"] for p in points], [p[key] for p in points], marker="o", markersize=2.5, **how)
+        axes.plot([p["seconds"] for p in points], [p[key] for p in points], marker="o", markersize=3, **how)
 
+    for p in start:
+        leaks.scatter(p["leakage"]["worst"]["value"], p["utility"], color="black", marker="x", zorder=3)
+        for axes, key in ((quality, "unlearn_quality"), (useful, "utility"), (weights, "utility")):
+            axes.axhline(p[key], color="black", linewidth=1, linestyle=":", label="before")
     for method, color in COLORS.items():
-        for i, run in enumerate(final_runs(results, method, budget)):
+        for i, run in enumerate(sound(final_runs(results, method, budget))):
             how = {"color": color, "alpha": 0.4 if i else 1.0, "label": None if i else LABELS[method]}
             curve(quality, run, "unlearn_quality", **how)
             curve(useful, run, "utility", **how)
             end = run["curve"][-1]
-            pareto.scatter(
-                end["leakage"]["worst"]["value"], end["utility"], s=60 * end["unlearn_quality"] / 100, **how
-            )
-    for p in start:
-        pareto.scatter(p["leakage"]["worst"]["value"], p["utility"], color="black", marker="x", label="before")
-        for axes, key in ((quality, "unlearn_quality"), (useful, "utility"), (weights, "utility")):
-            axes.axhline(p[key], color="black", linewidth=0.8, linestyle=":", label="before")
-    for i, run in enumerate(retain_weight_runs(results, budget)):
-        curve(weights, run, "utility", color=f"C{i + 3}", label=f"PMC, lambda {run['setting']['retain_weight']:g}")
-    quality.set(xlabel="wall time (s)", ylabel="unlearn quality (0-100)")
-    useful.set(xlabel="wall time (s)", ylabel="utility (0-100)")
-    pareto.set(xlabel="leakage: mean over questions of the worst of 100 samples", ylabel="utility (0-100)")
-    weights.set(xlabel="wall time (s)", ylabel="utility (0-100)")
-    for axes in (quality, useful, pareto, weights):
+            leaks.scatter(end["leakage"]["worst"]["value"], end["utility"], s=36, **how)
+    for shade, run in zip(SHADES, sound(retain_weight_runs(results, budget)), strict=False):
+        curve(weights, run, "utility", color=shade, label=f"lambda {run['setting']['retain_weight']:g}")
+    titles = (
+        "unlearn quality (0-100)",
+        "utility (0-100)",
+        "utility against leakage",
+        "PMC's utility by retain weight",
+    )
+    for axes, title in zip((quality, useful, leaks, weights), titles, strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("wall time (s)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    leaks.set(xlabel="mean over questions of the worst of 100 samples", ylabel="utility (0-100)")
+    weights.legend(frameon=False, fontsize=8)
+    handles, labels = quality.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=5, loc="outside upper center", fontsize=9)
+    with rc_context({"svg.hashsalt": "pmc_fast"}):  # the same picture, the same file
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -9,6 +9,16 @@ import pytest
 from . import harness
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--short", action="store_true", help="a third of the rounds, and fewer of the slow baselines")
+
+
+@pytest.fixture(scope="session")
+def short(request: pytest.FixtureRequest) -> bool:
+    """Whether all suites together are to take half an hour on two cores (`make bench`)."""
+    return bool(request.config.getoption("--short"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def machine_for_ourselves() -> Iterator[None]:
     """Hold the machine's benchmark lock for a whole suite: also what is not timed would disturb other benchmarks."""
@@ -17,17 +27,18 @@ def machine_for_ourselves() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def suite_results(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+def suite_results(request: pytest.FixtureRequest, short: bool) -> Iterator[list[dict[str, Any]]]:
     results: list[dict[str, Any]] = []
     yield results
     if results:
         suite = Path(request.node.fspath).stem.removeprefix("test_")
         path = harness.RESULTS / f"{suite}.json"
-        print(f"\nwrote {harness.write(path, suite, results, getattr(request.module, 'SEED', 0))}")
+        seed = getattr(request.module, "SEED", 0)
+        print(f"\nwrote {harness.write(path, suite, results, seed, {'short': True} if short else None)}")
 
 
 @pytest.fixture
-def contest(benchmark: Any, suite_results: list[dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def contest(benchmark: Any, suite_results: list[dict[str, Any]], short: bool) -> Callable[..., dict[str, Any]]:
     """Measure contestants against each other; the first is what the others' times are divided by."""
 
     def run(
@@ -39,6 +50,8 @@ def contest(benchmark: Any, suite_results: list[dict[str, Any]]) -> Callable[...
         memory: bool = True,
         **facts: Any,
     ) -> dict[str, Any]:
+        if short:
+            rounds, warmup = max(1, rounds // 3), min(warmup, 1)
         measured: list[dict[str, float]] = []
         for number in range(warmup):
             harness.time_round(contestants, number)

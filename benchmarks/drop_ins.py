@@ -1,6 +1,8 @@
 """The demo's whole run in other people's trainers, for `benchmarks.end_to_end`: the same settings, the same clock."""
 
+import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import transformers
 
 from pmc_fast import PMC
 from pmc_fast.config import PMCConfig
+from pmc_fast.data import Encoded
 from pmc_fast.schedule import Schedule, micro_batches
 
 from .runs import Clock, Run, optimizer_of, own_settings, prepared, training_arguments
@@ -64,32 +67,28 @@ def trl(run: Run) -> dict[str, Any]:
     return _trained(run, trainer.pmc, trainer.train, lambda: trainer.state.global_step)
 
 
-class _Pairs(torch.utils.data.Dataset[Any]):
-    """Forget rows, each with a retain row drawn at random, as OpenUnlearning's dataset gives them."""
+def stand_in() -> Any:
+    """Return the module of OpenUnlearning's data as the tests' stand-in has it."""
+    if str(STAND_IN) not in sys.path:
+        sys.path.insert(0, str(STAND_IN))
+    return importlib.import_module("data")
 
-    def __init__(self, forget: list[Any], retain: list[Any]) -> None:
-        self.forget, self.retain = forget, retain
 
-    def __len__(self) -> int:
-        return len(self.forget)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"forget": self.forget[i], "retain": self.retain[int(torch.randint(len(self.retain), (1,)))]}
+def items(sequences: Sequence[Encoded]) -> list[dict[str, torch.Tensor]]:
+    """Return encoded pairs as rows of that data."""
+    return [{"input_ids": torch.tensor(s.input_ids), "labels": torch.tensor(s.labels)} for s in sequences]
 
 
 def open_unlearning(run: Run) -> dict[str, Any]:
     """Run OpenUnlearning's handler in the stand-in, on padded batches in its Trainer's own order."""
-    sys.path.insert(0, str(STAND_IN))
-    from data import Collator  # type: ignore[import-not-found]
-
+    data = stand_in()
     from pmc_fast.integrations.open_unlearning import PMC as Handler
-
-    def items(rows: list[Any]) -> list[Any]:
-        pairs = [encoder.pair(row.question, row.answer or "") for row in rows]
-        return [{"input_ids": torch.tensor(p.input_ids), "labels": torch.tensor(p.labels)} for p in pairs]
 
     c = run.config
     encoder = PMC(run.model, run.tokenizer, PMCConfig(**own_settings(c)), ["?"]).encoder
+    forget, retain = (
+        items([encoder.pair(row.question, row.answer or "") for row in rows]) for rows in (run.forget, run.retain)
+    )
     own = ("num_samples", "temperature", "top_k", "top_p", "max_length")
     trainer = Handler(
         model=run.model, eval_dataset=None, processing_class=run.tokenizer, evaluators=None, template_args=None,
@@ -97,7 +96,7 @@ def open_unlearning(run: Run) -> dict[str, Any]:
             **training_arguments(run.config), remove_unused_columns=False, max_grad_norm=0.0, save_strategy="no",
             warmup_steps=Schedule.plan(c, len(run.forget)).steps_per_epoch,
         ),
-        train_dataset=_Pairs(items(run.forget), items(run.retain)), data_collator=Collator(run.tokenizer),
+        train_dataset=data.ForgetRetain(forget, retain), data_collator=data.Collator(run.tokenizer),
         alpha=c.retain_weight, **{name: getattr(c, name) for name in own},
     )  # fmt: skip
     trainer.add_callback(Clock(run))

@@ -11,6 +11,7 @@ Runs are added to results/end_to_end.json one by one; a run that is there is not
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -189,6 +190,7 @@ def main() -> None:
                 continue
             print(f"{method}, seed {seed}", flush=True)
             result = METHODS[method](demo_run(method, seed, arguments.epochs))
+            gc.collect()  # a run refers to itself: its model would stay until memory is short
             # read again: another process may have added a run
             others = [r for r in measured(RESULT) if (r["method"], r["seed"]) != (method, seed)]
             harness.write(RESULT, "end_to_end", [*others, result])

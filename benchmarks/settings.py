@@ -1,4 +1,4 @@
-"""A model with the two ways to get answers from it: our engine, and Hugging Face generate as users call it."""
+"""What suites share: a model with our way and Hugging Face's to get answers from it, and with a training step's parts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import transformers
 
+from pmc_fast import PMC
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import Encoded, Encoder, collate, load_rows
+from pmc_fast.reference import Reference
 from pmc_fast.rollout import RolloutEngine
 
 TOFU = "examples/tofu"
@@ -64,3 +66,41 @@ class Setting:
     def tokens(self, generated: list[list[int]]) -> int:
         stops = self.encoder.stops
         return sum(next((i + 1 for i, t in enumerate(ids) if t in stops), len(ids)) for ids in generated)
+
+
+class StepSetting:
+    """A model and a sampled step of the demo's questions: what is left is to train on it."""
+
+    def __init__(self, path: Path | str, count: int) -> None:
+        self.count = count
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.forget = load_rows(f"{TOFU}/forget20.jsonl")[:count]
+        self.retain = load_rows(f"{TOFU}/retain60.jsonl", answers=True)[:count]
+        self.config = PMCConfig(num_samples=20, temperature=1.25, prompt_format="tags", retain_weight=1.25)
+        self.pmc = PMC(self.model, self.tokenizer, self.config, [row.question for row in self.forget])
+        self.pmc.prepare()
+        self.step = self.pmc.sample(range(count))
+        self.kept = self.pmc.encode_retain(self.retain)
+        self.model.train()
+
+    def published(self) -> Reference:
+        """Return the reference with the same answers in its store."""
+        questions, truths = [r.question for r in self.forget], [r.answer or "" for r in self.forget]
+        reference = Reference(self.model, self.tokenizer, self.config, questions, tracked_answers=truths)
+        for i in range(self.count):
+            [[answer, _]] = self.pmc.store.answer(i)
+            reference.sampled_data[i] = {"answer": answer, "score": self.pmc.store.score(i)}
+        return reference
+
+
+def with_optimizer(model: Any, backward: Any, **how: Any) -> Any:
+    """Return a step: backward, AdamW at rate 0, gradients cleared."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, **how)
+
+    def step() -> None:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

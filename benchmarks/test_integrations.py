@@ -7,24 +7,24 @@ Needs the demo's models: `make demo DEMO=--short` makes them.
 """
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from benchmarks.test_step import COUNT, Setting, with_optimizer
+from benchmarks.drop_ins import items, stand_in
+from benchmarks.settings import StepSetting, with_optimizer
+from benchmarks.test_step import COUNT
+from examples.demo_model import finetuned_model
 from pmc_fast import PMC, PMCArguments, PMCTrainer
 
 STEPS = 3
-STAND_IN = Path(__file__).parent.parent / "tests" / "open_unlearning" / "src"
 
 
 @pytest.fixture(scope="module")
-def setting() -> Setting:
+def setting() -> StepSetting:
     os.environ["HF_HUB_OFFLINE"] = "1"  # TRL's trainers look for the hub
-    return Setting()
+    return StepSetting(finetuned_model(), COUNT)
 
 
 def common(path: object) -> dict[str, object]:
@@ -106,32 +106,16 @@ def in_trl(setting, path):
     return prepared(trainer, setting).train
 
 
-class _Pairs(torch.utils.data.Dataset):
-    """Forget and retain rows as OpenUnlearning's dataset gives them."""
-
-    def __init__(self, forget, retain):
-        self.forget, self.retain = forget, retain
-
-    def __len__(self):
-        return len(self.forget)
-
-    def __getitem__(self, i):
-        return {"forget": self.forget[i], "retain": self.retain[i]}
-
-
 def in_open_unlearning(setting, path):
-    sys.path.insert(0, str(STAND_IN))
-    from data import Collator
-
+    data = stand_in()
     from pmc_fast.integrations.open_unlearning import PMC as Handler
 
-    def items(sequences):
-        return [
-            {"input_ids": torch.tensor(s.input_ids), "labels": torch.tensor(s.labels), "attention_mask": None}
-            for s in sequences
-        ]
-
     forget = [setting.pmc.encoder.pair(row.question, row.answer) for row in setting.forget]
+    kept, collate = items(setting.kept), data.Collator(setting.tokenizer)
+
+    def collate_kept(rows):  # the same retain rows as in the other trainers, not those drawn
+        return collate([row | {"retain": kept[i]} for i, row in enumerate(rows)])
+
     trainer = Handler(
         model=setting.model,
         args=transformers.TrainingArguments(
@@ -142,10 +126,10 @@ def in_open_unlearning(setting, path):
             save_strategy="no",
             weight_decay=0.01,
         ),
-        train_dataset=_Pairs(items(forget), items(setting.kept)),
+        train_dataset=data.ForgetRetain(items(forget), kept),
         eval_dataset=None,
         processing_class=setting.tokenizer,
-        data_collator=Collator(setting.tokenizer),
+        data_collator=collate_kept,
         evaluators=None,
         template_args=None,
         alpha=setting.config.retain_weight,

@@ -11,27 +11,27 @@ import os
 import pytest
 import torch
 
-from benchmarks.test_rollout import MAX_LENGTH, SEED, TOFU, Setting
+from benchmarks.settings import MAX_LENGTH, SEED, TOFU, Setting
 from examples.demo_model import finetuned_model
 from pmc_fast.data import load_rows
 from pmc_fast.evaluation import AttackResult, LeakageSettings, sampling_attack, summarize
 from pmc_fast.reward import rouge_l_recall
 
-QUESTIONS = int(os.environ.get("LEAKAGE_QUESTIONS", 20))
+QUESTIONS = int(os.environ.get("LEAKAGE_QUESTIONS", 0))  # 0: 20, with --short 5
 SAMPLES = int(os.environ.get("LEAKAGE_SAMPLES", 100))
 ROUNDS = int(os.environ.get("LEAKAGE_ROUNDS", 2))
 
 
 @pytest.fixture(scope="module")
-def knows() -> Setting:
-    setting = Setting(finetuned_model(), ["forget20"], QUESTIONS)
+def knows(short) -> Setting:
+    setting = Setting(finetuned_model(), ["forget20"], QUESTIONS or (5 if short else 20))
     setting.rollout(num_samples=1, temperature=0)  # the engine's check on first use, its buffers
     return setting
 
 
 @pytest.mark.parametrize(("attack", "prefill"), [("sampling", ""), ("prefill", LeakageSettings().prefill)])
 def test_leakage(contest, knows, attack, prefill):
-    rows = load_rows(f"{TOFU}/forget20.jsonl", answers=True)[:QUESTIONS]
+    rows = load_rows(f"{TOFU}/forget20.jsonl", answers=True)[: len(knows.prompts)]
     prompts = [knows.encoder.prompt(row.question, prefill) for row in rows]
     ours: list[AttackResult] = []
     theirs: dict[str, float] = {}
@@ -51,7 +51,7 @@ def test_leakage(contest, knows, attack, prefill):
         )
 
     result = contest(
-        f"{attack}, {QUESTIONS} questions x {SAMPLES} samples",
+        f"{attack}, {len(rows)} questions x {SAMPLES} samples",
         {"pmc_fast": pmc_fast, "generate": generate},
         rounds=ROUNDS, warmup=0, memory=False,
     )  # fmt: skip
