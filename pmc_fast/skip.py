@@ -21,6 +21,7 @@ from .evaluation import (
     mean_nlls,
     sampling_attack,
 )
+from .output import one_error
 from .packed_pass import PackedPass
 from .rollout import Rollouts
 
@@ -175,12 +176,13 @@ def remember(
     paraphrases: Sequence[str | None],
 ) -> None:
     """Keep what was found beside the run's checkpoints: row numbers and a hash."""
-    directory.mkdir(parents=True, exist_ok=True)
     aside = directory / f".{FILE}.{os.getpid()}"
     content = {"of": _digest(config, forget, paraphrases), "found": asdict(found)}
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.chmod(0o600)
-    aside.rename(directory / FILE)
+    with one_error(str(directory / FILE)):
+        directory.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(content), encoding="utf-8")
+        aside.chmod(0o600)
+        aside.rename(directory / FILE)
 
 
 def _digest(config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[str | None]) -> str:
