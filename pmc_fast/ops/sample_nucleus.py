@@ -95,8 +95,6 @@ def sample_nucleus(
             f"sample_nucleus: logits are {logits.dtype} on {logits.device}, strides {logits.stride()}: "
             f"backend {chosen!r} needs {reads}, [R, V], last dimension contiguous"
         )
-    if any(t.is_floating_point() or t.is_complex() for t in (cu_draws, streams, samples, positions)):
-        raise PMCError("sample_nucleus: cu_draws, streams, samples and positions must be whole numbers")
     keys = [t.to(torch.int64).contiguous() for t in (cu_draws, streams, samples, positions)]
     if any(k.device != logits.device for k in keys):
         raise PMCError(
