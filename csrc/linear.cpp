@@ -170,7 +170,7 @@ void many_rows(const Linear& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void linear(const Linear& a, int threads) {
-  if (a.rows <= kFewRows) {
+  if (a.rows <= kFewRows || a.in == 0) {  // of nothing the bias alone is left
     parallel_for(a.out, threads, [&](int64_t begin, int64_t end) { few_rows(a, begin, end); });
   } else if (a.rows > kManyRows) {
     gemm({a.x, a.weight, a.bias, a.y, a.rows, a.out, a.in, a.in, a.in, a.out, false, true, false}, threads);

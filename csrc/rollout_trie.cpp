@@ -27,7 +27,7 @@ int64_t RolloutTrie::add(std::vector<int32_t> prompt, int64_t stream, std::vecto
                          std::vector<int64_t> positions) {
   check_range("max_new", max_new, std::numeric_limits<int64_t>::min(), kLongest);
   check_values("positions", positions.data(), static_cast<int64_t>(positions.size()), kLongest);
-  const int64_t longest = static_cast<int64_t>(prompt.size()) + std::max<int64_t>(0, max_new - 1);
+  const int64_t longest = static_cast<int64_t>(prompt.size()) + std::max<int64_t>(1, max_new) - 1;
   if (prompt.empty()) throw std::invalid_argument("a prompt has no tokens");
   if (max_new > 0 && longest > capacity_) {
     throw std::invalid_argument("one sample may need " + std::to_string(longest) + " slots of " +

@@ -330,9 +330,7 @@ def gemm(data: st.DataObject) -> None:
     gaps = [data.draw(st.integers(0, 2)) for _ in range(3)]
     shapes = [(k, m) if a_turned else (m, k), (n, k) if b_turned else (k, n), (m, n)]
     strides = [shape[1] + gap for shape, gap in zip(shapes, gaps, strict=True)]
-    flat = [
-        max(0, shape[0] * s - (s - shape[1])) if shape[0] else 0 for shape, s in zip(shapes, strides, strict=True)
-    ]
+    flat = [(rows - 1) * s + size if rows and size else 0 for (rows, size), s in zip(shapes, strides, strict=True)]
     call = Call(data, "gemm").memory("read", a=normal(data, np.float32, flat[0]), b=normal(data, np.float32, flat[1]))
     call.add("", bias=0).memory("write", c=normal(data, np.float32, flat[2])).add("size", m=m, n=n, k=k)
     for name, shape, s in zip(("lda", "ldb", "ldc"), shapes, strides, strict=True):

@@ -199,3 +199,10 @@ def test_rotary(heads, rows, dim):
 def test_layers_refuse_what_they_would_misread(call):
     with pytest.raises(PMCError, match=r"(linear|rms_norm|silu_mul|rotary): "):
         call(torch.ones(4, 4))
+
+
+@needs_avx512
+@pytest.mark.parametrize("rows", [1, 97, 300])
+def test_linear_of_nothing_is_its_bias(rows):
+    bias = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(linear(torch.empty(rows, 0), torch.empty(5, 0), bias), bias.expand(rows, 5))

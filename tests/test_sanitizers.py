@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CXX = os.environ.get("CXX", "g++").split()[0]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-pthread", "-fno-omit-frame-pointer", *SANITIZE]
-EXAMPLES = 25  # of each function
+EXAMPLES = 100  # of each function
 
 
 def library(name: str) -> Path | None:

@@ -95,10 +95,10 @@ def decode_attention(
     backend = resolve_backend(backend, q.device)
     if backend == "reference":
         return _reference(q, k, v, k_pool, v_pool, index, scale, softcap, window)
-    good = all(t.dtype == q.dtype and t.stride(-1) == 1 for t in (q, k, v, k_pool, v_pool))
+    good = all(t.dim() == 3 for t in (q, k, v, k_pool, v_pool))
+    good = good and all(t.dtype == q.dtype and t.stride(2) == 1 for t in (q, k, v, k_pool, v_pool))
     good = good and k.shape == v.shape and k_pool.is_contiguous() and v_pool.is_contiguous()
-    good = good and all(t.dim() == 3 for t in (q, k, k_pool)) and k_pool.shape == v_pool.shape
-    good = good and k_pool.shape[1:] == k.shape[1:] and k.shape[1] > 0 < k.shape[2]
+    good = good and v_pool.shape == k_pool.shape and k_pool.shape[1:] == k.shape[1:] and k.shape[1] > 0 < k.shape[2]
     good = good and index.slots.shape == q.shape[:1] and index.slots.device == q.device
     if not good or q.dtype not in DTYPES or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         raise PMCError(

@@ -89,11 +89,11 @@ def sample_nucleus(
     chosen = resolve_backend(backend, logits.device)
     if chosen == "fused":
         raise PMCError("sample_nucleus: backend 'fused' is for gather_logps: use cuda")
-    if logits.dtype not in READS[chosen] or logits.stride(1) != 1:
+    if logits.dim() != 2 or logits.dtype not in READS[chosen] or logits.stride(1) != 1:
         reads = " or ".join(str(dtype).removeprefix("torch.") for dtype in READS[chosen])
         raise PMCError(
             f"sample_nucleus: logits are {logits.dtype} on {logits.device}, strides {logits.stride()}: "
-            f"backend {chosen!r} needs {reads}, last dimension contiguous"
+            f"backend {chosen!r} needs {reads}, [R, V], last dimension contiguous"
         )
     keys = [t.to(torch.int64).contiguous() for t in (cu_draws, streams, samples, positions)]
     if any(k.device != logits.device for k in keys):

@@ -4,6 +4,7 @@ Backward keeps the inputs, which the model holds anyway, and of an RMS norm one 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -137,13 +138,13 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         y, size = torch.empty_like(x), weight.shape[0]
-        rstd = x.new_empty(x.numel() // size) if any(ctx.needs_input_grad) else None
+        rstd = x.new_empty(x.numel() // max(1, size)) if any(ctx.needs_input_grad) else None
         native.cpu().rms_norm_f32(
             x.data_ptr(),
             weight.data_ptr(),
             y.data_ptr(),
             _address(rstd),
-            x.numel() // size,
+            x.numel() // max(1, size),
             size,
             eps,
             offset,
@@ -162,7 +163,7 @@ class _RmsNorm(torch.autograd.Function):
         size = weight.shape[0]
         native.cpu().rms_norm_backward_f32(
             dy.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(), _address(dx), _address(dweight),
-            x.numel() // size, size, ctx.offset, *_how(),
+            x.numel() // max(1, size), size, ctx.offset, *_how(),
         )  # fmt: skip
         return dx, dweight, None, None
 
@@ -214,7 +215,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) 
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would not do where nothing is in a row
 
 
 def _wanted(ctx: Any, *inputs: torch.Tensor) -> list[torch.Tensor | None]:
