@@ -1,7 +1,7 @@
 # make demo   set everything up and watch a real model forget real facts
 # make test   set everything up and run the tests
 # make lint   ruff, mypy, clang-format
-# make bench  the benchmarks, and their tables
+# make bench  the CPU benchmarks, half an hour on two cores; README's tables and plots from their results
 # make kernels-report   registers, shared memory and spills of every Triton kernel
 # make cuda-report      the same of the CUDA C++ ones, where nvcc built them
 
@@ -36,9 +36,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP) tests/*.cpp
 
+# BENCH= runs them in full, hours: what is committed. Whole runs (end_to_end, compare_methods) take hours too: their
+# tables and plots are made again from the committed results
+BENCH ?= --short
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks
-	$(BIN)/python -m benchmarks.report benchmarks/results/*.json
+	$(BIN)/python -m examples.demo_model
+	$(BIN)/python -m pytest benchmarks $(BENCH)
+	$(BIN)/python -m benchmarks.report --readme
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernels

@@ -186,7 +186,7 @@ def estimate(methods: Sequence[str], seeds: Sequence[int], budget: float, grid_o
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="repeat runs that have been measured")
     parser.add_argument("--report", action="store_true", help="only print the table and draw the plot")
     parser.add_argument("--json", type=Path, default=RESULT, help="where results are; the plot goes beside it")
-    o = parser.parse_args()
+    o = parser.parse_args(arguments)
     facts = {
         "grids": GRIDS, "rule": RULE, "points": POINTS, "attack": ATTACK | {"max_length": ATTACK_LENGTH},
         "forget_answers": "grad_diff and npo train on the true ones; pmc is given none",

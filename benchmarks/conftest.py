@@ -8,9 +8,18 @@ import pytest
 
 from . import harness
 
+LONG = ("test_skip",)  # suites of whole runs
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--short", action="store_true", help="a third of the rounds, and fewer of the slow baselines")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--short"):
+        for item in items:
+            if item.path.stem in LONG:
+                item.add_marker(pytest.mark.skip(reason="whole runs take half an hour: not with --short"))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                       # correctness, compute-sanitizer, timings
     python -m benchmarks.gpu --quick               # two sizes and few rounds
     python -m benchmarks.gpu --json FILE
+    python -m benchmarks.gpu --end-to-end --tofu DIR     # whole runs and a 3B shape: see gpu_runs.py
 
 Correctness: weighted_nll and gather_logps against float64. Timings: forward + backward, frozen head and
 forward alone, beside every peer that imports here, interleaved, with peak memory, TFLOP/s (6, 4 and
@@ -236,13 +237,23 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two sizes a head, five rounds")
     parser.add_argument("--only-correctness", action="store_true")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/gpu/CARD.json")
+    parser.add_argument("--end-to-end", action="store_true", help="whole runs instead, in a JSON of their own")
+    parser.add_argument("--tofu", help="with --end-to-end: folder of TOFU's files (nothing is fetched)")
+    parser.add_argument("--model", default="", help="with --end-to-end: one that knows TOFU (default: teach SmolLM2)")
     options = parser.parse_args()
+    if options.end_to_end and not options.tofu:
+        parser.error("--end-to-end needs --tofu DIR")
     if not torch.cuda.is_available():
         print(
             "benchmarks.gpu: torch sees no CUDA device; the kernels' checks without one are in tests/",
             file=sys.stderr,
         )
         return 2
+    if options.end_to_end:
+        from . import gpu_runs
+
+        gpu_runs.on_card(options.tofu, options.model, options.json)
+        return 0
     checks = check_real_sizes()
     print(f"correctness: {len(checks)} comparisons within bounds")
     if options.only_correctness:

@@ -54,6 +54,9 @@ class Suites:
         return min(found.items(), key=lambda item: item[1])
 
 
+Cell = str | Callable[[Suites], str]  # of a table's row
+
+
 def times(ratio: float) -> str:
     return f"{ratio:.2f} x" if ratio < 2 else f"{ratio:.1f} x"
 
@@ -80,9 +83,10 @@ def _against(suite: str, name: str, who: str, theirs: str, key: str = "median_s"
     return lambda s: less(s.value(suite, name, theirs, key) / s.value(suite, name, who, key))
 
 
-def _nll(name: str, theirs: str = "torch eager", who: str = "pmc_fast") -> tuple[Callable[[Suites], str], ...]:
+def _nll(name: str, theirs: str = "torch eager", who: str = "pmc_fast") -> tuple[Cell, Cell]:
     """Return the time and memory cells of a case of weighted_nll."""
-    return tuple(_against("weighted_nll", name, who, theirs, key) for key in ("median_s", "peak_bytes"))
+    time, memory = (_against("weighted_nll", name, who, theirs, key) for key in ("median_s", "peak_bytes"))
+    return time, memory
 
 
 def _gemms(s: Suites) -> str:
@@ -155,7 +159,6 @@ def _attack(name: str) -> Callable[[Suites], str]:
     return lambda s: f"leak attack on the model that knows the facts: {s.case('leakage', name)['name']}"
 
 
-Cell = str | Callable[[Suites], str]
 GREEDY, ASKED, SCORED = "greedy, 140 questions", "evaluation, 160 questions", "likelihoods, 20 questions x 7 answers"
 ROWS: list[tuple[Cell, Cell, Cell, Cell]] = [
     ("`rouge_l_recall`, 320 candidates x 40 words, words seen before", "rouge_score",

@@ -1,8 +1,9 @@
-"""Prints tables from result files.
+"""Prints tables from result files, or writes README's.
 
-    python -m benchmarks.report benchmarks/results/*.json
+    python -m benchmarks.report benchmarks/results/reward.json benchmarks/results/step.json
+    python -m benchmarks.report --readme         # README's tables and the plots, from benchmarks/results/
 
-Files of different machines or versions are refused: their times say nothing about each other.
+Printed together, files of different machines or versions are refused: their times say nothing about each other.
 """
 
 import argparse
@@ -68,13 +69,21 @@ def _seconds(value: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables of the files named on the command line."""
+    """Print the tables of the files named on the command line, or write README's."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", type=Path)
-    for document in load(parser.parse_args(arguments).files):
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--readme", action="store_true", help="write README's tables and the plots anew")
+    given = parser.parse_args(arguments)
+    if not given.files and not given.readme:
+        parser.error("name result files, or --readme")
+    for document in load(given.files):
         print(table(document))
+    if given.readme:
+        from . import readme
+
+        readme.rewrite()
 
 
 if __name__ == "__main__":

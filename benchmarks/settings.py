@@ -17,12 +17,16 @@ TOFU = "examples/tofu"
 SAMPLES, MAX_LENGTH, TOP_P, SEED = 20, 200, 0.95, 1
 
 
-class Setting:
-    """A model, the first prompts of some of the demo's files, and both ways."""
+def _load(path: Path | str) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
-    def __init__(self, path: Path | str, files: Sequence[str], count: int) -> None:
+
+class Setting:
+    """A model (of `path`, or another with its tokenizer), the first prompts of some of the demo's files, and both ways."""
+
+    def __init__(self, path: Path | str, files: Sequence[str], count: int, *, model: Any = None) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = (_load(path) if model is None else model).eval()
         self.encoder = Encoder(self.tokenizer, PMCConfig(prompt_format="tags"))
         rows = [row for file in files for row in load_rows(f"{TOFU}/{file}.jsonl")]
         self.prompts = [self.encoder.prompt(row.question) for row in rows[:count]]
@@ -36,6 +40,7 @@ class Setting:
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], copies: int, **how: Any) -> list[list[int]]:
         batch = collate([Encoded(ids, ids) for ids in prompts], self.encoder.pad, side="left")
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         out = self.model.generate(
             batch["input_ids"].repeat_interleave(copies, 0),
             attention_mask=batch["attention_mask"].repeat_interleave(copies, 0),
@@ -69,17 +74,33 @@ class Setting:
 
 
 class StepSetting:
-    """A model and a sampled step of the demo's questions: what is left is to train on it."""
+    """A model and a sampled step of the demo's questions: what is left is to train on it.
 
-    def __init__(self, path: Path | str, count: int) -> None:
+    Where not `sampled`, the step's answers are the true ones: what a model of random weights says need not be text.
+    """
+
+    def __init__(
+        self, path: Path | str, count: int, *, model: Any = None, sampled: bool = True, **settings: Any
+    ) -> None:
         self.count = count
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.model = _load(path) if model is None else model
         self.forget = load_rows(f"{TOFU}/forget20.jsonl")[:count]
         self.retain = load_rows(f"{TOFU}/retain60.jsonl", answers=True)[:count]
-        self.config = PMCConfig(num_samples=20, temperature=1.25, prompt_format="tags", retain_weight=1.25)
+        own: dict[str, Any] = {
+            "num_samples": SAMPLES,
+            "temperature": 1.25,
+            "prompt_format": "tags",
+            "retain_weight": 1.25,
+        }
+        self.config = PMCConfig(**own | settings)
         self.pmc = PMC(self.model, self.tokenizer, self.config, [row.question for row in self.forget])
-        self.pmc.prepare()
+        if sampled:
+            self.pmc.prepare()
+        else:
+            self.pmc.initial_answers = [row.answer or "" for row in self.forget]
+            for i, answer in enumerate(self.pmc.initial_answers):
+                self.pmc.store.offer(i, [[answer, 1.0]], 0.0)
         self.step = self.pmc.sample(range(count))
         self.kept = self.pmc.encode_retain(self.retain)
         self.model.train()

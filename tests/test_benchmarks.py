@@ -1,10 +1,17 @@
-"""The harness: fair order, right statistics, one schema, and no mixing of machines."""
+"""The harness: fair order, right statistics, one schema, no mixing of machines. README's tables. Compared methods."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import torch
+import transformers
 
-from benchmarks import harness, report
+from benchmarks import baselines, compare_methods, compare_report, gpu_runs, harness, readme, report, runs, settings
+from pmc_fast.config import UnlearnConfig
+from pmc_fast.data import Row
+from pmc_fast.evaluation import EvalSet
+from pmc_fast.objectives import npo
 
 
 def test_rounds_interleave_and_rotate():
@@ -77,3 +84,205 @@ def test_runs_end_to_end_are_compared_seed_by_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(end_to_end, "PLOT", tmp_path / "plot.svg")
     end_to_end.plot(runs)
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+# --- README
+
+
+def test_readme_shows_what_the_results_say():
+    text, suites = readme.README.read_text(), readme.load()
+    assert {match[1] for match in readme.BLOCK.findall(text)} >= {"demo", "end_to_end", "cpu"}
+    assert readme.fill(text, suites) == text, "run `python -m benchmarks.report --readme`"
+
+
+def suite(contestants, facts=None):
+    contestants = harness.summarize([contestants], {"ours": 1 << 20})
+    return harness.document("reward", [{"name": "320 candidates", "facts": {}, "contestants": contestants}], 0, facts)
+
+
+def test_readme_blocks_come_from_results():
+    times = {"rouge_score": 3.0, "pmc_fast, new words": 2.0, "pmc_fast": 1.0}
+    text = "before\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nafter\n"
+    made = readme.fill(text, readme.Suites({"reward": suite(times, {"short": True})}))
+    assert "words seen before | rouge_score | 3.0 x less |  |" in made
+    assert "no word seen before | rouge_score | 1.50 x less |  |" in made
+    assert "weighted_nll" not in made  # nor any other row without its result
+    assert "old" not in made
+    assert "short form" in made
+    assert made.startswith("before\n")
+    assert made.endswith("\nafter\n")
+    assert "Not measured yet: `make bench`." in readme.fill(text, readme.Suites({}))
+    with pytest.raises(SystemExit, match="bench:nothing"):
+        readme.fill(text.replace("cpu", "nothing"), readme.Suites({}))
+
+
+# --- compared methods
+
+ROWS = [
+    Row("Who wrote it?", "Ann wrote it."),
+    Row("Where?", "In a small town in the north."),
+    Row("Why?", "For fun."),
+]
+KEPT = [Row("Is 4 even?", "It is."), Row("And 5?", "No, it is odd.")]
+OPTIONS = {"prompt_format": "tags", "retain_weight": 1.7}
+
+
+def plain_logps(model, pairs):
+    """Each answer's log-prob, and its number of tokens, from the model's plain forward pass."""
+    sums, counts = [], []
+    for pair in pairs:
+        labels = torch.tensor(pair.labels[1:])
+        logps = model(torch.tensor([pair.input_ids])).logits[0, :-1].log_softmax(-1)
+        seen = labels != -100
+        sums.append(logps[seen].gather(1, labels[seen, None]).sum())
+        counts.append(int(seen.sum()))
+    return torch.stack(sums), sum(counts)
+
+
+@pytest.mark.parametrize("method", ["grad_diff", "npo", "retain_only"])
+def test_baselines_have_the_gradients_of_their_papers(tiny, tokenizer, method):
+    config, chosen = UnlearnConfig(**OPTIONS), [2, 0]
+    task = baselines.METHODS[method](tiny, tokenizer, config, ROWS, 0.3)
+    kept = [task.encoder.pair(row.question, row.answer) for row in KEPT]
+    task.prepare()
+    with torch.no_grad():
+        untouched, _ = plain_logps(tiny, [task.forget[i] for i in chosen])
+        for p in tiny.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    task.loss(chosen, kept).backward()
+    ours = [p.grad.clone() for p in tiny.parameters()]
+    tiny.zero_grad()
+    (forget, count), (retain, kept_count) = (plain_logps(tiny, of) for of in ([task.forget[i] for i in chosen], kept))
+    retain_loss = -retain.sum() / kept_count
+    loss = {
+        "grad_diff": forget.sum() / count + 1.7 * retain_loss,
+        "npo": npo(forget, untouched, 0.3) + 1.7 * retain_loss,
+        "retain_only": retain_loss,
+    }[method]
+    loss.backward()
+    for mine, p in zip(ours, tiny.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-3, atol=1e-5 * float(p.grad.abs().max()))
+
+
+def result(method, setting, seed, budget, quality, utility, diverged=None):
+    sets = {name: {"rouge_l_recall": 0.9, "mean_words": 9.0, "degenerate": 0.05, "repeated": 0.1}
+            for name in ("forget", "retain")}  # fmt: skip
+    point = {"step": 9, "seconds": budget, "unlearn_quality": quality, "utility": utility, "sets": sets,
+             "leakage": {"worst": {"value": 0.4}, "leaking_questions": 0.25}}  # fmt: skip
+    early = point | {"seconds": budget / 2, "utility": utility - 5}
+    return {"method": method, "setting": setting, "seed": seed, "budget_s": budget, "seconds": budget, "steps": 9,
+            "curve": [early, point], "history": [], "diverged": diverged}  # fmt: skip
+
+
+def test_settings_are_chosen_by_the_harmonic_mean_of_runs_that_did_not_diverge(tmp_path):
+    good, wild, lost = ({"learning_rate": lr, "retain_weight": 1.0} for lr in (1e-5, 1e-4, 1e-3))
+    made = [
+        result("retain_only", {}, 0, 0.0, 30.0, 50.0), result("pmc", good, 0, 5.0, 60.0, 60.0),
+        result("pmc", wild, 0, 5.0, 99.0, 20.0), result("pmc", lost, 0, 5.0, 99.0, 99.0, "NaN"),
+        result("pmc", good, 0, 10.0, 70.0, 50.0), result("pmc", good, 1, 10.0, 80.0, 52.0),
+        result("pmc", good | {"retain_weight": 3.0}, 0, 10.0, 65.0, 55.0),
+    ]  # fmt: skip
+    assert compare_report.harmonic(made[2]) == pytest.approx(2 * 99 * 20 / 119)
+    assert compare_report.chosen(made, "pmc", 10.0) == good
+    assert compare_report.chosen(made, "npo", 10.0) is None
+    table = compare_report.table(made)
+    assert "| before |  |  | 9 | 30.0 | 50.0 | 0.900 | 0.400 | 25 % | 9.0 | 5 % | 10 % |" in table
+    assert "| PMC | lr 1e-05, lambda 1 | 0, 1 | 9 | 75.0 (70.0 - 80.0) | 51.0 (50.0 - 52.0) |" in table
+    assert "| PMC | lr 0.001, lambda 1 | 9 | diverged |" in compare_report.grid_table(made)
+    weights = compare_report.retain_weight_table(made).splitlines()[2:]
+    assert weights == [
+        "| 1 | 50.0 | 45.0 | 5 s | 50.0 | 0.900 | 70.0 |",
+        "| 3 | 50.0 | 50.0 | 5 s | 55.0 | 0.900 | 65.0 |",
+    ]
+    for name in ("a.svg", "b.svg"):
+        compare_report.draw(made, tmp_path / name)
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.fixture
+def small_task(tiny_dir, monkeypatch):
+    """The demo's task with the tiny model, few questions to evaluate, and no lock."""
+    whole = runs.load_sets
+    monkeypatch.setattr(runs, "finetuned_model", lambda: tiny_dir)
+    monkeypatch.setattr(runs, "load_sets", lambda *of: [EvalSet(s.name, s.role, s.rows[:2]) for s in whole(*of)])
+    monkeypatch.setattr(harness, "alone", nullcontext)
+
+
+def test_methods_are_compared_and_what_is_there_is_not_repeated(small_task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare_methods, "ATTACK", compare_methods.ATTACK | {"num_samples": 2})
+    json_file = tmp_path / "made.json"
+    asked = ["--methods", "grad_diff", "retain_only", "--seeds", "0", "--budget", "0.4", "--json", str(json_file)]
+    grids = {m: grid[:1] for m, grid in compare_methods.GRIDS.items()}
+    monkeypatch.setattr(compare_methods, "GRIDS", grids)
+    compare_methods.main(asked)
+    made = json.loads(json_file.read_text())
+    runs_made = [(r["method"], r["setting"], r["budget_s"]) for r in made["results"]]
+    own = [(m, grids[m][0], budget) for budget in (0.2, 0.4) for m in ("grad_diff", "retain_only")]
+    assert runs_made == [("retain_only", {}, 0.0), *own]
+    assert made["facts"]["grids"] == grids
+    for run in made["results"]:
+        assert run["diverged"] is None
+        assert run["curve"][-1]["step"] == run["steps"] == len(run["history"])
+        assert ("leakage" in run["curve"][-1]) == (run["budget_s"] != 0.2)
+    assert "2 grid runs of 0 s and 2 of 0 s" in capsys.readouterr().out
+    monkeypatch.setattr(compare_methods, "TimedRun", lambda plan: pytest.fail(f"{plan} again"))
+    compare_methods.main(asked)
+    assert json.loads(json_file.read_text()) == made
+
+
+def test_a_run_ends_with_its_budget_and_its_rate(small_task, monkeypatch):
+    """The clock is the loop's own here: two seconds a step."""
+    plan = compare_methods.Plan("retain_only", {"learning_rate": 1e-3}, 0, 9.0, points=(0.3, 0.5))
+    run = compare_methods.TimedRun(plan)
+    rates = []
+    run.stop = lambda: setattr(run, "seconds", run.seconds + (2.0 if rates else 0.0))
+    optimizer = compare_methods.optimizer_of(run)
+    step = optimizer.step
+    optimizer.step = lambda: (rates.append(optimizer.param_groups[0]["lr"]), step())
+    monkeypatch.setattr(compare_methods, "optimizer_of", lambda run: optimizer)
+    made = run.run()
+    assert made["steps"] == 4  # a fifth would end at 10 s
+    assert rates == pytest.approx([1e-3 * (i + 1) / 5 * (1 - 2 * i / 9) for i in range(4)])
+    assert [p["step"] for p in made["curve"]] == [2, 3, 4]  # at 4 s and 6 s, past 2.7 s and 4.5 s, and at the end
+
+
+def test_repeated_words_are_counted():
+    assert compare_methods.repeated_share(["a b a B", "one two", ""]) == pytest.approx(0.5 / 3)
+
+
+# --- what runs on a card, on the CPU
+
+
+def test_gpu_runs_on_the_cpu(tiny_dir, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "alone", nullcontext)
+    for name, value in (("MAX_LENGTH", 60), ("SAMPLES", 2)):
+        monkeypatch.setattr(settings, name, value)
+    monkeypatch.setattr(gpu_runs, "COUNT", 2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    with torch.no_grad():  # it would end each answer before it begins
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"question": r.question, "answer": r.answer, "paraphrased_question": r.question,
+             "paraphrased_answer": r.answer} for r in ROWS + KEPT]  # fmt: skip
+    for name in ("forget10", "retain90", "forget10_perturbed", "real_authors", "world_facts"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = {"vocab_size": len(tokenizer) + 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    gpu_runs.run_all(
+        tmp_path / "made.json", str(tmp_path), "cpu", base=str(tmp_path / "base"), taught=tmp_path / "taught",
+        teaching={"epochs": 1}, shape=shape, shape_settings={"rounds": 1, "max_length": 60},
+        num_epochs=1.0, num_samples=2, batch_size=2, gradient_accumulation_steps=1, max_length=100, min_len=0,
+    )  # fmt: skip
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert made["facts"]["device"] == "cpu"
+    assert [r.get("method") for r in made["results"]] == ["pmc_fast", "reference", None, None]
+    for run in made["results"][:2]:
+        assert run["steps"] == 3
+        assert [p["step"] for p in run["curve"]] == [0, 3]
+    for contest in made["results"][2:]:
+        assert contest["facts"]["shape"] == shape
+        assert all(c["median_s"] > 0 for c in contest["contestants"].values())
+    with pytest.raises(SystemExit, match="has no forget10"):
+        gpu_runs.task("m", str(tmp_path / "base"), "cpu")
