@@ -81,9 +81,11 @@ def main(arguments: list[str] | None = None) -> None:
     for document in load(given.files):
         print(table(document))
     if given.readme:
-        from . import readme
+        from . import kernels_page, readme
 
         readme.rewrite()
+        page = kernels_page.PAGE
+        page.write_text(kernels_page.fill(page.read_text(encoding="utf-8"), readme.load()), encoding="utf-8")
 
 
 if __name__ == "__main__":

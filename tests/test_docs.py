@@ -11,12 +11,12 @@ import shlex
 
 import pytest
 
+from benchmarks import kernels_page, readme
 from pmc_fast.cli import main
 from tests.pages import PAGES, ROOT, anchors, blocks, commands, links, named_paths, tables
 
 DOCS = ROOT / "docs"
 TUTORIAL, KERNELS = DOCS / "tutorial.md", DOCS / "kernels.md"
-RESULTS = ROOT / "benchmarks/results"
 PYTHON = [b for page in PAGES for b in blocks(page, "python")]
 PAGES_NOW = [p for p in PAGES if p.name != "CHANGELOG.md"]  # which speaks of what was
 TINY = {  # rates that a model of two random layers learns at; its samples are long
@@ -159,36 +159,14 @@ def checked_results(folder, names):
 # --- numbers
 
 
-def measured(result, contestant, column):
-    """Return what a column of the kernels page shows of a contestant: a time, a peak, a rate or a counter."""
-    found, facts = result["contestants"][contestant], result["facts"]
-    match column:
-        case "seconds":
-            return found["median_s"]
-        case "MB":
-            return found["peak_bytes"] / 1e6
-        case "GFLOP/s":  # of weighted_nll, forward and backward, on SmolLM2-135M's head
-            return 6 * facts["M"] * 49152 * 576 / found["median_s"] / 1e9
-        case counter:
-            return facts["counters"].get(contestant, facts["counters"])[counter]
-
-
 def test_numbers_of_the_kernels_page_are_those_of_the_result_files():
     """In tables whose first head links to a result file, to the digits that are shown."""
-    checked = 0
-    for header, rows in tables(KERNELS):
-        file = re.search(r"results/([\w-]+\.json)", header[0])
-        if file is None:
-            continue
-        results = {r["name"]: r for r in json.loads((RESULTS / file[1]).read_text())["results"]}
-        name = ""
-        for first, contestant, *cells in rows:
-            name = first or name
-            for column, shown in zip(header[2:], cells, strict=True):
-                if not shown:
-                    continue
-                digits = len(shown.partition(".")[2])
-                value = f"{measured(results[name], contestant, column):.{digits}f}"
-                assert shown.replace(",", "") == value, f"{file[1]}, {name}, {contestant}: {column}"
-                checked += 1
-    assert checked > 20
+    text, suites = KERNELS.read_text(encoding="utf-8"), readme.load()
+    assert kernels_page.fill(text, suites) == text, "run `python -m benchmarks.report --readme`"
+    linked = sum("results/" in header[0] for header, _ in tables(KERNELS))
+    assert len(kernels_page.TABLE.findall(text)) == linked > 3
+    for of in suites.documents.values():
+        for result in of["results"]:
+            for c in result.get("contestants", {}).values():
+                c["median_s"] += 1000
+    assert "pmc_fast | 1,000.5" in kernels_page.fill(text, suites)  # a changed result changes the page
