@@ -41,7 +41,9 @@ def sealed(directory: Path, state: dict[str, Any], fingerprint: dict[str, Any]) 
             written = aside / directory.name
             (written / STATE).write_text(json.dumps(state), encoding="utf-8")
             files = sorted(p for p in written.rglob("*") if p.is_file())
-            entries = {str(p.relative_to(written)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+            entries = {
+                str(p.relative_to(written)): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in files
+            }
             manifest = {"fingerprint": fingerprint, "files": entries}
             (written / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in [*files, written / MANIFEST]:
@@ -73,7 +75,7 @@ def load(directory: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
         ) from error
     for name, entry in files.items():
         path = directory / name
-        if not path.is_file() or path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]:
+        if not path.is_file() or path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
             raise PMCError(
                 f"checkpoint {directory} is damaged: {name} is not what was written; use the one before it"
             )
@@ -106,7 +108,8 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return a file's hash, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""Settings: the algorithm's (PMCConfig) and a run's (UnlearnConfig), one help text per field."""
+"""Settings: the algorithm's (PMCConfig), a run's (UnlearnConfig) and others', one help text per field."""
 
 import dataclasses
 import math
@@ -161,6 +161,18 @@ class UnlearnConfig(PMCConfig):
     min_quality: float | None = _option(None, "exit 3 if the unlearn quality (0 to 100) ends below this")
     min_utility: float | None = _option(None, "exit 3 if the utility (0 to 100) ends below this")
     log_text: bool = _option(False, "put questions and sampled answers into the report")
+    profile: bool = _option(False, "write a torch profiler trace of two optimizer steps beside the report")
+
+    lora: bool = _option(False, "train a LoRA adapter on the frozen model, the next one of STACK, not its weights")
+    stack: str = _option(
+        "", "with --lora, in OUTPUT's place: directory of a model's adapters, one a request, in order"
+    )
+    lora_r: int = _option(16, "rank of the adapter")
+    lora_alpha: int = _option(32, "the adapter is scaled by alpha / r")
+    lora_target: list[str] = _option(
+        ["all-linear"], "layers that get an adapter, by name, such as q_proj; may be given again (all-linear: all)"
+    )
+    keep_private: bool = _option(False, "with --lora: keep the questions and answers in private.jsonl, mode 0600")
 
     def validate(self) -> None:
         super().validate()
@@ -184,6 +196,20 @@ class UnlearnConfig(PMCConfig):
             gate = getattr(self, name)
             _require(gate is None or 0 <= gate <= 100, name, gate, "between 0 and 100")
             _require(gate is None or self.evaluate, name, gate, "left out, or evaluate left on")
+        self._validate_lora()
+
+    def _validate_lora(self) -> None:
+        _require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")
+        _require(self.lora_alpha >= 1, "lora_alpha", self.lora_alpha, "at least 1")
+        _require(bool(self.lora_target), "lora_target", self.lora_target, "all-linear, or names of layers")
+        if self.lora:
+            _require(bool(self.stack), "stack", self.stack, "the directory of the model's adapters, with lora")
+            _require(not self.output, "output", self.output, "left out with lora: an adapter goes into stack")
+            _require(self.param_dtype == "float32", "param_dtype", self.param_dtype, "float32 with lora")
+            _require(self.save_dtype == "auto", "save_dtype", self.save_dtype, "left out with lora: see merge")
+        else:
+            _require(not self.stack, "stack", self.stack, "left out, or lora given")
+            _require(not self.keep_private, "keep_private", self.keep_private, "left out, or lora given")
 
     @classmethod
     def merge(cls, preset: str | None, *layers: Mapping[str, Any]) -> Self:
@@ -238,7 +264,55 @@ class EvaluateConfig(UnlearnConfig):
                 _require(not getattr(self, name), name, getattr(self, name), "left out, or --suite tofu given")
 
 
-# Published: arXiv 2507.04219, appendix, and its code's configurations. small: the demo's.
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """Settings of a verification: what is asked again, and what must still hold."""
+
+    stack: str = _option("", "directory of the model's adapters")
+    requests: list[str] = _option([], "the requests' forget files, in any order; those kept private are found")
+    model: str = _option("", "where the base model is now (unset: where the last record says)")
+    retain: str = _option("", "where the last request's pairs to keep are now (unset: where its record says)")
+    general: list[str] = _option([], "where its data of general knowledge is now; may be given again")
+    min_quality: float | None = _option(
+        None,
+        "exit 3 if a request's unlearn quality is below this (unset: its record's gate, or what it was less slack)",
+    )
+    min_utility: float | None = _option(
+        None, "exit 3 if utility is below this (unset: the last record's gate, or what it was less slack)"
+    )
+    slack: float = _option(
+        5.0, "points of 100 that quality and utility may have lost where nothing else is their bound"
+    )
+    attack_samples: int = _option(
+        0,
+        "leak attack: answers sampled for each forget question, in which the truth is looked for (0: off; without a "
+        "number: 100)",
+        flag_value=100,
+    )
+    max_leak: float | None = _option(
+        None,
+        "leak attack: exit 3 if of a request's questions a larger share (0 to 1) has a sample with half of the truth",
+    )
+    device: str = _option("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(bool(self.stack), "stack", self.stack, "the directory of the model's adapters")
+        for name in ("min_quality", "min_utility"):
+            gate = getattr(self, name)
+            _require(gate is None or 0 <= gate <= 100, name, gate, "between 0 and 100")
+        _require(self.slack >= 0, "slack", self.slack, "0 or more")
+        _require(self.attack_samples >= 0, "attack_samples", self.attack_samples, "0 (off) or more")
+        _require(self.max_leak is None or 0 <= self.max_leak <= 1, "max_leak", self.max_leak, "between 0 and 1")
+        _require(
+            self.max_leak is None or self.attack_samples > 0,
+            "max_leak",
+            self.max_leak,
+            "left out, or --attack-samples given",
+        )
+
+
+# Published: arXiv 2507.04219, appendix, and its code's configurations. small: the demo's; request: its with --lora.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama": {
         "num_samples": 20, "temperature": 0.9, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 30.0,
@@ -252,6 +326,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_samples": 10, "temperature": 1.25, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 12.0,
         "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "prompt_format": "tags",
     },
+    "request": {
+        "num_samples": 10, "temperature": 1.25, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 12.0,
+        "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "prompt_format": "tags",
+        "stop_score": 0.05, "lora_r": 16, "lora_alpha": 32, "lora_target": ["all-linear"],
+    },
 }  # fmt: skip
 
 
@@ -260,7 +339,7 @@ def _require(good: bool, name: str, value: object, range_: str) -> None:
         raise PMCError(f"{name} is {value!r}: it must be {range_}")
 
 
-def _check_types(config: PMCConfig) -> None:
+def _check_types(config: Any) -> None:
     """Refuse values of a wrong type (a YAML file gives whatever was typed); whole numbers pass as floats."""
     hints = get_type_hints(type(config))
     for f in dataclasses.fields(config):

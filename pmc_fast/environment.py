@@ -1,13 +1,17 @@
 """What a result was made on: machine, versions, and what this build of pmc_fast can use."""
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("pmc_fast", "torch", "triton", "transformers", "tokenizers", "numpy", "flash_attn", "datasets")
+from . import __version__
+
+PACKAGES = ("pmc_fast", "torch", "triton", "transformers", "tokenizers", "numpy", "flash_attn", "datasets", "peft")
 
 
 def versions() -> dict[str, str | None]:
@@ -47,6 +51,33 @@ def machine() -> dict[str, Any]:
     }
 
 
+def code() -> dict[str, str | None]:
+    """Return which code this is: its version, a hash of its files, and the commit where it is a git checkout."""
+    package = Path(__file__).resolve().parent
+    files = sorted(
+        Path(directory, name)
+        for directory, _, names in os.walk(package, followlinks=True)  # kernels is a link in a checkout
+        for name in names
+        if name.endswith((".py", ".so", ".pyd", ".jinja"))
+    )
+    content = hashlib.sha256()
+    for file in files:
+        content.update(
+            f"{file.relative_to(package).as_posix()}\0".encode() + hashlib.sha256(file.read_bytes()).digest()
+        )
+    return {"version": __version__, "sha256": content.hexdigest(), "commit": _commit(package)}
+
+
+def _commit(package: Path) -> str | None:
+    if not (package.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else's
+        return None
+
+
 def capabilities() -> dict[str, str]:
     """Return each optional part and whether it is here, or what would bring it."""
     from .errors import PMCError
@@ -57,7 +88,7 @@ def capabilities() -> dict[str, str]:
         native = "built"
     except PMCError as error:
         native = str(error)
-    extras = {"cli": "datasets", "reference": "rouge_score"}
+    extras = {"cli": "datasets", "lora": "peft", "reference": "rouge_score"}
     present = {
         extra: "installed" if importlib.util.find_spec(module) else f"missing: pip install 'pmc_fast[{extra}]'"
         for extra, module in extras.items()

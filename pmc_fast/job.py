@@ -31,9 +31,11 @@ from .evaluation import (
     with_initial_answers,
     with_side_effects,
 )
-from .output import check_output, written_aside
-from .packed_pass import PackedPass
+from .outcome import Outcome, WholeModel
+from .packed_pass import PackedPass, causal_lm
 from .pmc import PMC
+from .profiling import NAME as TRACE
+from .profiling import StepProfiler
 from .progress import Monitor, Silent, Stages
 from .ranks import Ranks, launched
 from .rollout import RolloutEngine, SharedEngine
@@ -76,7 +78,7 @@ def _few_steps(schedule: Schedule) -> list[str]:
     ]
 
 
-def check(config: UnlearnConfig) -> Plan:
+def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     """Read the data and refuse, before any work, what can't succeed."""
     if not config.model:
         raise PMCError("model is not given: --model takes a directory or a hub id")
@@ -90,7 +92,7 @@ def check(config: UnlearnConfig) -> Plan:
         raise PMCError(
             f"optimizer is {config.optimizer!r}: use one that transformers knows, such as adamw_torch_fused"
         )
-    check_output(config.output, 0)
+    (outcome or WholeModel(config)).check()
     forget = load_rows(config.forget)
     retain = load_rows(config.retain, answers=True)
     tokenizer = models.load_tokenizer(config.model)
@@ -115,7 +117,7 @@ def check(config: UnlearnConfig) -> Plan:
     )
 
 
-def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
+def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outcome | None = None) -> dict[str, Any]:
     """Run the whole job and return its report; started by `accelerate launch`, on all its processes together.
 
     Parameters
@@ -124,6 +126,8 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         Model, forget, retain and output are required.
     monitor : Monitor, optional
         Is told of stages, steps and warnings, in the first process.
+    outcome : Outcome, optional
+        What is trained and written: by default the whole model, into `config.output`.
 
     Returns
     -------
@@ -139,29 +143,28 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
     if monitor is None or launched()[0] > 0:
         monitor = Silent()
     stages = Stages(monitor)
+    outcome = outcome or WholeModel(config)
     with stages("checking"):
-        plan = check(config)
+        plan = check(config, outcome)
     config = plan.config
     for text in plan.warnings:
         monitor.warn(text)
     with stages("loading the model"):
         device = models.resolve_device(config.device)
         loaded = models.load_model(config.model, device=device, dtype=config.dtype, param_dtype=config.param_dtype)
-        model, tokenizer = loaded.model, plan.tokenizer
-        models.check_fit(model, tokenizer, config.model)
-        save_dtype = _save_dtype(config, loaded.checkpoint_dtype)
-        size = sum(p.numel() for p in model.parameters()) * save_dtype.itemsize
-        path = check_output(config.output, size + (64 << 20))
-    arguments = _arguments(config, loaded)  # several processes know each other from here on
+        models.check_fit(loaded.model, plan.tokenizer, config.model)
+    outcome.attach(loaded, stages)
+    model = loaded.model
+    arguments = _arguments(config, loaded, outcome)  # several processes know each other from here on
     known = None
     if config.skip_known_forgotten:
         with stages("looking for what is known to be forgotten"):
-            known = _known_forgotten(plan, loaded)
+            known = _known_forgotten(plan, loaded, outcome)
         monitor.stage(f"  {len(known.rows)} of {known.questions} questions are left out{_numbers(known.rows)}")
         if not known.kept:
             return {"questions": known.questions, "known_forgotten": dataclasses.asdict(known), "failed_gates": []}
         plan.keep(known.kept, monitor)
-    trainer = _trainer(plan, loaded, arguments, monitor)
+    trainer, profiler = _trainer(plan, loaded, arguments, monitor, outcome)
     pmc, ranks = trainer.pmc, trainer.pmc.ranks
     engine = SharedEngine(pmc.engine, ranks)
     resumed = trainer.find_checkpoint(config.resume, warn=monitor.warn)
@@ -199,10 +202,9 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise trainer.diverged()
-    model.eval()
-    with torch.no_grad():  # what is evaluated is what is saved
-        for p in model.parameters():
-            p.copy_(p.to(save_dtype))
+    model = outcome.detach(model.eval(), stages)
+    if model is not loaded.model:
+        engine = SharedEngine(RolloutEngine(model, autocast_dtype=loaded.autocast_dtype), ranks)
     if config.evaluate:
         measure("after")
     made = {
@@ -223,30 +225,29 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, 
         "stage_seconds": stages.seconds,
     }
     if ranks.rank == 0:
-        files = report.render(made, rows)
-        with stages("saving"), written_aside(path) as directory:
-            model.to(save_dtype).save_pretrained(directory)
-            tokenizer.save_pretrained(directory)
-            for name, text in files.items():
-                (directory / name).write_text(text, encoding="utf-8")
-        shutil.rmtree(_checkpoints(config), ignore_errors=True)  # they hold the initial answers
+        files = {name: text.encode() for name, text in report.render(made, rows).items()}
+        if profiler is not None and profiler.trace is not None:
+            files[TRACE] = profiler.trace
+        with stages("saving"):
+            outcome.write(made, files, plan)
+        shutil.rmtree(outcome.checkpoints, ignore_errors=True)  # they hold the initial answers
     ranks.gather(None)  # a launcher would end a process whose peer is done
     return made
 
 
-def _known_forgotten(plan: Plan, loaded: models.LoadedModel) -> skip.KnownForgotten:
+def _known_forgotten(plan: Plan, loaded: models.LoadedModel, outcome: Outcome) -> skip.KnownForgotten:
     """Judge the forget questions, or take over what an earlier start of this run found."""
     c, ranks = plan.config, Ranks()
-    directory = _checkpoints(c) if c.resume in ("", "auto") else Path(c.resume).parent
+    directory = outcome.checkpoints if c.resume in ("", "auto") else Path(c.resume).parent
     about = (c, plan.forget, plan.paraphrases)
     found = ranks.gather(skip.remembered(directory, *about) if c.resume else None)[0]  # the first one's files count
     if found is None:
         engine = SharedEngine(RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype), ranks)
         encoder = Encoder(plan.tokenizer, c, None if c.accidents else loaded.model.generation_config)
-        found = skip.judge(engine, encoder, *about, PackedPass(loaded.model), loaded.autocast_dtype)
+        found = skip.judge(engine, encoder, *about, PackedPass(causal_lm(loaded.model)), loaded.autocast_dtype)
     found = ranks.gather(found)[0]  # one list, whatever another process's rounding
     if c.checkpoint_steps and found.kept and ranks.rank == 0:
-        skip.remember(_checkpoints(c), found, *about)
+        skip.remember(outcome.checkpoints, found, *about)
     return found
 
 
@@ -269,14 +270,9 @@ def _sampled(pmc: PMC) -> list[dict[str, Any]]:
     ]
 
 
-def _checkpoints(config: UnlearnConfig) -> Path:
-    output = Path(config.output)
-    return output.with_name(output.name + ".checkpoints")
-
-
-def _arguments(c: UnlearnConfig, loaded: models.LoadedModel) -> PMCArguments:
+def _arguments(c: UnlearnConfig, loaded: models.LoadedModel, outcome: Outcome) -> PMCArguments:
     return PMCArguments(
-        output_dir=str(_checkpoints(c)),
+        output_dir=str(outcome.checkpoints),
         num_train_epochs=c.num_epochs,
         per_device_train_batch_size=c.batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps,
@@ -296,15 +292,18 @@ def _arguments(c: UnlearnConfig, loaded: models.LoadedModel) -> PMCArguments:
     )
 
 
-def _trainer(plan: Plan, loaded: models.LoadedModel, arguments: PMCArguments, monitor: Monitor) -> PMCTrainer:
+def _trainer(
+    plan: Plan, loaded: models.LoadedModel, arguments: PMCArguments, monitor: Monitor, outcome: Outcome
+) -> tuple[PMCTrainer, StepProfiler | None]:
     c = plan.config
     questions = [plan.forget[i].question for i in plan.kept]
-    callbacks = [_Told(monitor, plan.schedule.steps)]
+    profiler = StepProfiler() if c.profile and launched()[0] == 0 else None
+    callbacks = [_Told(monitor, plan.schedule.steps), *([profiler] if profiler else [])]
     trainer = PMCTrainer(loaded.model, arguments, questions, plan.retain, c, plan.tokenizer, callbacks=callbacks)
     with suppress(OSError):
-        _checkpoints(c).rmdir()  # the Trainer makes it even if nothing will be saved
+        outcome.checkpoints.rmdir()  # the Trainer makes it even if nothing will be saved
     trainer.remove_callback(PrinterCallback)  # the monitor shows what the Trainer would print
-    return trainer
+    return trainer, profiler
 
 
 class _Told(TrainerCallback):
@@ -316,7 +315,3 @@ class _Told(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "collapse_loss" in logs:
             self.monitor.step(logs | {"step": state.global_step}, self.steps)
-
-
-def _save_dtype(config: UnlearnConfig, checkpoint: torch.dtype) -> torch.dtype:
-    return checkpoint if config.save_dtype == "auto" else getattr(torch, config.save_dtype)

@@ -1,0 +1,98 @@
+"""What is written down of a request: hashes, numbers and settings, never a text of it."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import digest
+from ..data import Row
+from ..data.loading import read_records, rows_of
+from ..environment import code
+from ..errors import PMCError
+
+FORMAT = 1
+CLAIM = (
+    "output-level evidence: what the model answers was measured as stated here; this is no proof that its weights hold "
+    "nothing of the data"
+)
+
+
+def rows_hash(rows: Iterable[Row], salt: str) -> str:
+    """Return a hash of questions and answers in their order, whatever file they come in.
+
+    The salt keeps records of the same data from being matched with each other, and lists of hashes made elsewhere from
+    being tried on them; it does not hide rows from someone who guesses all of them.
+    """
+    content = json.dumps([[row.question, row.answer] for row in rows], ensure_ascii=False)
+    return hashlib.sha256(f"{salt}\0{content}".encode()).hexdigest()
+
+
+def data_of(sets: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """Return the salted hash and the number of rows of each set."""
+    salt = secrets.token_hex(16)
+    hashes = {name: {"rows": len(rows), "sha256": rows_hash(rows, salt)} for name, rows in sets.items()}
+    return {"salt": salt, **hashes}
+
+
+def record_of(made: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+    """Return a request's record.
+
+    Parameters
+    ----------
+    made : mapping
+        What `job.unlearn` returns.
+    **parts
+        ``request``, ``model``, ``stack``, ``adapter``, ``data``, ``files``.
+    """
+    settings = made["settings"]
+    return {
+        "format": FORMAT,
+        "claim": CLAIM,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **parts,
+        "metrics": {when: _numbers(made[when]) for when in ("before", "after") if when in made},
+        "truth_of_forget": made["truth_of_forget"],
+        "gates": {name: settings[name] for name in ("min_quality", "min_utility")},
+        "failed_gates": made["failed_gates"],
+        "steps": len(made["history"]),
+        "stopped": made["stopped"],
+        "known_forgotten": made.get("known_forgotten"),  # the rows that were left out, by number
+        "seeds": {"seed": settings["seed"]},
+        "settings": settings,
+        "settings_sha256": digest(settings),
+        "stage_seconds": dict(made["stage_seconds"]),
+        "code": code(),
+        "versions": made["versions"],
+        "machine": made["machine"],
+    }
+
+
+def _numbers(value: Any) -> Any:
+    """Leave out the texts that --log-text puts into metrics."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(v) for name, v in value.items() if name != "texts"}
+    return value
+
+
+def write_private(path: Path, sets: Mapping[str, Sequence[Row]]) -> None:
+    """Write rows for their owner's eyes alone: mode 0600 from the first byte on."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(handle, "w", encoding="utf-8") as file:
+        for name, rows in sets.items():
+            for row in rows:
+                entry = {"set": name, "question": row.question, "answer": row.answer}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def read_private(path: Path) -> dict[str, list[Row]]:
+    """Read what `write_private` wrote."""
+    records = list(read_records(str(path)))
+    if not all(isinstance(r, Mapping) and isinstance(r.get("set"), str) for r in records):
+        raise PMCError(f"{path} has rows without a set: it is not what was written")
+    names = dict.fromkeys(r["set"] for r in records)
+    return {name: rows_of([r for r in records if r["set"] == name], str(path)) for name in names}
