@@ -312,7 +312,7 @@ class VerifyConfig:
         )
 
 
-# Published: arXiv 2507.04219, appendix, and its code's configurations. small: the demo's.
+# Published: arXiv 2507.04219, appendix, and its code's configurations. small: the demo's; request: its with --lora.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama": {
         "num_samples": 20, "temperature": 0.9, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 30.0,
@@ -325,6 +325,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "num_samples": 10, "temperature": 1.25, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 12.0,
         "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "prompt_format": "tags",
+    },
+    "request": {
+        "num_samples": 10, "temperature": 1.25, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 12.0,
+        "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "prompt_format": "tags",
+        "stop_score": 0.05, "lora_r": 16, "lora_alpha": 32, "lora_target": ["all-linear"],
     },
 }  # fmt: skip
 

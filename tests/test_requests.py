@@ -21,7 +21,7 @@ from pmc_fast.requests import adapters, unlearn
 from pmc_fast.requests.record import rows_hash
 from pmc_fast.requests.stack import Stack, locked
 from tests.families import FAMILIES, build
-from tests.test_job import left_behind, replaced, run
+from tests.jobs import left_behind, replaced, run
 
 peft = pytest.importorskip("peft")
 SECRETS = ("the violet heron of Samarkand", "a brass otter under Trieste")
