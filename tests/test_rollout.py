@@ -10,6 +10,7 @@ import transformers as tf
 
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import sample_nucleus
+from pmc_fast.ops.decode_layers import fast_linear_serves
 from pmc_fast.rollout import RolloutEngine, rollout
 from pmc_fast.rollout.model_step import ATTENTION, attention
 from tests.families import FAMILIES, HOW, PROMPTS, REFUSED, build
@@ -225,6 +226,47 @@ def test_lora_adapters_are_sampled_from():
     adapted = rollout(lora, PROMPTS, **HOW).tokens
     assert adapted != base
     assert adapted == rollout(lora.merge_and_unload(), PROMPTS, **HOW).tokens
+
+
+@pytest.mark.skipif(
+    not fast_linear_serves(torch.zeros(64, 64)), reason="copies are made where our layers run: AVX-512"
+)
+@pytest.mark.parametrize("kind", ["one", "two", "dora", "off", "merged"])
+def test_plain_lora_is_merged_into_a_copy_that_follows_it(kind):
+    peft = pytest.importorskip("peft")
+    model = build(FAMILIES["llama"](), torch.float32)
+    names = {"q_proj": 4, "up_proj": 2}
+    config = peft.LoraConfig(
+        r=2, rank_pattern=names, target_modules=list(names), init_lora_weights=False, use_dora=kind == "dora"
+    )
+    lora = peft.get_peft_model(model, config)
+    if kind == "two":
+        lora.add_adapter("other", config)
+        lora.base_model.set_adapter(["default", "other"])
+    if kind == "off":
+        lora.base_model.disable_adapter_layers()
+    if kind == "merged":
+        lora.base_model.merge_adapter()
+    weights = {n: p.clone() for n, p in lora.named_parameters()}
+    engine = RolloutEngine(lora)
+    how = HOW | {"num_samples": 3}
+    for _ in range(2):
+        made = engine(PROMPTS, **how)
+        merged = kind in ("one", "two")
+        targets = [m.base_layer.weight for n, m in lora.named_modules() if n.endswith(tuple(names))]
+        assert made.counters["copy_bytes"] == merged * sum(w.nbytes for w in targets)
+        for prompt, samples, logps in zip(PROMPTS, made.tokens, made.logps, strict=True):
+            for tokens, own in zip(samples, logps, strict=True):
+                with torch.no_grad():
+                    logits = lora(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+                expected = logits.log_softmax(-1)[range(len(tokens)), tokens]
+                torch.testing.assert_close(torch.as_tensor(own).float(), expected, rtol=1e-4, atol=1e-4)
+        for name, p in lora.named_parameters():
+            torch.testing.assert_close(p, weights[name], rtol=0, atol=0)
+            if "lora_B" in name:  # training moves it
+                with torch.no_grad():
+                    p += 0.05
+        weights = {n: p.clone() for n, p in lora.named_parameters()}
 
 
 def test_edges(llama):

@@ -18,6 +18,7 @@ from ..models import autocast, eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
 from ..sharding import is_sharded
+from . import lora
 from .graphs import CudaRecorder, StepGraphs, fingerprint
 from .inputs import StepTensors
 
@@ -132,7 +133,7 @@ class ModelStep:
         return sum(t.nbytes for pair in self.pool.values() for t in pair)
 
     def copy_bytes(self) -> int:
-        """Return the memory of the weights' copies under autocast."""
+        """Return the memory of the weights' copies: under autocast, and with LoRA's adapters merged into them."""
         return sum(t.nbytes for pair in self._copies.values() for t in pair if t is not None)
 
     def graph_counters(self) -> dict[str, int]:
@@ -162,7 +163,11 @@ class ModelStep:
     def _linears(self) -> dict[Any, Callable[..., torch.Tensor]]:
         forwards: dict[Any, Callable[..., torch.Tensor]] = {}
         for module in self.model.modules():
-            if type(module) is not torch.nn.Linear or "forward" in vars(module):
+            if "forward" in vars(module):
+                continue
+            if self.autocast_dtype is None and lora.merges(module) and fast_linear_serves(module.base_layer.weight):
+                forwards[module] = functools.partial(linear, weight=self._merged(module), bias=module.base_layer.bias)
+            if type(module) is not torch.nn.Linear:
                 continue
             if self.autocast_dtype is not None and module.weight.dtype == torch.float32:
                 weight, bias = self._copy(module)
@@ -170,6 +175,12 @@ class ModelStep:
             elif self.autocast_dtype is None and fast_linear_serves(module.weight):
                 forwards[module] = functools.partial(linear, weight=module.weight, bias=module.bias)
         return forwards
+
+    def _merged(self, module: Any) -> torch.Tensor:
+        weight = module.base_layer.weight
+        copy, _ = self._copies.setdefault(id(module), (torch.empty_like(weight, requires_grad=False), None))
+        lora.merge_into(copy, module)
+        return copy
 
     def _copy(self, module: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         key = id(module)
