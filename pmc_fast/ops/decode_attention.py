@@ -33,7 +33,8 @@ class StepIndex:
         good = good and self.prefix_len.shape[0] == rows == self.cu_suffix.shape[0] - 1
         good = good and self.cu_prefix.shape[0] - 1 == blocks >= 0
         if good and self.slots.device.type == "cpu":  # where looking costs no sync
-            good = int(self.cu_suffix[-1]) <= self.suffix.shape[0] and int(self.cu_prefix[-1]) <= self.prefix.shape[0]
+            ends = (int(cu.numpy()[-1]) for cu in (self.cu_suffix, self.cu_prefix))  # no operation of torch's
+            good = all(end <= len(of) for end, of in zip(ends, (self.suffix, self.prefix), strict=True))
         if not good:
             raise PMCError("StepIndex: arrays must be int32, contiguous, and as long as rows, blocks and offsets say")
         return (*(t.data_ptr() for t in tensors), rows, blocks)
