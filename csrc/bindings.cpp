@@ -164,8 +164,8 @@ pmc::StepIndex checked(const Index& index, int64_t pool_slots) {
                    rows,
                    blocks};
   pmc::check_offsets("cu_suffix", i.cu_suffix, rows + 1, kInt32);
-  pmc::check_offsets("cu_prefix", i.cu_prefix, blocks + 1, kInt32,
-                     false);  // padded steps begin behind suffix
+  // prefixes of a padded step begin behind its suffixes, in one array
+  pmc::check_offsets("cu_prefix", i.cu_prefix, blocks + 1, kInt32, false);
   pmc::check_offsets("cu_rows", i.cu_rows, blocks + 1, rows);
   if (i.cu_rows[blocks] != rows) throw std::invalid_argument("cu_rows must end at the number of rows");
   i.suffix = array_at<3>(index, "suffix", i.cu_suffix[rows]);
