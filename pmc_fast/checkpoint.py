@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PMCError
-from .output import one_error
+from .output import one_error, sync
 
 MANIFEST = "pmc_manifest.json"
 STATE = "pmc_state.json"
@@ -48,10 +47,10 @@ def sealed(directory: Path, state: dict[str, Any], fingerprint: dict[str, Any]) 
             (written / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in [*files, written / MANIFEST]:
                 path.chmod(0o600)
-                _sync(path)
+                sync(path)
             shutil.rmtree(directory, ignore_errors=True)
             written.rename(directory)
-            _sync(directory.parent)
+            sync(directory.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -112,12 +111,3 @@ def file_sha256(path: Path) -> str:
     """Return a file's hash, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -112,3 +112,12 @@ def _remove_abandoned(path: Path) -> None:
             pass  # its process is alive
         finally:
             os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -23,6 +23,7 @@ from typing import Any
 
 from ..checkpoint import file_sha256
 from ..errors import PMCError
+from ..output import sync
 from . import adapters
 
 RECORD, PRIVATE, ROLLED_BACK = "record.json", "private.jsonl", "rolled_back"
@@ -213,13 +214,4 @@ def locked(directory: str | Path) -> Iterator[None]:
         if made:
             with contextlib.suppress(OSError):
                 path.rmdir()  # only if it is empty
-        os.close(handle)
-
-
-def sync(path: Path) -> None:
-    """Wait until a directory's names are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
         os.close(handle)

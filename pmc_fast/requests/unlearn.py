@@ -10,11 +10,11 @@ from ..config import UnlearnConfig
 from ..errors import PMCError
 from ..evaluation import EvalSet
 from ..models import LoadedModel
-from ..output import written_aside
+from ..output import sync, written_aside
 from ..progress import Monitor, Stages
 from ..ranks import launched
 from . import adapters, record
-from .stack import PRIVATE, RECORD, Stack, locked, sync
+from .stack import PRIVATE, RECORD, Stack, locked
 
 if TYPE_CHECKING:
     from ..data import Row
