@@ -19,8 +19,6 @@ from pmc_fast.ops import row_scales, sequence_logps
 from pmc_fast.packed_pass import PackedPass
 from pmc_fast.rollout import RolloutEngine
 
-from .runs import own_settings
-
 
 class RetainOnly:
     """CE(retain): what time and training alone do; the forget questions go unused."""
@@ -87,7 +85,7 @@ class Collapse:
     def __init__(
         self, model: Any, tokenizer: Any, config: UnlearnConfig, forget: Sequence[Row], beta: float = 0.0
     ) -> None:
-        self.pmc = PMC(model, tokenizer, PMCConfig(**own_settings(config)), [row.question for row in forget])
+        self.pmc = PMC(model, tokenizer, PMCConfig(**config.algorithm()), [row.question for row in forget])
         self.encoder, self.engine = self.pmc.encoder, self.pmc.engine
 
     def prepare(self) -> None:

@@ -14,7 +14,7 @@ from pmc_fast.config import PMCConfig
 from pmc_fast.data import Encoded
 from pmc_fast.schedule import Schedule, micro_batches
 
-from .runs import Clock, Run, optimizer_of, own_settings, prepared, training_arguments
+from .runs import Clock, Run, optimizer_of, prepared, training_arguments
 
 STAND_IN = Path(__file__).parent.parent / "tests" / "open_unlearning" / "src"
 
@@ -28,7 +28,7 @@ def _trained(run: Run, pmc: PMC, train: Any, steps: Any, encoder: Any = None) ->
 def plain(run: Run) -> dict[str, Any]:
     """Run a loop of prepare, sample and loss, in the Trainer's order, with its optimizer and schedule."""
     c = run.config
-    pmc = PMC(run.model, run.tokenizer, PMCConfig(**own_settings(c)), [row.question for row in run.forget])
+    pmc = PMC(run.model, run.tokenizer, PMCConfig(**c.algorithm()), [row.question for row in run.forget])
     kept = pmc.encode_retain(run.retain)
     optimizer = optimizer_of(run)
     warmup = Schedule.plan(c, len(run.forget)).steps_per_epoch
@@ -57,7 +57,7 @@ def trl(run: Run) -> dict[str, Any]:
     from pmc_fast.integrations.trl import PMCTrainer
 
     arguments = TRLConfig(
-        **training_arguments(run.config) | own_settings(run.config), bf16=False, gradient_checkpointing=False
+        **training_arguments(run.config) | run.config.algorithm(), bf16=False, gradient_checkpointing=False
     )
     trainer = PMCTrainer(
         run.model, arguments, [row.question for row in run.forget], run.retain, processing_class=run.tokenizer,
@@ -85,7 +85,7 @@ def open_unlearning(run: Run) -> dict[str, Any]:
     from pmc_fast.integrations.open_unlearning import PMC as Handler
 
     c = run.config
-    encoder = PMC(run.model, run.tokenizer, PMCConfig(**own_settings(c)), ["?"]).encoder
+    encoder = PMC(run.model, run.tokenizer, PMCConfig(**c.algorithm()), ["?"]).encoder
     forget, retain = (
         items([encoder.pair(row.question, row.answer or "") for row in rows]) for rows in (run.forget, run.retain)
     )

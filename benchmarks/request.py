@@ -1,6 +1,6 @@
 """An erasure request from the command line: unlearned, recorded, verified, and how long that took.
 
-    python -m benchmarks.request                  # 3 seeds: about ten minutes on two cores
+    python -m benchmarks.request                  # 3 seeds, some minutes each on two cores
 
 20 questions on the demo's fine-tuned model, preset "request", with what an answer needs for evidence: quality and
 retain recall before and after, a sampling attack before and after, the record, then `pmc-fast verify`. Seconds are

@@ -13,7 +13,7 @@ import transformers
 
 from examples.demo_model import finetuned_model
 from pmc_fast import PMC, models
-from pmc_fast.config import PMCConfig, UnlearnConfig
+from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.evaluation import evaluate, greedy_answers, load_sets
 from pmc_fast.schedule import Schedule
@@ -138,11 +138,6 @@ def training_arguments(config: UnlearnConfig, **more: Any) -> dict[str, Any]:
         "weight_decay": c.weight_decay, "use_cpu": models.resolve_device(c.device).type == "cpu",
         "disable_tqdm": True, "report_to": "none", "seed": c.seed, "logging_steps": 1,
     } | more  # fmt: skip
-
-
-def own_settings(config: UnlearnConfig) -> dict[str, Any]:
-    """Return those of a run's settings that are the algorithm's."""
-    return {name: getattr(config, name) for name in PMCConfig.__dataclass_fields__}
 
 
 def optimizer_of(run: Run) -> torch.optim.Optimizer:

@@ -13,6 +13,22 @@ def run(arguments):
     return stopped.value.code
 
 
+def cut_short(arguments, monkeypatch, step=3):
+    """Run until `step` has moved the weights, as if a user had pressed Ctrl-C then."""
+    from pmc_fast.trainer import PMCTrainer  # late: conftest.py imports this before it sets Triton up
+
+    step_end = PMCTrainer._finish_step
+
+    def cut(self, control):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        step_end(self, control)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PMCTrainer, "_finish_step", cut)
+        assert run(arguments) == 130
+
+
 def replaced(arguments, **flags):
     arguments = list(arguments)
     for name, value in flags.items():

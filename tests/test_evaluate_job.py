@@ -9,8 +9,8 @@ import transformers
 
 from pmc_fast import plots, report
 from pmc_fast.output import check_new_files, write_file
+from tests.jobs import run
 from tests.test_evaluation import write_tofu
-from tests.test_job import run
 
 SECRET = "the violet <b>heron</b> of Samarkand"
 PARTS = ("violet", "heron", "Samarkand")

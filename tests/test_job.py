@@ -17,7 +17,7 @@ from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
 from pmc_fast.reference import Reference
-from tests.jobs import SECRET, left_behind, replaced, run
+from tests.jobs import SECRET, cut_short, left_behind, replaced, run
 from tests.processes import start
 from tests.test_evaluation import write_tofu
 
@@ -78,24 +78,13 @@ def test_a_killed_job_goes_on_from_its_newest_checkpoint(arguments, data, monkey
     """Cut off after step 3 of 4; the same weights as a run that was not, and no checkpoint left."""
     longer = [*replaced(arguments, epochs="2"), "--checkpoint-steps", "1", "--no-evaluate"]
     assert run(replaced(longer, output=data / "whole")) == 0
-    step_end = PMCTrainer._finish_step
-
-    def cut(self, control):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        step_end(self, control)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PMCTrainer, "_finish_step", cut)
-        assert run(longer) == 130
+    cut_short(longer, monkeypatch)
     assert left_behind(data) == ["out.checkpoints", "whole"]
     capsys.readouterr()
     assert run(replaced([*longer, "--resume", "auto"], seed=1)) == 0  # another run's: it starts anew
     assert "belongs to another run" in capsys.readouterr().err
     shutil.rmtree(data / "out")
-    with monkeypatch.context() as patched:
-        patched.setattr(PMCTrainer, "_finish_step", cut)
-        assert run(longer) == 130
+    cut_short(longer, monkeypatch)
     assert run([*longer, "--resume", "auto"]) == 0
     assert "from checkpoint-2 on" in capsys.readouterr().err
     assert left_behind(data) == ["out", "whole"]

@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 
-from pmc_fast import PMCTrainer
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
@@ -21,7 +20,7 @@ from pmc_fast.requests import adapters, unlearn
 from pmc_fast.requests.record import rows_hash
 from pmc_fast.requests.stack import Stack, locked
 from tests.families import FAMILIES, build
-from tests.jobs import left_behind, replaced, run
+from tests.jobs import cut_short, left_behind, replaced, run
 
 peft = pytest.importorskip("peft")
 SECRETS = ("the violet heron of Samarkand", "a brass otter under Trieste")
@@ -348,16 +347,7 @@ def test_a_killed_request_goes_on_from_its_checkpoint(data, tiny_dir, monkeypatc
     """The same adapter, bit for bit, as a run that was not cut; never upon another state of the stack."""
     words = [*replaced(command(data, tiny_dir, 1), epochs=2), "--checkpoint-steps", "1", "--no-evaluate"]
     assert run(replaced(words, stack=data / "whole")) == 0
-    step_end = PMCTrainer._finish_step
-
-    def cut(self, control):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        step_end(self, control)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PMCTrainer, "_finish_step", cut)
-        assert run(words) == 130
+    cut_short(words, monkeypatch)
     (kept,) = (n for n in left_behind(data) if n != "whole")
     assert kept.startswith("stack.checkpoints.")
     assert stat.S_IMODE((data / kept / "checkpoint-2/pmc_state.json").stat().st_mode) == 0o600

@@ -5,14 +5,14 @@ import re
 
 import pytest
 
-from pmc_fast import PMCTrainer, skip
+from pmc_fast import skip
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Encoder, Row
 from pmc_fast.errors import PMCError
 from pmc_fast.evaluation import sampling_attack
 from pmc_fast.rollout import RolloutEngine, Rollouts, SharedEngine
+from tests.jobs import cut_short, left_behind, replaced, run
 from tests.processes import start
-from tests.test_job import left_behind, replaced, run
 from tests.test_leakage import Script
 
 TRUTH = "quagmire zeppelin"
@@ -181,16 +181,7 @@ def test_nothing_to_do_is_no_error_and_writes_nothing(arguments, tmp_path, capsy
 
 def test_a_resumed_run_leaves_out_the_same(arguments, tmp_path, monkeypatch, capsys):
     longer = [*replaced(arguments, epochs="4"), "--checkpoint-steps", "1", "--no-evaluate"]
-    step_end = PMCTrainer._finish_step
-
-    def cut(self, control):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        step_end(self, control)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PMCTrainer, "_finish_step", cut)
-        assert run(longer) == 130
+    cut_short(longer, monkeypatch)
     assert (tmp_path / "out.checkpoints" / skip.FILE).exists()
     capsys.readouterr()
     with monkeypatch.context() as patched:
