@@ -248,6 +248,26 @@ def drop_ins_table(suites: Suites) -> str:
     )
 
 
+def request_table(suites: Suites) -> str:
+    runs = suites.results("request")
+    if not runs:
+        return "Not measured yet: `python -m benchmarks.request`."
+    lines = [
+        f"| seed | seconds | to unlearn and record | to verify | steps | unlearn quality | R(retain) | under 3 words "
+        f"| worst of {runs[0]['samples']} samples | questions that leak |",
+        "|---:|" + "---:|" * 9,
+    ]
+    for r in runs:
+        after, leak = r["metrics"]["after"], r["verified"]["sampling"]
+        lines.append(
+            f"| {r['seed']} | {r['seconds']:.0f} | {r['unlearn_s']:.0f} | {r['verify_s']:.0f} | {r['steps']} "
+            f"| {after['unlearn_quality']:.1f} | {after['sets']['retain']['rouge_l_recall']:.3f} "
+            f"| {100 * after['sets']['forget']['degenerate']:.0f} % | {leak['worst']['value']:.3f} "
+            f"| {100 * leak['leaking_questions']:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
 def _compared(make: Callable[[list[dict[str, Any]]], str]) -> Callable[[Suites], str]:
     def block(suites: Suites) -> str:
         runs = suites.results("compare_methods")
@@ -261,6 +281,7 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "end_to_end": runs_table,
     "drop_ins": drop_ins_table,
     "cpu": cpu_table,
+    "request": request_table,
     "compare_methods": _compared(compare_report.table),
     "compare_grids": _compared(compare_report.grid_table),
     "retain_weight": _compared(compare_report.retain_weight_table),

@@ -327,9 +327,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "prompt_format": "tags",
     },
     "request": {
-        "num_samples": 10, "temperature": 1.25, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 12.0,
-        "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "prompt_format": "tags",
-        "stop_score": 0.05, "lora_r": 16, "lora_alpha": 32, "lora_target": ["all-linear"],
+        "num_samples": 5, "temperature": 1.25, "top_p": 0.95, "retain_weight": 2.0, "num_epochs": 6.0,
+        "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 3.5e-3, "prompt_format": "tags",
+        "stop_score": 0.05, "stop_retain_loss": 0.08, "lora_r": 16, "lora_alpha": 32, "lora_target": ["all-linear"],
     },
 }  # fmt: skip
 

@@ -172,8 +172,12 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
     rows: list[dict[str, Any]] = []
     masses: dict[str, TokenMass] = {}
 
+    said: dict[str, str] = {}  # question -> greedy answer of the model as it is now
+
     def answer(asked: Any) -> list[str]:
-        return greedy_answers(engine, pmc.encoder, asked)
+        if new := [question for question in asked if question not in said]:
+            said.update(zip(new, greedy_answers(engine, pmc.encoder, new), strict=True))
+        return [said[question] for question in asked]
 
     def measure(when: str) -> None:
         numbers: list[dict[str, Any]] = []
@@ -192,6 +196,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
 
     with stages("initial answers"):
         initial = dict(zip(plan.kept, pmc.prepare(), strict=True))
+    said.update((plan.forget[i].question, y) for i, y in initial.items())
     if config.evaluate:
         left_out = [i for i in range(len(plan.forget)) if i not in initial]
         if left_out:
@@ -205,6 +210,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
     model = outcome.detach(model.eval(), stages)
     if model is not loaded.model:
         engine = SharedEngine(RolloutEngine(model, autocast_dtype=loaded.autocast_dtype), ranks)
+    said.clear()
     if config.evaluate:
         measure("after")
     made = {
