@@ -1,6 +1,6 @@
 """PMC, GradDiff, NPO and fine-tuning on retain pairs, on the demo's data and for the same wall time.
 
-    python -m benchmarks.compare_methods                  # grids, 3 seeds, retain weights: estimated at 75 minutes on two cores
+    python -m benchmarks.compare_methods                  # grids, 3 seeds, retain weights: estimated at an hour on two cores
     python -m benchmarks.compare_methods --grid           # the grids alone
     python -m benchmarks.compare_methods --methods pmc npo --seeds 0
     python -m benchmarks.compare_methods --report         # table and plot of what has been measured
@@ -46,9 +46,9 @@ GRIDS: dict[str, list[dict[str, float]]] = {
 RETAIN_WEIGHTS = (0.5, 1.25, 3.0)
 POINTS = (0.1, 0.2, 0.35, 0.5, 0.75)  # shares of the budget at which seed 0 is evaluated; and every run at its end
 FEW_POINTS = (0.2, 0.5)  # the other seeds
-ATTACK: dict[str, Any] = {"num_samples": 100, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}
+ATTACK: dict[str, Any] = {"num_samples": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}
 ATTACK_LENGTH = 100  # tokens of prompt and answer; no forget question and its truth take more than 76
-ATTACK_SECONDS = 60.0  # guessed: a model that has forgotten shares less and babbles more
+ATTACK_SECONDS = 30.0  # guessed: a model that has forgotten shares less and babbles more
 RULE = "highest harmonic mean of unlearn quality and utility, seed 0, half the budget"
 
 

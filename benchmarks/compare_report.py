@@ -56,7 +56,7 @@ COLUMNS: dict[str, tuple[Callable[[Result], float], str]] = {
     "unlearn quality": (lambda p: p["unlearn_quality"], ".1f"),
     "utility": (lambda p: p["utility"], ".1f"),
     "R(retain)": (lambda p: p["sets"]["retain"]["rouge_l_recall"], ".3f"),
-    "worst of 100": (lambda p: p["leakage"]["worst"]["value"], ".3f"),
+    "worst of 20": (lambda p: p["leakage"]["worst"]["value"], ".3f"),
     "questions that leak": (lambda p: 100 * p["leakage"]["leaking_questions"], ".0f"),
     "words an answer": (lambda p: p["sets"]["forget"]["mean_words"], ".1f"),
     "under 3 words": (lambda p: 100 * p["sets"]["forget"]["degenerate"], ".0f"),
@@ -182,7 +182,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axes.set_xlabel("wall time (s)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    leaks.set(xlabel="mean over questions of the worst of 100 samples", ylabel="utility (0-100)")
+    leaks.set(xlabel="mean over questions of the worst of 20 samples", ylabel="utility (0-100)")
     weights.legend(frameon=False, fontsize=8)
     handles, labels = quality.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, ncols=5, loc="outside upper center", fontsize=9)
