@@ -156,7 +156,7 @@ def _best_name(suite: str, name: str, who: str, label: str) -> Callable[[Suites]
 
 def _attack(name: str) -> Callable[[Suites], str]:
     """Return how often which questions are asked, as the suite has named its case."""
-    return lambda s: f"leak attack on the model that knows the facts: {s.case('leakage', name)['name']}"
+    return lambda s: f"leak attack: {s.case('leakage', name)['name']}"
 
 
 GREEDY, ASKED, SCORED = "greedy, 140 questions", "evaluation, 160 questions", "likelihoods, 20 questions x 7 answers"
@@ -191,6 +191,7 @@ ROWS: list[tuple[Cell, Cell, Cell, Cell]] = [
      _best("evaluation", SCORED, "padded"), ""),
     (_attack("sampling"), "generate", _best("leakage", "sampling", "generate"), ""),
     (_attack("prefill"), "generate", _best("leakage", "prefill", "generate"), ""),
+    (_attack("after unlearning"), "generate", _best("leakage", "after unlearning", "generate"), ""),
 ]  # fmt: skip
 CPU_SUITES = ("reward", "weighted_nll", "step", "integrations", "rollout", "evaluation", "leakage")
 

@@ -1,7 +1,9 @@
-"""The 100-sample attack on the demo's 20 forget questions against Hugging Face generate, the model knowing the facts.
+"""The 100-sample attack on the demo's 20 forget questions against Hugging Face generate.
 
-Both sample from the plain distribution (T 1, no top_k, no top_p) and score every sample. generate takes a question,
-100 rows, at a time. LEAKAGE_QUESTIONS, LEAKAGE_SAMPLES and LEAKAGE_ROUNDS make a trial smaller.
+The model knows the facts; or has forgotten them, where LEAKAGE_FORGOT names such a model's directory (`make demo` leaves
+one in demo_output). Both sample from the plain distribution (T 1, no top_k, no top_p) and score every sample.
+generate takes a question, 100 rows, at a time. LEAKAGE_QUESTIONS, LEAKAGE_SAMPLES and LEAKAGE_ROUNDS make a trial
+smaller.
 
 Needs the demo's models: `make demo DEMO=--short` makes them.
 """
@@ -20,38 +22,52 @@ from pmc_fast.reward import rouge_l_recall
 QUESTIONS = int(os.environ.get("LEAKAGE_QUESTIONS", 0))  # 0: 20, with --short 5
 SAMPLES = int(os.environ.get("LEAKAGE_SAMPLES", 100))
 ROUNDS = int(os.environ.get("LEAKAGE_ROUNDS", 2))
+FORGOT = os.environ.get("LEAKAGE_FORGOT", "")
 
 
-@pytest.fixture(scope="module")
-def knows(short) -> Setting:
-    setting = Setting(finetuned_model(), ["forget20"], QUESTIONS or (5 if short else 20))
+def setting_of(path, short: bool) -> Setting:
+    setting = Setting(path, ["forget20"], QUESTIONS or (5 if short else 20))
     setting.rollout(num_samples=1, temperature=0)  # the engine's check on first use, its buffers
     return setting
 
 
+@pytest.fixture(scope="module")
+def knows(short) -> Setting:
+    return setting_of(finetuned_model(), short)
+
+
 @pytest.mark.parametrize(("attack", "prefill"), [("sampling", ""), ("prefill", LeakageSettings().prefill)])
 def test_leakage(contest, knows, attack, prefill):
-    rows = load_rows(f"{TOFU}/forget20.jsonl", answers=True)[: len(knows.prompts)]
-    prompts = [knows.encoder.prompt(row.question, prefill) for row in rows]
+    against_generate(contest, knows, attack, prefill)
+
+
+@pytest.mark.skipif(not FORGOT, reason="LEAKAGE_FORGOT=DIR: a model that has forgotten")
+def test_after_unlearning(contest, short):
+    against_generate(contest, setting_of(FORGOT, short), "after unlearning: sampling", "")
+
+
+def against_generate(contest, setting: Setting, name: str, prefill: str) -> None:
+    rows = load_rows(f"{TOFU}/forget20.jsonl", answers=True)[: len(setting.prompts)]
+    prompts = [setting.encoder.prompt(row.question, prefill) for row in rows]
     ours: list[AttackResult] = []
     theirs: dict[str, float] = {}
 
     def pmc_fast() -> None:
         how = {"num_samples": SAMPLES, "prefill": prefill, "seed": SEED}
-        ours[:] = [sampling_attack(knows.engine, knows.encoder, rows, **how)]
+        ours[:] = [sampling_attack(setting.engine, setting.encoder, rows, **how)]
 
     def generate() -> None:
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_length": MAX_LENGTH}
-            tokens = [knows.generate([prompt], SAMPLES, **how) for prompt in prompts]
-        scores = rouge_l_recall([row.answer for row in rows], [knows.encoder.answers(t) for t in tokens])
+            tokens = [setting.generate([prompt], SAMPLES, **how) for prompt in prompts]
+        scores = rouge_l_recall([row.answer for row in rows], [setting.encoder.answers(t) for t in tokens])
         theirs.update(
-            tokens=sum(map(knows.tokens, tokens)), worst=float(scores.max(1).mean()), mean=float(scores.mean())
+            tokens=sum(map(setting.tokens, tokens)), worst=float(scores.max(1).mean()), mean=float(scores.mean())
         )
 
     result = contest(
-        f"{attack}, {len(rows)} questions x {SAMPLES} samples",
+        f"{name}, {len(rows)} questions x {SAMPLES} samples",
         {"pmc_fast": pmc_fast, "generate": generate},
         rounds=ROUNDS, warmup=0, memory=False,
     )  # fmt: skip
