@@ -170,7 +170,9 @@ def plot(results: list[dict[str, Any]]) -> None:
                 seconds = [p["seconds"] for p in r["curve"]]
                 axes.plot(seconds, [p[key] for p in r["curve"]], color=f"C{color}", alpha=1.0 if r["seed"] == 0 else 0.35,
                           label=LABELS[method] if r["seed"] == 0 else None, marker="o", markersize=2.5)  # fmt: skip
-        axes.set_xscale("symlog", linthresh=60)  # equal steps to a minute, then equal ratios: both methods are legible
+        axes.set_xscale(
+            "symlog", linthresh=60
+        )  # equal steps to a minute, then equal ratios: both methods are legible
         axes.set_xticks(TICKS, [str(t) for t in TICKS], minor=False)
         axes.set_xticks([], minor=True)
         axes.set(xlabel="wall time (s)", ylabel=f"{label} (0-100)", xlim=(0, None))
