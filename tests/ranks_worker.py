@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/ranks_worker.py MODEL OUT ddp fsdp
 """
 
+import os
 import sys
 
 import numpy as np
@@ -128,3 +129,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # FSDP holds the group until Python ends, and gloo's threads, where they still run, abort it then

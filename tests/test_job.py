@@ -100,7 +100,7 @@ def test_a_killed_job_goes_on_from_its_newest_checkpoint(arguments, data, monkey
 def test_two_processes_are_one(pytestconfig, arguments, data, monkeypatch):
     arguments = [*arguments, "--normalization", "step"]
     both = replaced(arguments, output=data / "both", batch_size=1)
-    done = start(pytestconfig, "-m", "pmc_fast.cli", *both)
+    done = start(pytestconfig, "tests/leaving_worker.py", *both)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report.json are in") == 1
     assert run(arguments) == 0

@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 tests/trainer_worker.py MODEL OUTPUT [--batch 2] [--
 """
 
 import argparse
+import gc
 import os
 import signal
 from pathlib import Path
@@ -66,8 +67,9 @@ def main():
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save(result(trainer), a.output / "result.pt")
-    trainer.accelerator.end_training()  # at exit, gloo's threads may still run and abort the process
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # the trainer holds the group in a cycle, and with it gloo's threads, which abort a process at exit
