@@ -19,14 +19,14 @@ from pmc_fast.data import load_rows
 from pmc_fast.evaluation import AttackResult, LeakageSettings, sampling_attack, summarize
 from pmc_fast.reward import rouge_l_recall
 
-QUESTIONS = int(os.environ.get("LEAKAGE_QUESTIONS", 0))  # 0: 20, with --short 5
+QUESTIONS = int(os.environ.get("LEAKAGE_QUESTIONS", 0))  # 0: 20, with --short 2
 SAMPLES = int(os.environ.get("LEAKAGE_SAMPLES", 100))
 ROUNDS = int(os.environ.get("LEAKAGE_ROUNDS", 2))
 FORGOT = os.environ.get("LEAKAGE_FORGOT", "")
 
 
 def setting_of(path, short: bool) -> Setting:
-    setting = Setting(path, ["forget20"], QUESTIONS or (5 if short else 20))
+    setting = Setting(path, ["forget20"], QUESTIONS or (2 if short else 20))
     setting.rollout(num_samples=1, temperature=0)  # the engine's check on first use, its buffers
     return setting
 

@@ -342,8 +342,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("peak", &pmc::KvPool::peak)
       .def_property_readonly("span", &pmc::KvPool::span);
   py::class_<pmc::RolloutTrie>(m, "RolloutTrie")
-      .def(py::init<int64_t, std::vector<int32_t>, int64_t>(), py::arg("capacity"), py::arg("stops"),
-           py::arg("match"))
+      .def(py::init<int64_t, std::vector<int32_t>, int64_t, bool>(), py::arg("capacity"), py::arg("stops"),
+           py::arg("match"), py::arg("share_prompts") = true)
       .def("add", &pmc::RolloutTrie::add, py::arg("prompt"), py::arg("stream"), py::arg("samples"),
            py::arg("max_new"), py::arg("drafts"), py::arg("positions") = std::vector<int64_t>())
       .def("plan", &plan, py::arg("max_rows"), py::arg("guess_rows"))

@@ -17,8 +17,12 @@ constexpr int64_t kSpareSlots =
 
 }  // namespace
 
-RolloutTrie::RolloutTrie(int64_t capacity, std::vector<int32_t> stops, int64_t match)
-    : pool_(capacity), capacity_(capacity), stops_(std::move(stops)), match_(match) {
+RolloutTrie::RolloutTrie(int64_t capacity, std::vector<int32_t> stops, int64_t match, bool share_prompts)
+    : pool_(capacity),
+      capacity_(capacity),
+      stops_(std::move(stops)),
+      match_(match),
+      share_prompts_(share_prompts) {
   check_range("match", match, 0, kLongest);
 }
 
@@ -160,16 +164,41 @@ void RolloutTrie::admit(int64_t rows, int64_t max_rows) {
   for (const Active& active : active_)
     histories += std::max<int64_t>(1, static_cast<int64_t>(active.rows.size()));
   while (!waiting_.empty() && rows < max_rows) {
-    const int64_t length = static_cast<int64_t>(questions_[waiting_.front().question].prompt.size());
+    const Question& question = questions_[waiting_.front().question];
+    std::vector<int32_t> slots = shared_slots(question);
+    const int64_t shared = static_cast<int64_t>(slots.size());
+    const int64_t own = static_cast<int64_t>(question.prompt.size()) - shared;
     const int64_t spare = kSpareSlots * histories;
-    if (pool_.available() < length + spare) return;
-    Active active{std::move(waiting_.front()), {}, 0, {}};
+    if (pool_.available() < own + spare) return;
+    pool_.hold(slots);
+    for (int64_t i = 0; i < own; ++i) slots.push_back(pool_.take());
+    active_.push_back({std::move(waiting_.front()), std::move(slots), shared, {}});
     waiting_.pop_front();
-    for (int64_t i = 0; i < length; ++i) active.prompt_slots.push_back(pool_.take());
-    active_.push_back(std::move(active));
-    rows += length;
+    rows += own;
     ++histories;
   }
+}
+
+// The slots of the longest beginning that the prompt has in common with an active question's. Those are
+// computed in an earlier step or in the same: rows are given out in the order of admission, and a step's rows
+// all write before any reads. A prompt's last token is always computed, for its logits.
+std::vector<int32_t> RolloutTrie::shared_slots(const Question& question) const {
+  const Active* with = nullptr;
+  size_t longest = 0;
+  if (share_prompts_) {
+    for (const Active& active : active_) {
+      const Question& other = questions_[active.work.question];
+      const size_t most = std::min(question.prompt.size() - 1, other.prompt.size());
+      size_t same = 0;
+      while (same < most && question.prompt[same] == other.prompt[same] &&
+             question.positions[same] == other.positions[same]) {
+        ++same;
+      }
+      if (same > longest) longest = same, with = &active;
+    }
+  }
+  if (with == nullptr) return {};
+  return {with->prompt_slots.begin(), with->prompt_slots.begin() + static_cast<std::ptrdiff_t>(longest)};
 }
 
 int64_t RolloutTrie::child(int64_t node, int32_t token) const {
@@ -241,14 +270,15 @@ void RolloutTrie::add_guesses(int64_t rows, int64_t max_rows, int64_t guess_rows
   }
 }
 
-// Where the longest suffix of a sample's tokens, of at most match_, stands in a draft or in another sample of
-// the question with something behind it: the index of what follows there.
+// Where the longest suffix of a sample's tokens, of at most match_, stands in a draft, in another sample of
+// the question, in its prompt or in the sample itself with something behind it: the index of what follows
+// there.
 size_t RolloutTrie::continuation(const Question& question, int32_t sample,
                                  const std::vector<int32_t>** source) const {
   const std::vector<int32_t>& own = question.results[sample].tokens;
   size_t best = 0, at = 0;
   const auto search = [&](const std::vector<int32_t>& other) {
-    for (size_t end = other.size(); end-- > 1;) {  // other[end] would follow
+    for (size_t end = 1; end < other.size(); ++end) {  // other[end] would follow; most does the first time
       size_t same = 0;
       const size_t longest = std::min({own.size(), end, static_cast<size_t>(match_)});
       while (same < longest && other[end - 1 - same] == own[own.size() - 1 - same]) ++same;
@@ -260,6 +290,9 @@ size_t RolloutTrie::continuation(const Question& question, int32_t sample,
     if (best >= static_cast<size_t>(match_)) break;
     if (static_cast<int32_t>(s) != sample) search(question.results[s].tokens);
   }
+  best = std::max<size_t>(best, 1);  // one token alone says too little here: 1 of 110 such guesses came true
+  if (best < static_cast<size_t>(match_)) search(question.prompt);
+  if (best < static_cast<size_t>(match_)) search(own);
   return at;
 }
 

@@ -32,13 +32,14 @@ struct Counters {
           preemptions = 0;
 };
 
-// Samples of one question that have drawn the same tokens are one row. After its distribution is known each
-// sample draws; those that drew the same token are one row of the next step. Drafts are guesses of what will
-// be drawn, computed in the same step as the row they continue; those that nobody draws are let go.
+// Prompts that begin alike share the slots of what they have in common, and it is computed once. Samples of
+// one question that have drawn the same tokens are one row. After its distribution is known each sample
+// draws; those that drew the same token are one row of the next step. Drafts are guesses of what will be
+// drawn, computed in the same step as the row they continue; those that nobody draws are let go.
 class RolloutTrie {
  public:
   // capacity: slots of the pool; match: longest suffix that a guess is looked up by, 0 for no guesses
-  RolloutTrie(int64_t capacity, std::vector<int32_t> stops, int64_t match);
+  RolloutTrie(int64_t capacity, std::vector<int32_t> stops, int64_t match, bool share_prompts);
 
   // Queues a question; returns its number. Its samples come out in the order of `samples`. `positions` are
   // its prompt's, where they are not 0, 1, ...; answers go on from the last.
@@ -98,6 +99,7 @@ class RolloutTrie {
   void release(Active& active);
   void put_back(int64_t question, std::vector<int32_t> samples);
   void admit(int64_t rows, int64_t max_rows);
+  std::vector<int32_t> shared_slots(const Question& question) const;
   int64_t child(int64_t node, int32_t token) const;
   int64_t add_node(int64_t parent, int32_t token);
   void add_guesses(int64_t rows, int64_t max_rows, int64_t guess_rows);
@@ -109,6 +111,7 @@ class RolloutTrie {
   const int64_t capacity_;
   const std::vector<int32_t> stops_;
   const int64_t match_;
+  const bool share_prompts_;
   std::vector<Question> questions_;
   std::deque<Work> waiting_;
   std::vector<Active> active_;  // in the order of admission

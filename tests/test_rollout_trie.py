@@ -110,8 +110,10 @@ class Machine:
 def test_samples_are_those_of_plain_sampling(data):
     """Whatever the pool's size, the rows of a step, drafts and guesses: the same samples, and no leak."""
     integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    stem = [integers(0, VOCAB - 1) for _ in range(integers(0, 5))]
     questions = [
-        ([integers(0, VOCAB - 1) for _ in range(integers(1, 6))] + [i], 100 + i) for i in range(integers(1, 4))
+        (stem[: integers(0, 5)] + [integers(0, VOCAB - 1) for _ in range(integers(1, 6))] + [i], 100 + i)
+        for i in range(integers(1, 4))
     ]
     samples, flat = integers(1, 7), integers(0, 100)
     max_new = [integers(0, 12) for _ in questions]
@@ -120,7 +122,8 @@ def test_samples_are_those_of_plain_sampling(data):
     ]
     needed = max(len(p) + max(0, m - 1) for (p, _), m in zip(questions, max_new, strict=True))
     capacity = data.draw(st.one_of(st.integers(needed, needed + 6), st.just(10_000)))
-    trie = native.cpu().RolloutTrie(capacity=capacity, stops=[STOP], match=integers(0, 3))
+    share = data.draw(st.booleans())
+    trie = native.cpu().RolloutTrie(capacity=capacity, stops=[STOP], match=integers(0, 3), share_prompts=share)
     for (prompt, stream), longest, own in zip(questions, max_new, drafts, strict=True):
         trie.add(prompt, stream, list(range(samples)), longest, own)
     machine = Machine(trie, questions, flat)
@@ -162,6 +165,29 @@ def test_samples_that_agree_are_one_row():
     assert counters["peak_slots"] == 12
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("max_rows", [100, 3])
+def test_prompts_that_begin_alike_are_computed_once(share, max_rows):
+    prompts = [[1, 2, 3, 4, 0], [1, 2, 3, 4, 5], [1, 2, 0], [1, 2, 3, 4], [1, 2, 3, 4, 0]]
+    questions = [(prompt, 50 + i) for i, prompt in enumerate(prompts)]
+    trie = native.cpu().RolloutTrie(capacity=10_000, stops=[STOP], match=0, share_prompts=share)
+    for question in questions:
+        trie.add(*question, list(range(4)), 6, [])
+    counters = run(trie, questions, flat=30, max_rows=max_rows)
+    assert trie.in_use == 0
+    if max_rows == 100:  # a prompt's last token is computed always: the last two share 3 of 4 and 4 of 5
+        assert counters["prefill_tokens"] == (5 + 1 + 1 + 1 + 1 if share else 22)
+    for q, question in enumerate(questions):
+        assert [r[0] for r in trie.results(q)] == [plain(*question, s, 6, flat=30) for s in range(4)]
+
+
+def test_prompts_at_other_positions_share_nothing():
+    trie = native.cpu().RolloutTrie(capacity=100, stops=[], match=0)
+    trie.add([1, 2, 3], 0, [0], 2, [], [0, 1, 2])
+    trie.add([1, 2, 3], 1, [0], 2, [], [0, 2, 3])
+    assert trie.plan(100, 0)["positions"].tolist() == [0, 1, 2, 2, 3]  # the first token is the same
+
+
 def test_a_draft_that_comes_true_saves_its_steps():
     question = ([1, 2, 3], 9)
     answer = plain(*question, 0, 12, flat=0)
@@ -170,6 +196,19 @@ def test_a_draft_that_comes_true_saves_its_steps():
     counters = run(trie, [question], flat=0)
     assert counters["steps"] == 1
     assert counters["draft_hits"] == counters["draft_rows"] == len(answer) - 1
+
+
+@pytest.mark.parametrize(("guess_rows", "steps"), [(0, 40), (12, 12)])
+def test_a_sample_that_repeats_itself_or_its_prompt_saves_steps(guess_rows, steps):
+    said = [7, 8, 9, 7, 8, 9] * 6 + [1, 2, 3, 4]
+    trie = native.cpu().RolloutTrie(capacity=100, stops=[], match=4)
+    trie.add([1, 2, 3, 4], 0, [0], 40, [])
+    while (plan := trie.plan(100, guess_rows)) is not None:
+        tokens = np.array([said[i] for i in plan["draw_positions"]])
+        trie.advance(tokens, -1.0 * tokens, np.ones(len(plan["logit_rows"])))
+    assert trie.results(0)[0][0] == said
+    assert trie.counters()["steps"] <= steps
+    assert trie.in_use == 0
 
 
 def test_a_full_pool_makes_questions_wait_and_start_again():

@@ -130,9 +130,10 @@ class RolloutEngine:
             Of its tokens, ascending, where they are not 0, 1, ...: of a prompt whose masked tokens were left out.
             Answers go on from the last.
         guesses : bool
-            Let rows of small steps carry tokens that followed the same tokens in another sample.
+            Let rows of small steps carry tokens that followed the same tokens in another sample, the prompt or the
+            sample itself.
         trie : bool
-            False computes each sample's history for itself: for tests and measurements.
+            False computes each sample's history and each prompt for itself: for tests and measurements.
 
         Returns
         -------
@@ -154,7 +155,7 @@ class RolloutEngine:
         return self._run(work, draw, guesses=guesses, trie=trie)
 
     def _run(self, work: Request, draw: dict[str, Any], *, guesses: bool, trie: bool) -> Rollouts:
-        state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, MATCH if guesses else 0)
+        state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, MATCH if guesses else 0, trie)
         keys = list(range(work.num_samples))
         groups = [keys] if trie else [[key] for key in keys]
         for prompt, stream, longest, drafts, positions in zip(
