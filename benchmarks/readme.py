@@ -269,6 +269,24 @@ def request_table(suites: Suites) -> str:
     return "\n".join(lines)
 
 
+def skip_table(suites: Suites) -> str:
+    """Return a run that leaves out what is known to be forgotten beside one that does not."""
+    runs = [r for r in suites.results("skip") if "runs" in r["facts"]]
+    if not runs:
+        return "Not measured yet: `python -m pytest benchmarks/test_skip.py`."
+    lines = [
+        "| | left out | steps | seconds | R(forget), taught | R(forget), not taught | R(paraphrased) | R(retain) |",
+        "|---|" + "---:|" * 7,
+    ]
+    for label, key in (("all questions", "without"), ("`--skip-known-forgotten`", "skip_known_forgotten")):
+        r = runs[0]["facts"]["runs"][key]
+        numbers = [*(r["forget_recall"][kind] for kind in ("taught", "untaught")),
+                   *(r["recalls"][name] for name in ("forget_paraphrased", "retain"))]  # fmt: skip
+        recalls = " | ".join(f"{number:.3f}" for number in numbers)
+        lines.append(f"| {label} | {r['left_out']} | {r['steps']} | {r['seconds']:.0f} | {recalls} |")
+    return "\n".join(lines)
+
+
 def _compared(make: Callable[[list[dict[str, Any]]], str]) -> Callable[[Suites], str]:
     def block(suites: Suites) -> str:
         runs = suites.results("compare_methods")
@@ -283,6 +301,7 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "drop_ins": drop_ins_table,
     "cpu": cpu_table,
     "request": request_table,
+    "skip": skip_table,
     "compare_methods": _compared(compare_report.table),
     "compare_grids": _compared(compare_report.grid_table),
     "retain_weight": _compared(compare_report.retain_weight_table),

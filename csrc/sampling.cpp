@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
 #include "philox.h"
+#include "race.h"
 #include "simd.h"
 
 namespace pmc {
@@ -67,8 +69,12 @@ PMC_AVX512 RowStats stats_avx512(const T* z, int64_t size, double temperature, T
 // Scratch of one thread, kept between rows.
 template <typename T>
 struct Sampler {
-  Sampler(const SampleNucleus<T>& args, StatsFn<T> stats)
-      : a(args), stats_of(stats), block_max(static_cast<size_t>((args.vocab + kBlock - 1) / kBlock)) {}
+  Sampler(const SampleNucleus<T>& args, StatsFn<T> stats, Isa isa)
+      : a(args),
+        stats_of(stats),
+        all((args.top_k == 0 || args.top_k >= args.vocab) && args.top_p >= 1),
+        races(all && isa == Isa::kAvx512),
+        block_max(static_cast<size_t>((args.vocab + kBlock - 1) / kBlock)) {}
 
   void row(int64_t r) {
     const T* logits = a.logits + r * a.stride;
@@ -86,18 +92,40 @@ struct Sampler {
       a.mass[r] = 1;
       return;
     }
+    if constexpr (std::is_same_v<T, float>) {
+      if (races) {
+        row_of_all(r, top, log_sum);
+        return;
+      }
+    }
     keep(logits, top);
     double held = 0;
     for (const double w : weights) held += w;
-    a.mass[r] = std::min(1.0, held / stats.tempered_sum);
+    a.mass[r] = all ? 1.0 : std::min(1.0, held / stats.tempered_sum);
     for (int64_t d = begin; d < end; ++d) {
-      const size_t i = race(d);
+      const size_t i = race_of_kept(d);
       a.tokens[d] = kept[i].token;
       a.logps[d] = static_cast<double>(kept[i].logit) - log_sum;
     }
   }
 
  private:
+  // The row's draws where nothing is left out, without a list of what is kept.
+  void row_of_all(int64_t r, double top, double log_sum) {
+    const T* logits = a.logits + r * a.stride;
+    bounds.resize(static_cast<size_t>(a.vocab));
+    const int64_t first = std::find(logits, logits + a.vocab, static_cast<T>(top)) - logits;
+    const Race row{logits, a.vocab, top, a.temperature, first, bounds.data()};
+    race_bounds(row);
+    a.mass[r] = 1;
+    for (int64_t d = a.cu_draws[r]; d < a.cu_draws[r + 1]; ++d) {
+      const uint64_t key = stream_key(a.seed, static_cast<uint64_t>(a.streams[d]));
+      a.tokens[d] =
+          race(row, key, static_cast<uint32_t>(a.positions[d]), static_cast<uint32_t>(a.samples[d]));
+      a.logps[d] = static_cast<double>(logits[a.tokens[d]]) - log_sum;
+    }
+  }
+
   // Fills kept, likeliest first, and their weights exp((logit - top) / temperature).
   void keep(const T* logits, double top) {
     if (a.top_k > 0 && a.top_k < a.vocab) {
@@ -187,7 +215,7 @@ struct Sampler {
   static int bin(double depth) { return static_cast<int>(std::min(depth * kBinsPerNat, kBins - 1.0)); }
 
   // An exponential race: arg-max of w_v / E_v is v with probability w_v / sum of w.
-  size_t race(int64_t d) const {
+  size_t race_of_kept(int64_t d) const {
     const uint64_t key = stream_key(a.seed, static_cast<uint64_t>(a.streams[d]));
     size_t winner = 0;
     double best = -1;
@@ -203,7 +231,9 @@ struct Sampler {
 
   const SampleNucleus<T>& a;
   const StatsFn<T> stats_of;
+  const bool all, races;  // nothing is left out; and the race knows a shorter way then
   std::vector<T> block_max;
+  std::vector<float> bounds;
   std::vector<Candidate<T>> kept, ties;
   std::vector<double> weights;
   double dropped = 0;
@@ -217,7 +247,7 @@ void run(const SampleNucleus<T>& args, Isa isa, int threads) {
   if (isa == Isa::kAvx512) stats = &stats_avx512<T>;
 #endif
   parallel_for(args.rows, threads, [&](int64_t begin, int64_t end) {
-    Sampler<T> sampler(args, stats);
+    Sampler<T> sampler(args, stats, isa);
     for (int64_t r = begin; r < end; ++r) sampler.row(r);
   });
 }

@@ -420,7 +420,8 @@ def trie(data: st.DataObject) -> None:
     refused("RolloutTrie", lambda: MODULE.RolloutTrie(10, draw(st.sampled_from([None, [2**31], ["a"], 3])), 0))
     refused("RolloutTrie", lambda: MODULE.RolloutTrie(10, [], draw(BAD_SIZE)))
     ids, capacity = st.integers(-3, 5), draw(st.integers(1, 30))
-    made = MODULE.RolloutTrie(capacity, draw(st.lists(ids, max_size=2)), draw(st.sampled_from([0, 1, 3, 2**31 - 1])))
+    match, share = draw(st.sampled_from([0, 1, 3, 2**31 - 1])), draw(st.booleans())
+    made = MODULE.RolloutTrie(capacity, draw(st.lists(ids, max_size=2)), match, share)
     asked = []
     for _ in range(draw(st.integers(0, 5))):
         question = {

@@ -6,13 +6,14 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from pmc_fast import PMCTrainer, output, schedule
+from pmc_fast import PMCTrainer, job, output, schedule
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
@@ -95,6 +96,20 @@ def test_a_killed_job_goes_on_from_its_newest_checkpoint(arguments, data, monkey
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), whole.parameters(), strict=True))
     made = json.loads((data / "out/report.json").read_text())
     assert [r["step"] for r in made["history"]] == [1, 2, 3, 4]
+
+
+def test_answers_are_asked_for_once_before_and_again_after(arguments, monkeypatch):
+    asked = Counter()
+    greedy = job.greedy_answers
+
+    def counted(engine, encoder, questions):
+        asked.update(questions)
+        return greedy(engine, encoder, questions)
+
+    monkeypatch.setattr(job, "greedy_answers", counted)
+    assert run(arguments) == 0
+    after_alone = {f"What is fact {i}?": 1 for i in range(4)}  # before, they are the initial answers
+    assert asked == after_alone | {f"Is {i} even?": 2 for i in range(6)}
 
 
 def test_two_processes_are_one(pytestconfig, arguments, data, monkeypatch):

@@ -1,5 +1,7 @@
 """sample_nucleus: Hugging Face's kept set, the exact distribution, and draws that depend on keys alone."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from pmc_fast import native
 from pmc_fast.errors import PMCError
 from pmc_fast.ops.sample_nucleus import Draws, _stream_key, _uniforms, kept_tokens, sample_nucleus
 
@@ -146,6 +149,31 @@ def test_equals_the_reference_token_for_token(backend):
         torch.testing.assert_close(ours.nucleus_mass, plain.nucleus_mass, **exact)
 
     check()
+
+
+ROWS = {
+    "flat": lambda z: z * 0,
+    "normal": lambda z: z * 3,
+    "certain": lambda z: torch.where(torch.arange(z.shape[1]) == 777, 60.0, z),
+    "steep": lambda z: z * 200,  # most weights are 0 in float32
+    "mostly left out": lambda z: torch.where(z > -1.5, -torch.inf, z),
+    "in steps": lambda z: (z * 4).round() / 4,  # many ties
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 1.3, 40.0])
+def test_a_race_over_all_tokens_is_every_cpus(kind, temperature, monkeypatch):
+    """With AVX-512 most tokens are ruled out by bounds on their weights; elsewhere all weights are computed."""
+    torch.manual_seed(0)
+    logits = ROWS[kind](torch.randn(3, 49_157))
+    best = draw(logits, 150, temperature=temperature, seed=5)
+    plain = types.SimpleNamespace(sample_nucleus_f32=native.cpu().sample_nucleus_f32, best_isa=lambda: 0)
+    monkeypatch.setattr(native, "cpu", lambda: plain)
+    generic = draw(logits, 150, temperature=temperature, seed=5)
+    assert torch.equal(best.tokens, generic.tokens)
+    assert torch.allclose(best.logps, generic.logps, rtol=0, atol=1e-4)
+    assert best.nucleus_mass.tolist() == generic.nucleus_mass.tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize(
