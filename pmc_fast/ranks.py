@@ -1,6 +1,5 @@
 """The processes that train one model together: what they tell each other, and how they share work."""
 
-import gc
 import os
 import re
 import signal
@@ -119,7 +118,6 @@ def leave() -> None:
     """Leave the group at a program's end: gloo's threads abort a process that exits with them running."""
     if _initialised():
         distributed.destroy_process_group()
-        gc.collect()  # a trainer's model holds the group too, in a cycle: the threads end with the last that holds it
 
 
 def _initialised() -> bool:

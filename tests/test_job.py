@@ -115,7 +115,7 @@ def test_answers_are_asked_for_once_before_and_again_after(arguments, monkeypatc
 def test_two_processes_are_one(pytestconfig, arguments, data, monkeypatch):
     arguments = [*arguments, "--normalization", "step"]
     both = replaced(arguments, output=data / "both", batch_size=1)
-    done = start(pytestconfig, "tests/leaving_worker.py", *both)
+    done = start(pytestconfig, "-m", "pmc_fast.cli", *both)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report.json are in") == 1
     assert run(arguments) == 0

@@ -196,7 +196,7 @@ def test_a_resumed_run_leaves_out_the_same(arguments, tmp_path, monkeypatch, cap
 
 def test_two_processes_leave_out_the_same(pytestconfig, arguments, tmp_path):
     flags = [*replaced(arguments, batch_size="1"), "--normalization", "step", "--attack-samples", "2"]
-    done = start(pytestconfig, "tests/leaving_worker.py", *flags)
+    done = start(pytestconfig, "-m", "pmc_fast.cli", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("2 of 3 questions are left out (rows 1, 3)") == 1
     two = json.loads((tmp_path / "out/report.json").read_text())
