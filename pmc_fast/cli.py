@@ -1,6 +1,7 @@
 """The command line: pmc-fast unlearn, evaluate, env, and the commands for requests."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +176,17 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("pmc-fast: interrupted: nothing was written", err=True)
         code = 130
+    if in_a_group():  # gloo's threads live as long as Python does, and some abort it at its end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
     sys.exit(code)
+
+
+def in_a_group() -> bool:
+    """Return whether this process has talked to others of its launch."""
+    distributed = sys.modules.get("torch.distributed")
+    return bool(int(os.environ.get("WORLD_SIZE") or 1) > 1 and distributed and "RANK" in os.environ)
 
 
 if __name__ == "__main__":
