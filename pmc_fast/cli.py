@@ -176,17 +176,16 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("pmc-fast: interrupted: nothing was written", err=True)
         code = 130
-    if in_a_group():  # gloo's threads live as long as Python does, and some abort it at its end
+    if launched_beside_others():  # gloo's threads live as long as Python does, and some abort it at its end
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
     sys.exit(code)
 
 
-def in_a_group() -> bool:
-    """Return whether this process has talked to others of its launch."""
-    distributed = sys.modules.get("torch.distributed")
-    return bool(int(os.environ.get("WORLD_SIZE") or 1) > 1 and distributed and "RANK" in os.environ)
+def launched_beside_others() -> bool:
+    """Return whether a launcher started this process as one of several; `ranks.launched` would import torch."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 if __name__ == "__main__":
