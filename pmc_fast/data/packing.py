@@ -48,16 +48,28 @@ class Segments(tuple[Segment, ...]):
         return max(self.lengths), max(s.length + s.prefix for s in self)
 
     def cu_seqlens(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return int32 [S + 1] offsets of queries and of keys."""
-        keys = [s.length + s.prefix for s in self]
-        both = [list(accumulate(n, initial=0)) for n in (self.lengths, keys)]
-        q, k = torch.tensor(both, dtype=torch.int32).to(device, non_blocking=True)
-        return q, k
+        """Return int32 [S + 1] offsets of queries and of keys; brought to a device once, for every layer asks."""
+        if device not in self._offsets:
+            keys = [s.length + s.prefix for s in self]
+            both = [list(accumulate(n, initial=0)) for n in (self.lengths, keys)]
+            q, k = torch.tensor(both, dtype=torch.int32).to(device, non_blocking=True)
+            self._offsets[device] = q, k
+        return self._offsets[device]
 
     def keys(self, device: torch.device) -> torch.Tensor:
         """Return the tokens that are keys, segment by segment, its prefix first: int64 [K]."""
-        ranges = [torch.arange(a, b) for s in self for a, b in ((s.prefix_begin, s.prefix_end), (s.begin, s.end))]
-        return torch.cat(ranges).to(device, non_blocking=True)
+        if device not in self._keys:
+            ranges = [torch.arange(a, b) for s in self for a, b in ((s.prefix_begin, s.prefix_end), (s.begin, s.end))]
+            self._keys[device] = torch.cat(ranges).to(device, non_blocking=True)
+        return self._keys[device]
+
+    @cached_property
+    def _offsets(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
+    @cached_property
+    def _keys(self) -> dict[torch.device, torch.Tensor]:
+        return {}
 
 
 @dataclass(frozen=True)
