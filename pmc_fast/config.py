@@ -54,6 +54,9 @@ class PMCConfig:
         "micro_batch", "each loss is the mean over its micro-batch's answer tokens (published), or over the step's"
     )
     max_tokens: int = _option(8192, "tokens of one forward pass; a micro-batch of more takes several")
+    cuda_graphs: bool = _option(
+        True, "on CUDA, replay rollout steps and training passes as CUDA graphs where they can be captured"
+    )
     stop_score: float | None = _option(
         None, "stop once the mean best score is at most this, such as 0.05 (unset: off)"
     )

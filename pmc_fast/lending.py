@@ -55,7 +55,7 @@ class CpuLayers:
         Nothing is lent under autocast. For training nothing is where layers are checkpointed either:
         checkpoints recompute layers in backward, when these are torch's again, and demand the same of them.
         """
-        if torch.is_autocast_enabled("cpu") or (self.training and _checkpointed(self.model)):
+        if torch.is_autocast_enabled("cpu") or (self.training and checkpointed(self.model)):
             yield
             return
         if self._found is None:
@@ -164,7 +164,8 @@ def _is_plain_linear(module: Any) -> bool:
     return plain and min(module.weight.shape) >= THIN
 
 
-def _checkpointed(model: Any) -> bool:
+def checkpointed(model: Any) -> bool:
+    """Return whether layers are computed again in backward."""
     return any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules())
 
 

@@ -1,6 +1,7 @@
 """Forward passes over packs through the model's own forward, the head computed by `weighted_nll`."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -8,14 +9,16 @@ from typing import Any
 import torch
 
 from . import patching
+from .capture import CaptureError, CudaRecorder
 from .data import Encoded
 from .data.packing import Pack, num_targets, pack
 from .errors import PMCError
 from .head import read_head
-from .lending import CpuLayers
+from .lending import CpuLayers, checkpointed
 from .models import CLOSE, autocast, eval_mode, plain_logps
 from .ops.packed_attention import ATTENTION
 from .ops.weighted_nll import weighted_nll
+from .pass_graphs import PassGraphs
 from .sharding import is_sharded
 
 
@@ -36,11 +39,17 @@ class PackedPass:
     ----------
     base : transformers.PreTrainedModel
         The causal language model itself, without wrappers.
+    cuda_graphs : bool
+        Replay CUDA graphs of passes with gradients, where they can be captured: on CUDA in bfloat16, of the bare
+        model or PEFT's, without hooks, checkpointing or sharding. Then gradients are ready with the loss, and
+        backward may be called once.
     """
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Any, *, cuda_graphs: bool = False) -> None:
         self.base = base
         self._layers = CpuLayers(base, training=True)
+        self._cuda_graphs = cuda_graphs
+        self.graphs: PassGraphs | None = None
 
     def __call__(
         self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
@@ -50,7 +59,7 @@ class PackedPass:
         Parameters
         ----------
         pack : Pack
-            On the model's device.
+            Of the model's device, or of the host: only these are replayed.
         row_scale : Tensor [M]
             Weight of each target.
         model : callable, optional
@@ -63,6 +72,29 @@ class PackedPass:
         logps : Tensor [M]
             Not differentiable.
         """
+        device = self.base.get_input_embeddings().weight.device
+        replayed = self._replayed(pack, row_scale, self.base if model is None else model, device)
+        return replayed or self._compute(pack.to(device), row_scale.to(device), model=model)
+
+    def _replayed(
+        self, pack: Pack, row_scale: torch.Tensor, call: Any, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self._cuda_graphs and device.type == "cuda" and self.graphs is None:
+            self.graphs = PassGraphs(self._compute, self.base, lambda: CudaRecorder(device))
+        if self.graphs is None or not isinstance(call, torch.nn.Module):
+            return None
+        if _compiled(call) or checkpointed(self.base) or is_sharded(self.base):
+            return None
+        try:
+            return self.graphs(pack, row_scale, call)
+        except CaptureError as error:
+            warnings.warn(f"{error}; its kernels are launched one by one, which is slower", stacklevel=3)
+            self._cuda_graphs, self.graphs = False, None
+            return None
+
+    def _compute(
+        self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         base = self.base
         made: dict[str, torch.Tensor] = {}
 
@@ -100,11 +132,10 @@ class PackedPass:
     def mean_nll(self, sequences: Sequence[Encoded], *, max_tokens: int = 8192, model: Any = None) -> torch.Tensor:
         """Return the mean cross-entropy of the sequences' trained tokens: plain fine-tuning without padding."""
         count = sum(map(num_targets, sequences))
-        device = self.base.get_input_embeddings().weight.device
         losses = []
         for p in pack([[s] for s in sequences], max_tokens):
-            scale = torch.full((len(p.targets),), 1 / count, device=device)
-            losses.append(self(p.to(device), scale, model=model)[0])
+            scale = torch.full((len(p.targets),), 1 / count)
+            losses.append(self(p, scale, model=model)[0])
         return torch.stack(losses).sum()
 
     def check(self, autocast_dtype: torch.dtype | None = None, *, model: Any = None) -> None:

@@ -73,7 +73,12 @@ class PMC:
         self.model, self.config, self.ranks = model, config, Ranks(process_group)
         self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)
         self.reward, self.autocast_dtype = reward, autocast_dtype
-        self.engine = RolloutEngine(model, autocast_dtype=autocast_dtype, process_group=process_group)
+        self.engine = RolloutEngine(
+            model,
+            autocast_dtype=autocast_dtype,
+            cuda_graphs=None if config.cuda_graphs else False,
+            process_group=process_group,
+        )
         self.store = BestStore(len(questions))
         self.questions: list[Any] = list(questions)
         texts = isinstance(self.questions[0], str)
@@ -92,7 +97,7 @@ class PMC:
                 )
         self.initial_answers: list[str] = []
         self._initial_ids: list[list[int]] = []
-        self._pass = PackedPass(causal_lm(model))
+        self._pass = PackedPass(causal_lm(model), cuda_graphs=config.cuda_graphs)
         self._checked = False
 
     def prepare(self) -> list[str]:
@@ -270,19 +275,18 @@ class PMC:
         means = pmc_weights(lengths, weights, 1.0)
         for p in packs:
             row_scale, mean = (
-                row_scales(of[p.sequences], p.cu_targets, p.targets, reduction="sum").to(device)
-                for of in (scale, means)
+                row_scales(of[p.sequences], p.cu_targets, p.targets, reduction="sum") for of in (scale, means)
             )
             is_retain = torch.tensor(p.sequences) >= len(collapse)
             with models.autocast(device, self.autocast_dtype):
-                loss, logps = self._pass(p.to(device), row_scale, model=model)
+                loss, logps = self._pass(p, row_scale, model=model)
             part_of = is_retain.repeat_interleave(p.cu_targets.diff()).long().to(device)
-            sums = sums.index_add(0, part_of, -logps.double() * mean.double())
+            sums = sums.index_add(0, part_of, -logps.double() * mean.double().to(device))
             yield Loss(loss, sums[0], sums[1], _counters(p))
         for _ in range(count - len(packs)):
-            blank = pack([[Encoded([0, 0], [IGNORED, 0])]], 2)[0].to(device)
+            blank = pack([[Encoded([0, 0], [IGNORED, 0])]], 2)[0]
             with models.autocast(device, self.autocast_dtype):
-                loss, _ = self._pass(blank, torch.zeros(1, device=device), model=model)
+                loss, _ = self._pass(blank, torch.zeros(1), model=model)
             yield Loss(loss, sums[0], sums[1], dict.fromkeys(_counters(blank), 0))
 
     def _weights(

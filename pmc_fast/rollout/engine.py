@@ -1,5 +1,6 @@
 """The loop: plan a step, compute it, draw from it, until every sample has ended."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,12 +9,13 @@ import numpy as np
 import torch
 
 from .. import native
+from ..capture import CaptureError
 from ..errors import NotFiniteError, PMCError
 from ..models import CLOSE, plain_logps
 from ..ops.sample_nucleus import Draws, sample_nucleus
 from ..ranks import Ranks
-from ..sharding import Lockstep
-from .inputs import StepInputs
+from ..sharding import Lockstep, is_sharded
+from .inputs import StepInputs, StepTensors
 from .model_step import ModelStep
 from .request import Request
 
@@ -45,8 +47,9 @@ class RolloutEngine:
         weights are used; it is left as it was found.
     autocast_dtype : torch.dtype, optional
         What training computes in under torch.autocast, if it does.
-    cuda_graphs : bool
-        Pad decode steps to a few sizes and replay CUDA graphs of them. Has not run on a GPU yet.
+    cuda_graphs : bool, optional
+        Pad decode steps to a few sizes and replay CUDA graphs of them. By default where the model is on CUDA and not
+        sharded, and as long as its steps can be captured.
     pad_steps : bool
         Pad them without that: for tests and measurements.
     process_group : torch.distributed.ProcessGroup, optional
@@ -57,7 +60,7 @@ class RolloutEngine:
     ------
     PMCError
         On first use: a model whose log-probs on a short sample are not those of its own forward pass;
-        cuda_graphs where there is no GPU, or for a model whose steps can't be captured.
+        cuda_graphs=True where there is no GPU, or for a model whose steps can't be captured.
     """
 
     def __init__(
@@ -65,14 +68,14 @@ class RolloutEngine:
         model: Any,
         *,
         autocast_dtype: torch.dtype | None = None,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         pad_steps: bool = False,
         process_group: Any = None,
     ) -> None:
         self.model, self._ranks = model, Ranks(process_group)
-        self._step = ModelStep(model, autocast_dtype, cuda_graphs=cuda_graphs)
-        self._cuda_graphs, self._pads = cuda_graphs, cuda_graphs or pad_steps
-        self._inputs = StepInputs(self._step.device, pads=self._pads)
+        self._step = ModelStep(model, autocast_dtype)
+        self._cuda_graphs, self._pads = cuda_graphs, pad_steps
+        self._inputs = StepInputs(self._step.device, pads=pad_steps)
         self._checked = False
 
     def __call__(
@@ -163,20 +166,19 @@ class RolloutEngine:
         ):
             for group in groups:
                 state.add(prompt, stream, group, longest, drafts, positions)
+        device = self.model.get_input_embeddings().weight.device  # asked now: the model may have been moved
+        pads = self._prepare_graphs(device) or self._pads
+        if (self._inputs.device, self._inputs.pads) != (device, pads):
+            self._inputs = StepInputs(device, pads=pads)
         with Lockstep(self.model, self._ranks) as lockstep, self._step.lend():
-            device = self._step.device  # known only now: the model may have been moved
-            if self._cuda_graphs and device.type != "cuda":
-                raise PMCError(f"cuda_graphs=True but the model is on {device}: move it to cuda, or leave it out")
             guess_rows = GUESS_ROWS[device.type] if guesses else 0
-            if self._inputs.device != device:
-                self._inputs = StepInputs(device, pads=self._pads)
             padded, before = 0, self._step.graph_counters()
             while (plan := state.plan(work.max_rows, guess_rows)) is not None:
                 lockstep.forward()
                 step = self._inputs(plan, state.span, work.max_rows)
                 rows = len(plan["logit_rows"])
                 padded += len(step.logit_rows) - rows
-                drawn = sample_nucleus(self._step.logits(step)[:rows], *step.draws, **draw)
+                drawn = sample_nucleus(self._logits(step)[:rows], *step.draws, **draw)
                 tokens, logps, mass = _to_host(drawn)
                 if (tokens < 0).any():
                     raise NotFiniteError(
@@ -187,6 +189,27 @@ class RolloutEngine:
         counters = state.counters() | {"pool_bytes": self._step.pool_bytes(), "copy_bytes": self._step.copy_bytes()}
         counters |= {"padded_rows": padded} | graphs
         return _collect(state, len(work.prompts), len(groups), counters)
+
+    def _prepare_graphs(self, device: torch.device) -> bool:
+        """Switch graphs on or off for this rollout, and return whether its steps are padded for them."""
+        if self._cuda_graphs and device.type != "cuda":
+            raise PMCError(f"cuda_graphs=True but the model is on {device}: move it to cuda, or leave it out")
+        if device.type != "cuda":
+            return False
+        use = not is_sharded(self.model) if self._cuda_graphs is None else self._cuda_graphs
+        self._step.use_graphs(use)
+        return use
+
+    def _logits(self, step: StepTensors) -> torch.Tensor:
+        try:
+            return self._step.logits(step)
+        except CaptureError as error:
+            if self._cuda_graphs:
+                raise
+            warnings.warn(f"{error}; its steps are launched one by one, which is slower", stacklevel=2)
+            self._cuda_graphs = False
+            self._step.use_graphs(False)
+            return self._step.logits(step)
 
     def _check(self) -> None:
         """Compare the log-probs of a short rollout with the plain model's, before anything depends on them."""

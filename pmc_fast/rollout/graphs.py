@@ -1,65 +1,14 @@
-"""CUDA graphs of decode steps: a step of a bucket is launched as one, not kernel by kernel.
+"""CUDA graphs of decode steps: a step of a bucket is launched as one, not kernel by kernel."""
 
-`StepGraphs` decides what may be replayed and is tested without a GPU, on a recorder that replays torch's
-operations. **`CudaRecorder` has not run on a GPU yet**: `python -m pytest tests/test_rollout_graphs.py` there.
-"""
-
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..errors import PMCError
+from ..capture import CaptureError, Recorder
 
 Compute = Callable[[], torch.Tensor]
-
-
-class Recorder(Protocol):
-    """What captures steps."""
-
-    def warm_up(self, compute: Compute) -> torch.Tensor:
-        """Compute as a capture would, without one: libraries set themselves up in a first run."""
-
-    def record(self, compute: Compute) -> Callable[[], None]:
-        """Capture a computation, without result yet, and return what repeats it on the same memory."""
-
-
-class CudaRecorder:
-    """Captures with torch.cuda.graph, on a stream and in a memory pool of its own.
-
-    Parameters
-    ----------
-    device : torch.device
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream()
-            # shared: graphs never run at the same time, so that one may use another's intermediate memory
-            self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, compute: Compute) -> torch.Tensor:
-        """Compute on the stream of captures."""
-        with torch.cuda.device(self._device):
-            here = torch.cuda.current_stream()
-            self._stream.wait_stream(here)
-            with torch.cuda.stream(self._stream):
-                out = compute()
-            here.wait_stream(self._stream)
-            out.record_stream(here)
-        return out
-
-    def record(self, compute: Compute) -> Callable[[], None]:
-        """Capture."""
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what a training program's other threads do (pin memory, say) does not end a capture
-        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-        # the stream's own context also puts it back where the end of a failed capture raises
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream), capture:
-            compute()
-        return graph.replay
 
 
 @dataclass(slots=True)
@@ -110,7 +59,7 @@ class StepGraphs:
 
         Raises
         ------
-        PMCError
+        CaptureError
             A step that can't be captured, as one that asks the device for a number.
         """
         if relies_on != self._relies_on:
@@ -143,45 +92,10 @@ class StepGraphs:
         assert self._recorder is not None
         try:
             replay = self._recorder.record(lambda: out.copy_(compute()))
-        except RuntimeError as error:
+        except (RuntimeError, CaptureError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise PMCError(
+            raise CaptureError(
                 f"{self._name}: a step can't be captured as a CUDA graph ({reason}): leave cuda_graphs out"
             ) from error
         self.captures += 1
         return replay
-
-
-def fingerprint(model: torch.nn.Module, copies: Mapping[int, tuple[torch.Tensor | None, ...]]) -> list[Any]:
-    """Return what the steps of a model rely on: where its tensors lie, and how its modules are set.
-
-    Weights may change in place, and a graph reads the new ones. A weight that moved, an adapter that was
-    switched off or a hook that was added make another step, and another fingerprint.
-
-    Parameters
-    ----------
-    model : Module
-    copies : mapping of int to tuple of Tensor
-        id of a module -> tensors that are read in place of its own.
-    """
-    found = []
-    for module in model.modules():
-        state = {name: value for name, value in vars(module).items() if name != "forward"}  # lent, anew each time
-        if id(module) in copies:
-            state["_parameters"] = copies[id(module)]
-        found.append((type(module), _relied_on(state)))
-    return found
-
-
-def _relied_on(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr(), value.dtype, value.device, value.shape, value.stride()
-    if isinstance(value, dict):
-        return [(key, _relied_on(v)) for key, v in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [_relied_on(v) for v in value]
-    if isinstance(value, (set, frozenset)):
-        return set(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return id(value)  # a config, a function, a module within another

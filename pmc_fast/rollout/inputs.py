@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from ..ops.decode_attention import StepIndex
+from ..upload import Upload
 from .buckets import DRAWS, ENTRIES, INDEX, Bucket, bucket_of, pad
 
 ROOM = 1 << 14  # bytes of the smallest buffer
-ALIGNED = 16  # bytes: Triton compiles another variant for addresses that are not
 ENTRIES_PER_ROW = 256  # that a bucket's buffer has room for from the start: longer histories move it
 
 
@@ -38,7 +38,7 @@ class StepInputs:
     """
 
     def __init__(self, device: torch.device, *, pads: bool) -> None:
-        self.device, self._pads = device, pads
+        self.device, self.pads = device, pads
         self._uploads: dict[Bucket | None, Upload] = {}
 
     def __call__(self, plan: Mapping[str, np.ndarray], span: int, max_rows: int) -> StepTensors:
@@ -58,7 +58,7 @@ class StepInputs:
         StepTensors
             On CUDA and of a padded step they are gone with the next step of the same bucket.
         """
-        bucket = bucket_of(plan, max_rows) if self._pads else None
+        bucket = bucket_of(plan, max_rows) if self.pads else None
         if bucket is None and self.device.type == "cpu":
             return _tensors({name: torch.from_numpy(array) for name, array in plan.items()}, span)
         if bucket is None:
@@ -68,57 +68,10 @@ class StepInputs:
         t = self._upload(bucket, room)(pad(plan, bucket, span))
         return _tensors(t | {"suffix": t[ENTRIES], "prefix": t[ENTRIES]}, span_padded, bucket)
 
-    def _upload(self, bucket: Bucket | None, room: int) -> "Upload":
+    def _upload(self, bucket: Bucket | None, room: int) -> Upload:
         if bucket not in self._uploads:
             self._uploads[bucket] = Upload(self.device, room)
         return self._uploads[bucket]
-
-
-class Upload:
-    """A buffer on the host and its copy on the device; arrays lie in both one behind the other.
-
-    Arrays of the same lengths lie at the same places again, unless the buffer had to grow.
-
-    Parameters
-    ----------
-    device : torch.device
-    room : int
-        Bytes to begin with.
-    """
-
-    def __init__(self, device: torch.device, room: int) -> None:
-        self._to = device
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._reserve(room)
-
-    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Copy arrays and return them as tensors on the device, which share the buffer."""
-        places, end = {}, 0
-        for name, array in arrays.items():
-            begin = -(-end // ALIGNED) * ALIGNED
-            end = begin + array.nbytes
-            places[name] = (begin, end)
-        if self._copied is not None:
-            # The last copy, which waits for the kernels before it, may not have read the host's buffer yet: a step
-            # that draws nothing (a part of a long prompt) gives the caller nothing to wait for.
-            self._copied.synchronize()
-        if end > len(self._bytes):
-            self._reserve(max(end, 2 * len(self._bytes)))
-        for name, (begin, stop) in places.items():
-            self._bytes[begin:stop] = np.ascontiguousarray(arrays[name]).view(np.uint8)
-        self._device[:end].copy_(self._host[:end], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(self._to))
-        return {
-            name: self._device[begin:stop].view(torch.int64 if arrays[name].itemsize == 8 else torch.int32)
-            for name, (begin, stop) in places.items()
-        }
-
-    def _reserve(self, room: int) -> None:
-        # pinned: from other memory CUDA copies in two steps, and the host waits for the first
-        self._host = torch.empty(room, dtype=torch.uint8, pin_memory=self._to.type == "cuda")
-        self._bytes = self._host.numpy()
-        self._device = torch.empty(room, dtype=torch.uint8, device=self._to)
 
 
 def _tensors(t: Mapping[str, torch.Tensor], span: int, bucket: Bucket | None = None) -> StepTensors:

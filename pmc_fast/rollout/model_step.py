@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from .. import patching
+from ..capture import CudaRecorder, fingerprint
 from ..lending import CpuLayers, replaced
 from ..models import autocast, eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
 from ..sharding import is_sharded
 from . import lora
-from .graphs import CudaRecorder, StepGraphs, fingerprint
+from .graphs import StepGraphs
 from .inputs import StepTensors
 
 ATTENTION = "pmc_fast_rollout"
@@ -35,17 +36,22 @@ class ModelStep:
     autocast_dtype : torch.dtype, optional
         The dtype that training runs under with torch.autocast: the linear layers then read a copy of their
         weights in it, renewed by every `lend`.
-    cuda_graphs : bool
-        Replay CUDA graphs of padded steps.
     """
 
-    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None, *, cuda_graphs: bool = False) -> None:
+    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
         self.model, self.autocast_dtype = model, autocast_dtype
-        self.graphs = StepGraphs(lambda: CudaRecorder(self.device), type(model).__name__) if cuda_graphs else None
+        self.graphs: StepGraphs | None = None
         self._relies_on: Any = None
         self._forget_buffers()
         self._index: StepIndex | None = None
         self._backend: str | None = None
+
+    def use_graphs(self, use: bool) -> None:
+        """Replay CUDA graphs of padded steps from the next `lend` on, or no longer."""
+        if not use:
+            self.graphs = None
+        elif self.graphs is None:
+            self.graphs = StepGraphs(lambda: CudaRecorder(self.device), type(self.model).__name__)
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -88,7 +94,8 @@ class ModelStep:
         if self.graphs is None or step.bucket is None:
             return compute()
         pool = [t.data_ptr() for pair in self.pool.values() for t in pair]
-        return self.graphs(step.bucket, step.tokens.data_ptr(), (self._relies_on, pool), compute)
+        relies_on = (self._relies_on, pool)
+        return self.graphs(step.bucket, step.tokens.data_ptr(), relies_on, compute)
 
     def _compute(self, step: StepTensors) -> torch.Tensor:
         self._index = step.index

@@ -1,0 +1,301 @@
+"""CUDA graphs of training passes: forward and backward of a pack, launched as one.
+
+A step of PMC has about a thousand tokens: on a GPU its thousands of small kernels take longer to launch than to run.
+A pack is padded to a size that was captured and its arrays go to the places that the capture reads. A replay leaves
+loss, log-probs and every gradient; autograd gets the gradients, times what comes from above, when it asks for them.
+
+Captured is the model's own forward, with parameters that share the real ones' memory and no history: what the real
+ones are part of, such as another thread's backward, stays out of it. Python does not run in a replay, so a model with
+hooks is not captured.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.func import functional_call
+
+from .capture import CaptureError, Recorder, fingerprint
+from .data.packing import Pack
+from .data.padding import Size, pad, round_up
+from .ops.scaled import scaled
+from .upload import ALIGNED, Upload
+
+DTYPES = (torch.bfloat16,)  # that varlen kernels serve; float16's gradients would miss what scales the loss
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+Compute = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class PaddedSegments:
+    """The segments of a padded pack: their offsets are on the device alone."""
+
+    shared = False
+
+    def __init__(self, cu_seqlens: torch.Tensor, longest: int) -> None:
+        self._cu_seqlens, self.longest = cu_seqlens, (longest, longest)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Not known on the host, where attention sequence by sequence would need them."""
+        raise CaptureError("its attention goes sequence by sequence")
+
+    def cu_seqlens(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return int32 [S + 1] offsets of queries and of keys."""
+        return self._cu_seqlens, self._cu_seqlens
+
+
+class PassGraphs:
+    """Replays training passes of one model.
+
+    Parameters
+    ----------
+    compute : callable
+        (pack, row_scale, model=...) -> (loss, logps), as `PackedPass` computes it.
+    base : transformers.PreTrainedModel
+        The causal language model itself.
+    recorder : callable
+        Makes a Recorder.
+    """
+
+    def __init__(self, compute: Compute, base: Any, recorder: Callable[[], Recorder]) -> None:
+        self._compute, self._base, self._new_recorder = compute, base, recorder
+        self.captures = self.replays = 0
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of all captures and their memory."""
+        self._graphs: list[_Graph] = []
+        self._seen: set[Size] = set()
+        self._gradients: _Gradients | None = None
+        self._recorder: Recorder | None = None
+        self._relies_on: Any = None
+
+    def __call__(self, pack: Pack, row_scale: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return what `compute` returns, or None for a pass that is not to be replayed.
+
+        Parameters
+        ----------
+        pack : Pack
+            On the host.
+        row_scale : Tensor [M]
+            On the host.
+        call : Module
+            What is called: the base model or PEFT's.
+
+        Raises
+        ------
+        CaptureError
+            The model can't be captured.
+        """
+        dtype = _computes_in(self._base)
+        if not self._serves(pack, call, dtype):
+            return None
+        relies_on = (dtype, fingerprint(call, {}))
+        if relies_on != self._relies_on:
+            self.drop()
+            self._relies_on = relies_on
+        size = Size.of(pack)
+        graph = min((g for g in self._graphs if size.fits(g.size)), key=lambda g: g.size.tokens, default=None)
+        if graph is None:
+            if size.rounded() not in self._seen:  # the first of its size: libraries set themselves up
+                self._seen.add(size.rounded())
+                return None
+            graph = self._capture(size.rounded(), pack, row_scale, call)
+        assert self._gradients is not None
+        graph.upload(pack, row_scale)
+        pending = self._gradients.next()
+        graph.replay()
+        self.replays += 1
+        loss = _Replayed.apply(pending, graph.loss, *self._gradients.parameters)
+        return loss, graph.logps[: len(pack.targets)].clone()
+
+    def _serves(self, pack: Pack, call: Any, dtype: torch.dtype) -> bool:
+        inner = call.get_base_model() if hasattr(call, "get_base_model") else call
+        return (
+            torch.is_grad_enabled()
+            and inner is self._base
+            and dtype in DTYPES
+            and not pack.segments.shared
+            and pack.input_ids.device.type == "cpu"
+            and not any(getattr(m, name) for m in call.modules() for name in HOOKS)
+        )
+
+    def _capture(self, size: Size, pack: Pack, row_scale: torch.Tensor, call: Any) -> "_Graph":
+        if self._recorder is None:
+            self._recorder = self._new_recorder()
+        if self._gradients is None:
+            self._gradients = _Gradients(call)
+        graph, gradients = _Graph(size, self._device), self._gradients
+        graph.upload(pack, row_scale)
+
+        def compute() -> torch.Tensor:
+            with torch.enable_grad(), _autocast(self._device):
+                loss, logps = self._compute(graph.pack, graph.row_scale, model=gradients.caller(call))
+                loss.backward()
+            graph.loss.copy_(loss.detach())
+            graph.logps.copy_(logps)
+            return graph.loss
+
+        gradients.next()
+        self._recorder.warm_up(compute)
+        try:
+            graph.replay = self._recorder.record(compute)
+        except (RuntimeError, CaptureError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CaptureError(
+                f"{type(self._base).__name__}: a training pass can't be captured as a CUDA graph ({reason})"
+            ) from error
+        self.captures += 1
+        self._graphs.append(graph)
+        return graph
+
+    @property
+    def _device(self) -> torch.device:
+        return self._base.get_input_embeddings().weight.device
+
+
+class _Graph:
+    """A captured pass: where it reads and writes."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size = size
+        self._upload = Upload(device, 8 * (2 * size.tokens + 4 * size.targets + size.sequences) + 16 * ALIGNED)
+        wide = torch.float32 if device.type == "cuda" else torch.float64
+        self.loss = torch.zeros((), dtype=wide, device=device)
+        self.logps = torch.zeros(size.targets, dtype=wide, device=device)
+        self.replay: Callable[[], None] = lambda: None
+        self.pack: Pack | Any = None
+        self.row_scale: torch.Tensor | Any = None
+
+    def upload(self, pack: Pack, row_scale: torch.Tensor) -> None:
+        """Pad a pack and bring it to where the capture reads it."""
+        t = self._upload(pad(pack, row_scale, self.size))
+        self.row_scale = t.pop("row_scale").view(torch.float64)
+        segments: Any = PaddedSegments(t.pop("cu_seqlens"), self.size.longest)
+        self.pack = replace(pack, **t, segments=segments, sequences=[])
+
+
+class _Gradients:
+    """Where captures leave gradients: one buffer for each dtype, the same for all of them.
+
+    Parameters
+    ----------
+    call : Module
+        Whose trained parameters have a part in it.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._named = {name: p for name, p in call.named_parameters() if p.requires_grad}
+        ends: dict[torch.dtype, int] = {}
+        places = {}
+        for name, p in self._named.items():
+            begin = ends.get(p.dtype, 0)
+            places[name] = begin
+            ends[p.dtype] = round_up(begin + p.numel(), ALIGNED)
+        some = next(iter(self._named.values()))
+        self.buffers = {dtype: torch.zeros(n, dtype=dtype, device=some.device) for dtype, n in ends.items()}
+        self._places = places
+        self._reached: set[str] = set()  # others are not part of the loss
+        self._pending: weakref.ref[_Pending] | None = None
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trained ones, in the order of `views`."""
+        return list(self._named.values())
+
+    def views(self, buffers: Mapping[torch.dtype, torch.Tensor]) -> list[torch.Tensor | None]:
+        """Return each parameter's part of buffers."""
+        return [self._view(buffers, name) if name in self._reached else None for name in self._named]
+
+    def _view(self, buffers: Mapping[torch.dtype, torch.Tensor], name: str) -> torch.Tensor:
+        p, begin = self._named[name], self._places[name]
+        return buffers[p.dtype][begin : begin + p.numel()].view(p.shape)
+
+    def next(self) -> "_Pending":
+        """Make room for another pass's gradients: those that autograd has not asked for yet move away."""
+        before = self._pending() if self._pending is not None else None
+        if before is not None:
+            before.move()
+        pending = _Pending(self)
+        self._pending = weakref.ref(pending)
+        return pending
+
+    def caller(self, call: Any) -> "_Caller":
+        """Return the model with parameters that share the real ones' memory, and leave their gradients here."""
+        aliases = {}
+        for name, p in self._named.items():
+            alias = p.detach().requires_grad_()
+            alias.register_post_accumulate_grad_hook(self._keeper(name))
+            aliases[name] = alias
+        return _Caller(call, aliases)
+
+    def _keeper(self, name: str) -> Callable[[torch.Tensor], None]:
+        def keep(alias: torch.Tensor) -> None:
+            assert alias.grad is not None
+            self._reached.add(name)
+            self._view(self.buffers, name).copy_(alias.grad)
+            alias.grad = None  # its memory serves the next one
+
+        return keep
+
+
+class _Caller:
+    """A model called with other parameters."""
+
+    def __init__(self, call: Any, parameters: dict[str, torch.Tensor]) -> None:
+        self._call, self._parameters = call, parameters
+        self.modules = call.modules
+
+    def __call__(self, **inputs: Any) -> Any:
+        return functional_call(self._call, self._parameters, (), inputs)
+
+
+class _Pending:
+    """Gradients of one pass, until autograd asks for them."""
+
+    def __init__(self, gradients: _Gradients) -> None:
+        self._gradients = gradients
+        self._buffers: Mapping[torch.dtype, torch.Tensor] | None = gradients.buffers
+
+    def move(self) -> None:
+        """Copy what the next pass is about to overwrite."""
+        if self._buffers is self._gradients.buffers:
+            self._buffers = {dtype: buffer.clone() for dtype, buffer in self._buffers.items()}
+
+    def take(self, factor: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return the gradients times `factor`, once."""
+        if self._buffers is None:
+            raise RuntimeError("backward a second time through a replayed pass: compute the loss again")
+        buffers, self._buffers = self._buffers, None
+        return self._gradients.views({dtype: scaled(buffer, factor) for dtype, buffer in buffers.items()})
+
+
+class _Replayed(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: _Pending, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.pending = pending
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
+        return None, None, *ctx.pending.take(factor)
+
+
+def _computes_in(base: Any) -> torch.dtype:
+    weight = base.get_input_embeddings().weight
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    # without autocast's cache: a capture must cast the weights itself, each time
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False)
