@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pmc_fast.kernels import logps_fused, nll_rows, sampling
+from pmc_fast.kernels import logps_fused, nll_rows, sampling, scaled
 
 # opt-in shared memory a block may take, bytes (CUDA programming guide, technical specifications)
 CHIPS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -77,6 +77,13 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         }  # fmt: skip
         options = {"num_warps": race.pop("num_warps")}
         yield f"sampling race {dtype}{size}", sampling.race_kernel, types, race, options
+    # gradients to the types of their inputs: float16's are float32 until then, and so are a bias's
+    for x, y in (("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "fp16"), ("fp32", "bf16")):
+        for size, kind in (("", "i32"), (" any size", "i32"), (" over int32", "i64")):
+            block = dict(scaled.CONFIGS["default"])
+            options = {"num_warps": block.pop("num_warps")}
+            types = {"x_ptr": f"*{x}", "factor_ptr": "*fp32", "y_ptr": f"*{y}", "size": kind}
+            yield f"scaled {x} {y}{size}", scaled.scaled_kernel, types, block, options
 
 
 def _name(kernel: str, dtype: str, flags: dict[str, bool]) -> str:
