@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pmc_fast.kernels import logps_fused, nll_rows, sampling
+from pmc_fast.kernels import layers, logps_fused, nll_rows, sampling, scaled
 
 # opt-in shared memory a block may take, bytes (CUDA programming guide, technical specifications)
 CHIPS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -77,6 +77,54 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         }  # fmt: skip
         options = {"num_warps": race.pop("num_warps")}
         yield f"sampling race {dtype}{size}", sampling.race_kernel, types, race, options
+    # gradients to the types of their inputs: float16's are float32 until then, and so are a bias's
+    for x, y in (("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "fp16"), ("fp32", "bf16")):
+        for size, kind in (("", "i32"), (" any size", "i32"), (" over int32", "i64")):
+            block = dict(scaled.CONFIGS["default"])
+            options = {"num_warps": block.pop("num_warps")}
+            types = {"x_ptr": f"*{x}", "factor_ptr": "*fp32", "y_ptr": f"*{y}", "size": kind}
+            yield f"scaled {x} {y}{size}", scaled.scaled_kernel, types, block, options
+    yield from _layers()
+
+
+def _layers() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    # x's type, the weight's or cosines', the result's; the last as under autocast
+    for x, weight, y in (*((dtype,) * 3 for dtype in DTYPES), ("bf16", "fp32", "fp32")):
+        sizes = ("", " any size") if x == weight == "bf16" else ("",)
+        for width, size in itertools.product((64, 576, 4096, 8192), sizes):
+            config = layers.norm_config(width)
+            options = {"num_warps": config.pop("num_warps")}
+            name = f"{x} {weight} {width}{size}"
+            types = {
+                "x_ptr": f"*{x}", "weight_ptr": f"*{weight}", "y_ptr": f"*{y}", "rstd_ptr": "*fp32", "rows": "i32",
+                "width": "i32", "eps": "fp32", "offset": "fp32",
+            }  # fmt: skip
+            flags = {"ROUND": True, "RSTD": True}
+            yield f"rms_norm {name}", layers.rms_norm_kernel, types, flags | config, options
+            types = {
+                "dy_ptr": f"*{y}", "x_ptr": f"*{x}", "weight_ptr": f"*{weight}", "rstd_ptr": "*fp32",
+                "dx_ptr": f"*{x}", "parts_ptr": "*fp32", "rows": "i32", "width": "i32", "offset": "fp32",
+            }  # fmt: skip
+            flags = {"ROUND": True, "NEED_X": True, "NEED_WEIGHT": True}
+            yield f"rms_norm back {name}", layers.rms_norm_backward_kernel, types, flags | config, options
+        for (heads, dim), back, size in itertools.product(((9, 64), (32, 128)), FLAGS, sizes):
+            config = layers.rotary_config(heads, dim // 2)
+            options = {"num_warps": config.pop("num_warps")}
+            types = {
+                "x_ptr": f"*{y if back else x}", "cos_ptr": f"*{weight}", "sin_ptr": f"*{weight}",
+                "y_ptr": f"*{x if back else y}", "heads": "i32", "half": "i32", "row_stride": "i32",
+                "head_stride": "i32",
+            }  # fmt: skip
+            name = _name("rotary", f"{x} {weight} {heads} x {dim}", {"BACK": back}) + size
+            yield name, layers.rotary_kernel, types, {"BACK": back} | config, options
+        if x == weight:
+            block = {"BLOCK": layers.CONFIGS["silu_mul"]}
+            pointers = dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr"), f"*{x}")
+            yield f"silu_mul {x}", layers.silu_mul_kernel, pointers | {"size": "i32"}, block, {"num_warps": 4}
+            pointers = dict.fromkeys(("dy_ptr", "gate_ptr", "up_ptr", "d_gate_ptr", "d_up_ptr"), f"*{x}")
+            flags = {"NEED_GATE": True, "NEED_UP": True}
+            types = pointers | {"size": "i32"}
+            yield f"silu_mul back {x}", layers.silu_mul_backward_kernel, types, flags | block, {"num_warps": 4}
 
 
 def _name(kernel: str, dtype: str, flags: dict[str, bool]) -> str:

@@ -1,5 +1,9 @@
 """Argument checks that several ops share: a named error before any work."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ..errors import PMCError
@@ -65,3 +69,15 @@ def under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:  # which autocast leaves alone
         return list(tensors)
     return [t.to(torch.get_autocast_dtype(kind)) for t in tensors]
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a layer's backward refuse create_graph=True. (torch's once_differentiable lets it pass where dy is a constant.)"""
+
+    @functools.wraps(backward)
+    def once(ctx: Any, dy: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise PMCError("pmc_fast's layers have no second derivatives: create_graph must be False")
+        return backward(ctx, dy)
+
+    return once

@@ -3,16 +3,14 @@
 Backward keeps the inputs, which the model holds anyway, and of an RMS norm one number a row.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import native
 from ..errors import PMCError
-from .checks import check_float32_cpu
+from .checks import check_float32_cpu, once
 from .gemm import gemm
 
 
@@ -103,18 +101,6 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return _Rotary.apply(x, cos, sin)
 
 
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse create_graph=True. (torch's once_differentiable lets it pass where dy is a constant.)"""
-
-    @functools.wraps(backward)
-    def once(ctx: Any, dy: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise PMCError("pmc_fast's layers have no second derivatives: create_graph must be False")
-        return backward(ctx, dy)
-
-    return once
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -123,7 +109,7 @@ class _Linear(torch.autograd.Function):
         return gemm(_rows(x), weight.T, bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
@@ -155,7 +141,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, weight, rstd = ctx.saved_tensors
         dy = dy.contiguous()
@@ -178,7 +164,7 @@ class _SiluMul(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         gate, up = ctx.saved_tensors
         dy = dy.contiguous()
@@ -197,7 +183,7 @@ class _Rotary(torch.autograd.Function):
         return _rotated(x, cos, sin, back=False)
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         return _rotated(dy, cos, sin, back=True), None, None

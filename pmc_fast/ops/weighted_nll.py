@@ -9,6 +9,7 @@ from .cpu import Cpu
 from .cuda import Cuda
 from .dispatch import resolve_backend
 from .nll_reference import weighted_nll_reference
+from .scaled import scaled
 
 WORKSPACE = 1 << 30
 
@@ -200,8 +201,7 @@ def _times(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -
     # d(head) is large: spare the CPU a pass over it in the usual case (a sync on CUDA, so not there)
     if type(upstream) is torch.Tensor and upstream.device.type == "cpu" and upstream.item() == 1:
         return gradient.to(dtype)
-    # as a vector the float32 factor keeps its type: the product is rounded once, without a float32 copy on CUDA
-    return torch.mul(gradient, upstream.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
+    return scaled(gradient, upstream, dtype)
 
 
 weighted_nll_op.register_autograd(_backward, setup_context=_setup_context)

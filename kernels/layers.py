@@ -1,0 +1,279 @@
+"""What lies between a model's matrix products: RMS norm, rotary embedding, silu(gate) * up, each way one launch; Triton.
+
+Numbers are read once and written once, computed in float32. Traffic per number of b bytes: RMS norm 2 b, backward 3 b
+and a part of d(weight), 4 bytes, for each program; rotary 2 b, backward 2 b (cosines and sines are read once for up to
+2048 pairs); silu_mul 3 b, backward 5 b. The parts of d(weight) are added up after the launch: no atomics, an order of
+sums that follows from the shapes. No host sync, and grids that depend on shapes alone.
+
+Its oracle is torch, in `tests/test_cuda_layers.py`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+PARTS = 256  # programs that d(weight) is shared out over at most
+# tile -> numbers it has at most, where a row of a norm is no longer than that
+CONFIGS = {"norm": 1024, "rotary": 2048, "silu_mul": 1024}
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_kernel(
+    x_ptr,  # [rows, width]
+    weight_ptr,
+    y_ptr,
+    rstd_ptr,  # [rows] or unused
+    rows,
+    width,
+    eps,
+    offset,
+    ROUND: tl.constexpr,
+    RSTD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    column = tl.arange(0, BLOCK_WIDTH)[None, :]
+    inside = (row < rows) & (column < width)
+    x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / width + eps)
+    normalised = x * rstd
+    if ROUND:
+        normalised = normalised.to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + row * width + column, (normalised * weight).to(y_ptr.dtype.element_ty), mask=inside)
+    if RSTD:
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_backward_kernel(
+    dy_ptr,  # [rows, width]
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,  # [rows, width] or unused
+    parts_ptr,  # [programs, width] or unused: each program's part of d(weight)
+    rows,
+    width,
+    offset,
+    ROUND: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_WIDTH)[None, :]
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    d_weight = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+    for begin in range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = begin + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
+        inside = (row < rows) & (column < width)
+        at = row * width + column
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        normalised = x * rstd
+        if NEED_X:
+            slope = dy * weight
+            mean = tl.sum(slope * normalised, axis=1, keep_dims=True) / width
+            dx = (slope - normalised * mean) * rstd
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if NEED_WEIGHT:
+            if ROUND:
+                normalised = normalised.to(x_ptr.dtype.element_ty).to(tl.float32)
+            d_weight += dy * normalised
+    if NEED_WEIGHT:
+        total = tl.sum(d_weight, axis=0, keep_dims=True)
+        tl.store(parts_ptr + program.to(tl.int64) * width + column, total, mask=column < width)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def rotary_kernel(
+    x_ptr,  # [rows, heads, 2 * half], strided
+    cos_ptr,  # [rows, 2 * half]
+    sin_ptr,
+    y_ptr,  # [rows, heads, 2 * half]
+    heads,
+    half,
+    row_stride,
+    head_stride,
+    BACK: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    turned = pair < half
+    inside = (head < heads) & turned
+    cos_ptr += row * 2 * half + pair
+    sin_ptr += row * 2 * half + pair
+    cos_1 = tl.load(cos_ptr, mask=turned, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cos_ptr + half, mask=turned, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin_ptr, mask=turned, other=0.0).to(tl.float32)
+    sin_2 = tl.load(sin_ptr + half, mask=turned, other=0.0).to(tl.float32)
+    if BACK:
+        sin_1, sin_2 = -sin_2, -sin_1
+    x_ptr += row * row_stride + head.to(tl.int64) * head_stride + pair
+    y_ptr += (row * heads + head) * 2 * half + pair
+    x_1 = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    x_2 = tl.load(x_ptr + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr, (x_1 * cos_1 - x_2 * sin_1).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + half, (x_2 * cos_2 + x_1 * sin_2).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_mul_kernel(gate_ptr, up_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def silu_mul_backward_kernel(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    d_gate_ptr,  # or unused
+    d_up_ptr,  # or unused
+    size,
+    NEED_GATE: tl.constexpr,
+    NEED_UP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dy = tl.load(dy_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    if NEED_GATE:
+        up = tl.load(up_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+        d_gate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        tl.store(d_gate_ptr + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=at < size)
+    if NEED_UP:
+        tl.store(d_up_ptr + at, (dy * gate * sigmoid).to(d_up_ptr.dtype.element_ty), mask=at < size)
+
+
+def norm_config(width: int) -> dict[str, Any]:
+    """Return the tile of a norm: whole rows, as many as fit, at most 16 numbers a thread."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, CONFIGS["norm"] // block)
+    return {"BLOCK_ROWS": rows, "BLOCK_WIDTH": block, "num_warps": min(16, max(4, rows * block // 512))}
+
+
+def rotary_config(heads: int, half: int) -> dict[str, Any]:
+    """Return the tile of a rotary embedding: one row's heads, as many as fit."""
+    block = triton.next_power_of_2(half)
+    at_once = min(triton.next_power_of_2(heads), max(1, CONFIGS["rotary"] // block))
+    return {"BLOCK_HEADS": at_once, "BLOCK_HALF": block, "num_warps": 4}
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, rstd: torch.Tensor | None, eps: float, offset: float
+) -> None:
+    """Launch the kernel.
+
+    Parameters
+    ----------
+    x, y : float32, bfloat16 or float16 Tensor [..., D]
+        Contiguous; y is written.
+    weight : Tensor [D]
+        Contiguous.
+    rstd : float32 Tensor, optional
+        One number a row, written: 1 over the root that x was divided by.
+    eps : float
+    offset : float
+        What is added to the weight. Where it is 0, x is rounded to its type before it is multiplied with the weight.
+    """
+    width, config = weight.shape[0], norm_config(weight.shape[0])
+    rows = x.numel() // width
+    if rows:
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            rms_norm_kernel[(triton.cdiv(rows, config["BLOCK_ROWS"]),)](
+                x, weight, y, x if rstd is None else rstd, rows, width, eps, offset,
+                ROUND=offset == 0, RSTD=rstd is not None, **config,
+            )  # fmt: skip
+
+
+def rms_norm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    offset: float,
+    need: tuple[bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Launch the kernel; return d(x) and d(weight), where needed, in their types.
+
+    Parameters
+    ----------
+    dy, x : Tensor [..., D]
+        Contiguous.
+    weight, rstd, offset
+        Of the forward pass.
+    need : tuple of bool
+    """
+    width, config = weight.shape[0], norm_config(weight.shape[0])
+    rows = x.numel() // width
+    programs = triton.cdiv(rows, config["BLOCK_ROWS"])
+    need_x, need_weight = need
+    dx = torch.empty_like(x) if need_x else None
+    parts = None
+    if need_weight:
+        programs = min(programs, PARTS)
+        parts = x.new_empty(programs, width, dtype=torch.float32)
+    if rows:
+        with torch.cuda.device_of(x):
+            rms_norm_backward_kernel[(programs,)](
+                dy, x, weight, rstd, x if dx is None else dx, rstd if parts is None else parts, rows, width, offset,
+                ROUND=offset == 0, NEED_X=need_x, NEED_WEIGHT=need_weight, **config,
+            )  # fmt: skip
+    return dx, None if parts is None else parts.sum(0).to(weight.dtype)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, y: torch.Tensor, back: bool) -> None:
+    """Launch the kernel.
+
+    Parameters
+    ----------
+    x : float32, bfloat16 or float16 Tensor [1, heads, R, D]
+        Last dimension contiguous; D even.
+    cos, sin : Tensor [1, R, D]
+        Contiguous.
+    y : Tensor [1, R, heads, D]
+        Contiguous; written.
+    back : bool
+        Turn as the gradient does.
+    """
+    _, heads, rows, width = x.shape
+    if y.numel():
+        config = rotary_config(heads, width // 2)
+        with torch.cuda.device_of(x):
+            rotary_kernel[(rows, triton.cdiv(heads, config["BLOCK_HEADS"]))](
+                x, cos, sin, y, heads, width // 2, x.stride(2), x.stride(1), BACK=back, **config
+            )
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor) -> None:
+    """Launch the kernel: three contiguous tensors of one size, the last is written."""
+    size, block = y.numel(), CONFIGS["silu_mul"]
+    if size:
+        with torch.cuda.device_of(y):
+            silu_mul_kernel[(triton.cdiv(size, block),)](gate, up, y, size, BLOCK=block, num_warps=4)
+
+
+def silu_mul_backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, d_gate: torch.Tensor | None, d_up: torch.Tensor | None
+) -> None:
+    """Launch the kernel: contiguous tensors of one size; the last two, where wanted, are written."""
+    size, block = dy.numel(), CONFIGS["silu_mul"]
+    if size:
+        with torch.cuda.device_of(dy):
+            silu_mul_backward_kernel[(triton.cdiv(size, block),)](
+                dy, gate, up, dy if d_gate is None else d_gate, dy if d_up is None else d_up, size,
+                NEED_GATE=d_gate is not None, NEED_UP=d_up is not None, BLOCK=block, num_warps=4,
+            )  # fmt: skip
