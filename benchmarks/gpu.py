@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                       # correctness, compute-sanitizer, timings
     python -m benchmarks.gpu --quick               # two sizes and few rounds
+    python -m benchmarks.gpu --short               # four minutes: rollouts and steps of two shapes, the demo's task
     python -m benchmarks.gpu --json FILE
     python -m benchmarks.gpu --end-to-end --tofu DIR     # whole runs and a 3B shape: see gpu_runs.py
 
@@ -237,6 +238,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two sizes a head, five rounds")
     parser.add_argument("--only-correctness", action="store_true")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/gpu/CARD.json")
+    parser.add_argument("--short", action="store_true", help="what README's table shows, in results/gpu.json")
     parser.add_argument("--end-to-end", action="store_true", help="whole runs instead, in a JSON of their own")
     parser.add_argument("--tofu", help="with --end-to-end: folder of TOFU's files (nothing is fetched)")
     parser.add_argument("--model", default="", help="with --end-to-end: one that knows TOFU (default: teach SmolLM2)")
@@ -249,9 +251,13 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    if options.end_to_end:
-        from . import gpu_runs
+    from . import gpu_runs
 
+    if options.short:
+        shapes = {"Llama-3.2-3B": gpu_runs.LLAMA_3B, "SmolLM2-135M": gpu_runs.SMOLLM2}
+        gpu_runs.run_short(options.json or harness.RESULTS / "gpu.json", "cuda", shapes, rounds=2)
+        return 0
+    if options.end_to_end:
         gpu_runs.on_card(options.tofu, options.model, options.json)
         return 0
     checks = check_real_sizes()

@@ -9,7 +9,7 @@ published step (on the true answers, for their lengths). Speed only: samples of 
 their scores mean nothing, so neither the trie nor the store's gating has anything to do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pmc_fast.models import load_model, load_tokenizer, resolve_device
 from pmc_fast.packed_pass import PackedPass
 
 from . import end_to_end, harness
-from .runs import Run
+from .runs import Run, demo_config
 from .settings import Setting, StepSetting
 
 METHODS = ("pmc_fast", "reference")
@@ -34,7 +34,13 @@ LLAMA_3B: dict[str, Any] = {
     "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": True,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 COUNT = 8  # questions of a rollout and of a step
+SHORT_EPOCHS = 2  # of the runs that are compared in the short form
 
 
 def find(directory: str, name: str) -> str:
@@ -65,7 +71,7 @@ def teach(config: UnlearnConfig, directory: Path, epochs: int, batch_size: int, 
     rows = [row for source in (config.forget, config.retain) for row in load_rows(source, answers=True)]
     pairs = [encoder.pair(row.question, row.answer or "") for row in rows]
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
-    order, packed = torch.Generator().manual_seed(0), PackedPass(loaded.model)
+    order, packed = torch.Generator().manual_seed(0), PackedPass(loaded.model, cuda_graphs=True)
     steps = epochs * -(-len(pairs) // batch_size)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     loaded.model.train()
@@ -85,8 +91,9 @@ def teach(config: UnlearnConfig, directory: Path, epochs: int, batch_size: int, 
 
 
 def shape_contests(
-    shape: dict[str, Any], tokenizer: str, device: str, dtype: torch.dtype, rounds: int = 3, **settings: Any
-) -> list[dict[str, Any]]:
+    shape: dict[str, Any], tokenizer: str, device: str, dtype: torch.dtype, *, rounds: int = 3, peaks: bool = True,
+    name: str = "", **settings: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Measure rollouts, and loss and backward of a step, of a Llama of this shape with random weights."""
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
@@ -118,12 +125,15 @@ def shape_contests(
     }
     results = []
     facts = {"shape": shape, "dtype": str(dtype), "weights": "random: neither trie nor gating is exercised"}
-    for name, contestants in contests.items():
-        measured = [harness.time_round(contestants, i) for i in range(rounds + 1)][1:]  # the first warms up
-        peaks = {who: harness.peak_bytes(f) for who, f in contestants.items()}
-        summary = harness.summarize(measured, peaks)
-        print(f"  {name}: " + ", ".join(f"{who} {c['median_s']:.2f} s" for who, c in summary.items()))
-        results.append({"name": name, "facts": facts, "contestants": summary})
+    for what, contestants in contests.items():
+        warm_up = 1 if "generate" in contestants else 2  # a training pass is captured in its second round
+        measured = [harness.time_round(contestants, i) for i in range(rounds + warm_up)][warm_up:]
+        memory = {who: harness.peak_bytes(f) if peaks else None for who, f in contestants.items()}
+        summary = harness.summarize(measured, memory)
+        title = f"{name}: {what}" if name else what
+        print(f"  {title}: " + ", ".join(f"{who} {c['median_s']:.3f} s" for who, c in summary.items()), flush=True)
+        more = {"counters": setting.rollout(temperature=0.9, drafts=greedy.tokens).counters} if warm_up == 1 else {}
+        results.append({"name": title, "facts": facts | more, "contestants": summary})
     return results
 
 
@@ -161,6 +171,31 @@ def run_all(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     results += shape_contests(shape or LLAMA_3B, base or model, device, dtype, **(shape_settings or {}))
     print(f"wrote {harness.write(path, 'gpu_end_to_end', results, facts=facts)}")
+
+
+def demo_runs(device: str) -> Iterator[dict[str, Any]]:
+    """Yield the demo's whole run by PMCTrainer, then its first epochs by PMCTrainer and by the published algorithm."""
+    for method, change in (
+        ("pmc_fast", {}),
+        ("pmc_fast", {"num_epochs": float(SHORT_EPOCHS)}),
+        ("reference", {"num_epochs": float(SHORT_EPOCHS)}),
+    ):
+        print(f"{method}, the demo's task {change}", flush=True)
+        yield end_to_end.METHODS[method](Run(method, demo_config(0, device=device, **change)))
+
+
+def run_short(path: Path, device: str, shapes: dict[str, dict[str, Any]], **settings: Any) -> None:
+    """Measure the shapes and the demo's task in a few minutes, and write each result as it is there."""
+    facts = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "short": True}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    results: list[dict[str, Any]] = []
+    for name, shape in shapes.items():
+        results += shape_contests(shape, str(base_model()), device, dtype, peaks=False, name=name, **settings)
+        harness.write(path, "gpu", results, facts=facts)
+    for run in demo_runs(device):
+        results.append(run)
+        harness.write(path, "gpu", results, facts=facts)
+    print(f"wrote {path}")
 
 
 def on_card(tofu: str, model: str, path: Path | None) -> None:

@@ -286,3 +286,19 @@ def test_gpu_runs_on_the_cpu(tiny_dir, tokenizer, tmp_path, monkeypatch):
         assert all(c["median_s"] > 0 for c in contest["contestants"].values())
     with pytest.raises(SystemExit, match="has no forget10"):
         gpu_runs.task("m", str(tmp_path / "base"), "cpu")
+    # the short form, on the same models
+    monkeypatch.setattr(gpu_runs, "base_model", lambda: tmp_path / "base")
+    monkeypatch.setattr(runs, "finetuned_model", lambda: tmp_path / "base")
+    monkeypatch.setattr(gpu_runs, "SHORT_EPOCHS", 1)
+    small = runs.demo_config
+    few = {"num_samples": 2, "max_length": 60, "batch_size": 10}
+    monkeypatch.setattr(gpu_runs, "demo_config", lambda seed, **more: small(seed, **{"num_epochs": 2.0} | few | more))
+    gpu_runs.run_short(tmp_path / "short.json", "cpu", {"tiny": shape}, rounds=1, max_length=60)
+    made = json.loads((tmp_path / "short.json").read_text())["results"]
+    assert [r.get("name") or r["steps"] for r in made] == [
+        "tiny: rollouts, T 0.9",
+        "tiny: loss and backward, 8 + 8",
+        4,
+        2,
+        2,
+    ]
