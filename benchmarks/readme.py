@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import compare_report, end_to_end, harness
+from . import compare_report, end_to_end, gpu_page, harness
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -302,6 +302,7 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "cpu": cpu_table,
     "request": request_table,
     "skip": skip_table,
+    "gpu": lambda suites: gpu_page.table(suites.documents.get("gpu")),
     "compare_methods": _compared(compare_report.table),
     "compare_grids": _compared(compare_report.grid_table),
     "retain_weight": _compared(compare_report.retain_weight_table),
