@@ -9,7 +9,7 @@ published step (on the true answers, for their lengths). Speed only: samples of 
 their scores mean nothing, so neither the trie nor the store's gating has anything to do.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pmc_fast.models import load_model, load_tokenizer, resolve_device
 from pmc_fast.packed_pass import PackedPass
 
 from . import end_to_end, harness
-from .runs import Run, demo_config
+from .runs import Run, demo_config, measured
 from .settings import Setting, StepSetting
 
 METHODS = ("pmc_fast", "reference")
@@ -127,9 +127,9 @@ def shape_contests(
     facts = {"shape": shape, "dtype": str(dtype), "weights": "random: neither trie nor gating is exercised"}
     for what, contestants in contests.items():
         warm_up = 1 if "generate" in contestants else 2  # a training pass is captured in its second round
-        measured = [harness.time_round(contestants, i) for i in range(rounds + warm_up)][warm_up:]
+        times = [harness.time_round(contestants, i) for i in range(rounds + warm_up)][warm_up:]
         memory = {who: harness.peak_bytes(f) if peaks else None for who, f in contestants.items()}
-        summary = harness.summarize(measured, memory)
+        summary = harness.summarize(times, memory)
         title = f"{name}: {what}" if name else what
         print(f"  {title}: " + ", ".join(f"{who} {c['median_s']:.3f} s" for who, c in summary.items()), flush=True)
         more = {"counters": setting.rollout(temperature=0.9, drafts=greedy.tokens).counters} if warm_up == 1 else {}
@@ -173,28 +173,25 @@ def run_all(
     print(f"wrote {harness.write(path, 'gpu_end_to_end', results, facts=facts)}")
 
 
-def demo_runs(device: str) -> Iterator[dict[str, Any]]:
-    """Yield the demo's whole run by PMCTrainer, then its first epochs by PMCTrainer and by the published algorithm."""
-    for method, change in (
-        ("pmc_fast", {}),
-        ("pmc_fast", {"num_epochs": float(SHORT_EPOCHS)}),
-        ("reference", {"num_epochs": float(SHORT_EPOCHS)}),
-    ):
-        print(f"{method}, the demo's task {change}", flush=True)
-        yield end_to_end.METHODS[method](Run(method, demo_config(0, device=device, **change)))
-
-
 def run_short(path: Path, device: str, shapes: dict[str, dict[str, Any]], **settings: Any) -> None:
-    """Measure the shapes and the demo's task in a few minutes, and write each result as it is there."""
+    """Measure shapes, then the demo's task, in a few minutes. Each result is written at once; what is there is kept.
+
+    The demo's task is a whole run by PMCTrainer, then its first epochs by PMCTrainer and by the published algorithm.
+    """
     facts = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "short": True}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    results: list[dict[str, Any]] = []
+    results = measured(path)
     for name, shape in shapes.items():
-        results += shape_contests(shape, str(base_model()), device, dtype, peaks=False, name=name, **settings)
-        harness.write(path, "gpu", results, facts=facts)
-    for run in demo_runs(device):
-        results.append(run)
-        harness.write(path, "gpu", results, facts=facts)
+        if not any(r.get("name", "").startswith(name) for r in results):
+            results += shape_contests(shape, str(base_model()), device, dtype, peaks=False, name=name, **settings)
+            harness.write(path, "gpu", results, facts=facts)
+    few = {"num_epochs": float(SHORT_EPOCHS)}
+    for method, change in (("pmc_fast", {}), ("pmc_fast", few), ("reference", few)):
+        run = Run(method, demo_config(0, device=device, **change))
+        if not any((r.get("method"), r.get("steps")) == (method, run.steps) for r in results):
+            print(f"{method}, the demo's task, {run.steps} steps", flush=True)
+            results.append(end_to_end.METHODS[method](run))
+            harness.write(path, "gpu", results, facts=facts)
     print(f"wrote {path}")
 
 
