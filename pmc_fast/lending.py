@@ -184,7 +184,7 @@ class FastLayers:
                 expected = function(x, x[:, :1], cos, sin)
             except (TypeError, RuntimeError):  # another signature: complex numbers, position ids
                 return False
-            ours = (self._ops(x).rotary(x, cos, sin), self._ops(x).rotary(x[:, :1], cos, sin))
+            ours = self._turned(x, x[:, :1], cos, sin)
         return all(_near(a, b, x) for a, b in zip(ours, expected, strict=True))
 
     def _rotate(
@@ -201,6 +201,13 @@ class FastLayers:
         situation = self._situation(q, k, cos, sin) if fits else None
         if situation is None or not self._turns_as(original, situation, q, cos):
             return original(q, k, cos, sin, *rest, **options)
+        return self._turned(q, k, cos, sin)
+
+    def _turned(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._kind(q.device) == "cuda":
+            return cuda_layers.rotary_pair(q, k, cos, sin)
         return self._ops(q).rotary(q, cos, sin), self._ops(q).rotary(k, cos, sin)
 
     def _turns_as(
