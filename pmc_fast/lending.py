@@ -101,8 +101,9 @@ class FastLayers:
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor) and weight.dim() == 1):
             return None
-        too_wide = self._kind(weight.device) == "cuda" and weight.shape[0] > cuda_layers.MAX_WIDTH
-        if too_wide or not isinstance(eps, float):
+        width = weight.shape[0]  # 0: a wrapper brings the weight for the time of the layer's own call
+        too_wide = self._kind(weight.device) == "cuda" and width > cuda_layers.MAX_WIDTH
+        if width == 0 or too_wide or not isinstance(eps, float):
             return None
         original = module.forward
         offsets: dict[Situation | None, float | None] = {None: None}
