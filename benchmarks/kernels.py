@@ -110,11 +110,21 @@ def _layers() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         for (heads, dim), back, size in itertools.product(((9, 64), (32, 128)), FLAGS, sizes):
             config = layers.rotary_config(heads, dim // 2)
             options = {"num_warps": config.pop("num_warps")}
-            types = {
-                "x_ptr": f"*{y if back else x}", "cos_ptr": f"*{weight}", "sin_ptr": f"*{weight}",
-                "y_ptr": f"*{x if back else y}", "heads": "i32", "half": "i32", "row_stride": "i32",
-                "head_stride": "i32",
-            }  # fmt: skip
+            read, written = (y, x) if back else (x, y)
+            pointers = {f"{n}_ptr": f"*{read}" for n in ("q", "k")} | {
+                f"{n}_ptr": f"*{weight}" for n in ("cos", "sin")
+            }
+            pointers |= {f"{n}_turned_ptr": f"*{written}" for n in ("q", "k")}
+            sizes_of = (
+                "q_heads",
+                "k_heads",
+                "half",
+                "q_row_stride",
+                "q_head_stride",
+                "k_row_stride",
+                "k_head_stride",
+            )
+            types = pointers | dict.fromkeys(sizes_of, "i32")
             name = _name("rotary", f"{x} {weight} {heads} x {dim}", {"BACK": back}) + size
             yield name, layers.rotary_kernel, types, {"BACK": back} | config, options
         if x == weight:

@@ -1,8 +1,8 @@
 """What lies between a model's matrix products: RMS norm, rotary embedding, silu(gate) * up, each way one launch; Triton.
 
 Numbers are read once and written once, computed in float32. Traffic per number of b bytes: RMS norm 2 b, backward 3 b
-and a part of d(weight), 4 bytes, for each program; rotary 2 b, backward 2 b (cosines and sines are read once for up to
-2048 pairs); silu_mul 3 b, backward 5 b. The parts of d(weight) are added up after the launch: no atomics, an order of
+and a part of d(weight), 4 bytes, for each program; rotary (q and k at once) 2 b, backward 2 b (cosines and sines are read
+once for up to 2048 pairs); silu_mul 3 b, backward 5 b. The parts of d(weight) are added up after the launch: no atomics, an order of
 sums that follows from the shapes. No host sync, and grids that depend on shapes alone.
 
 Its oracle is torch, in `tests/test_cuda_layers.py`.
@@ -91,39 +91,65 @@ def rms_norm_backward_kernel(
         tl.store(parts_ptr + program.to(tl.int64) * width + column, total, mask=column < width)
 
 
-@triton.jit(do_not_specialize=["heads"])
-def rotary_kernel(
-    x_ptr,  # [rows, heads, 2 * half], strided
-    cos_ptr,  # [rows, 2 * half]
-    sin_ptr,
-    y_ptr,  # [rows, heads, 2 * half]
-    heads,
-    half,
-    row_stride,
-    head_stride,
-    BACK: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+@triton.jit
+def _turn(
+    x_ptr, y_ptr, head, heads, half, row_stride, head_stride, cos_1, cos_2, sin_1, sin_2, BLOCK_HALF: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     pair = tl.arange(0, BLOCK_HALF)[None, :]
-    turned = pair < half
-    inside = (head < heads) & turned
-    cos_ptr += row * 2 * half + pair
-    sin_ptr += row * 2 * half + pair
-    cos_1 = tl.load(cos_ptr, mask=turned, other=0.0).to(tl.float32)
-    cos_2 = tl.load(cos_ptr + half, mask=turned, other=0.0).to(tl.float32)
-    sin_1 = tl.load(sin_ptr, mask=turned, other=0.0).to(tl.float32)
-    sin_2 = tl.load(sin_ptr + half, mask=turned, other=0.0).to(tl.float32)
-    if BACK:
-        sin_1, sin_2 = -sin_2, -sin_1
+    inside = (head < heads) & (pair < half)
     x_ptr += row * row_stride + head.to(tl.int64) * head_stride + pair
     y_ptr += (row * heads + head) * 2 * half + pair
     x_1 = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
     x_2 = tl.load(x_ptr + half, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr, (x_1 * cos_1 - x_2 * sin_1).to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(y_ptr + half, (x_2 * cos_2 + x_1 * sin_2).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["q_heads", "k_heads"])
+def rotary_kernel(
+    q_ptr,  # [rows, q_heads, 2 * half], strided
+    k_ptr,  # [rows, k_heads, 2 * half], strided
+    cos_ptr,  # [rows, 2 * half]
+    sin_ptr,
+    q_turned_ptr,  # [rows, q_heads, 2 * half]
+    k_turned_ptr,  # [rows, k_heads, 2 * half]
+    q_heads,
+    k_heads,
+    half,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    BACK: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    row = tl.program_id(0).to(tl.int64)
+    cos_ptr += row * 2 * half + pair
+    sin_ptr += row * 2 * half + pair
+    cos_1 = tl.load(cos_ptr, mask=pair < half, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cos_ptr + half, mask=pair < half, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin_ptr, mask=pair < half, other=0.0).to(tl.float32)
+    sin_2 = tl.load(sin_ptr + half, mask=pair < half, other=0.0).to(tl.float32)
+    if BACK:
+        sin_1, sin_2 = -sin_2, -sin_1
+    block = tl.program_id(1)  # q's heads, then k's
+    q_blocks = tl.cdiv(q_heads, BLOCK_HEADS)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    if block < q_blocks:
+        head += block * BLOCK_HEADS
+        _turn(
+            q_ptr, q_turned_ptr, head, q_heads, half, q_row_stride, q_head_stride,
+            cos_1, cos_2, sin_1, sin_2, BLOCK_HALF,
+        )  # fmt: skip
+    else:
+        head += (block - q_blocks) * BLOCK_HEADS
+        _turn(
+            k_ptr, k_turned_ptr, head, k_heads, half, k_row_stride, k_head_stride,
+            cos_1, cos_2, sin_1, sin_2, BLOCK_HALF,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -166,7 +192,7 @@ def norm_config(width: int) -> dict[str, Any]:
 
 
 def rotary_config(heads: int, half: int) -> dict[str, Any]:
-    """Return the tile of a rotary embedding: one row's heads, as many as fit."""
+    """Return the tile of a rotary embedding: one row's heads of q or of k, as many as fit."""
     block = triton.next_power_of_2(half)
     at_once = min(triton.next_power_of_2(heads), max(1, CONFIGS["rotary"] // block))
     return {"BLOCK_HEADS": at_once, "BLOCK_HALF": block, "num_warps": 4}
@@ -235,27 +261,37 @@ def rms_norm_backward(
     return dx, None if parts is None else parts.sum(0).to(weight.dtype)
 
 
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, y: torch.Tensor, back: bool) -> None:
+def rotary_pair(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_turned: torch.Tensor,
+    k_turned: torch.Tensor,
+    back: bool,
+) -> None:
     """Launch the kernel.
 
     Parameters
     ----------
-    x : float32, bfloat16 or float16 Tensor [1, heads, R, D]
-        Last dimension contiguous; D even.
+    q, k : float32, bfloat16 or float16 Tensor [1, heads, R, D]
+        Last dimension contiguous; D even. Each has heads of its own number.
     cos, sin : Tensor [1, R, D]
         Contiguous.
-    y : Tensor [1, R, heads, D]
+    q_turned, k_turned : Tensor [1, R, heads, D]
         Contiguous; written.
     back : bool
         Turn as the gradient does.
     """
-    _, heads, rows, width = x.shape
-    if y.numel():
-        config = rotary_config(heads, width // 2)
-        with torch.cuda.device_of(x):
-            rotary_kernel[(rows, triton.cdiv(heads, config["BLOCK_HEADS"]))](
-                x, cos, sin, y, heads, width // 2, x.stride(2), x.stride(1), BACK=back, **config
-            )
+    _, heads, rows, width = q.shape
+    if q_turned.numel() + k_turned.numel():
+        config = rotary_config(max(heads, k.shape[1]), width // 2)
+        blocks = sum(triton.cdiv(n, config["BLOCK_HEADS"]) for n in (heads, k.shape[1]))
+        with torch.cuda.device_of(q):
+            rotary_kernel[(rows, blocks)](
+                q, k, cos, sin, q_turned, k_turned, heads, k.shape[1], width // 2,
+                q.stride(2), q.stride(1), k.stride(2), k.stride(1), BACK=back, **config,
+            )  # fmt: skip
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from .data import Encoded
 from .data.packing import Pack, num_targets, pack
 from .errors import PMCError
 from .head import read_head
-from .lending import CpuLayers, checkpointed
+from .lending import FastLayers, checkpointed
 from .models import CLOSE, autocast, eval_mode, plain_logps
 from .ops.packed_attention import ATTENTION
 from .ops.weighted_nll import weighted_nll
@@ -32,8 +32,8 @@ class PackedPass:
 
     The model's own forward runs, on one sequence [1, T]: hooks, wrappers, adapters, checkpointing and autocast apply
     as in any other pass. Exchanged for its time are the attention function (each sequence sees itself alone)
-    and the head's forward (`weighted_nll` over the rows that predict a target, instead of logits); in float32 on
-    the CPU also layers that our kernels compute faster (`CpuLayers`).
+    and the head's forward (`weighted_nll` over the rows that predict a target, instead of logits), also layers that
+    our kernels compute faster (`FastLayers`).
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class PackedPass:
 
     def __init__(self, base: Any, *, cuda_graphs: bool = False) -> None:
         self.base = base
-        self._layers = CpuLayers(base, training=True)
+        self._layers = FastLayers(base, training=True)
         self._cuda_graphs = cuda_graphs
         self.graphs: PassGraphs | None = None
 
@@ -118,7 +118,7 @@ class PackedPass:
             stack.enter_context(_checkpointing(base))
             stack.enter_context(patching.forward(base.get_output_embeddings(), head_forward))
             stack.enter_context(patching.forward(base, base_forward))
-            if pack.input_ids.device.type == "cpu" and not _compiled(call) and not is_sharded(base):
+            if not _compiled(call) and not is_sharded(base):
                 stack.enter_context(self._layers.lend())
             out = call(
                 input_ids=pack.input_ids[None],

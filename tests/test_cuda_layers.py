@@ -6,7 +6,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pmc_fast.errors import PMCError
-from pmc_fast.ops.cuda_layers import MAX_WIDTH, rms_norm, rotary, silu_mul
+from pmc_fast.ops.cuda_layers import MAX_WIDTH, rms_norm, rotary_pair, silu_mul
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"  # there Triton's interpreter, which cuts bfloat16 where it should round
@@ -26,17 +26,20 @@ def torch_silu_mul(gate, up):
     return torch.nn.functional.silu(gate) * up
 
 
-def torch_rotary(x, cos, sin):
-    half = x.shape[-1] // 2
-    return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+def torch_rotary(q, k, cos, sin):
+    half = q.shape[-1] // 2
+    return [x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None] for x in (q, k)]
 
 
 def forward_backward(function, inputs, dy, *rest, wide=False):
-    """Return the result and the gradients of the inputs that need them."""
+    """Return the result, or both, and the gradients of the inputs that need them."""
     leaves = [t.detach().to(torch.float64 if wide else t.dtype).requires_grad_(t.requires_grad) for t in inputs]
     y = function(*leaves, *rest)
+    made, slopes = ([y], [dy]) if isinstance(y, torch.Tensor) else (list(y), list(dy))
     wanted = [t for t in leaves if t.requires_grad]
-    return [y.detach(), *(torch.autograd.grad(y, wanted, dy.to(y.dtype)) if wanted else [])]
+    pairs = [(a, b.to(a.dtype)) for a, b in zip(made, slopes, strict=True) if a.requires_grad]
+    grads = torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs]) if wanted else []
+    return [*(a.detach() for a in made), *grads]
 
 
 def compare(ours, torchs, inputs, dy, *rest):
@@ -118,24 +121,39 @@ def test_silu_mul_far_out():
 
 
 @EACH
-@pytest.mark.parametrize("shape", [(1, 9, 5, 64), (1, 3, 1, 6), (1, 1, 7, 2), (1, 40, 2, 128), (1, 2, 0, 8)])
+@NEED
+@pytest.mark.parametrize("shape", [(9, 3, 5, 64), (3, 5, 1, 6), (1, 1, 7, 2), (40, 2, 2, 128), (2, 2, 0, 8)])
 @pytest.mark.parametrize("layout", ["rows", "heads", "part"])
-def test_rotary(shape, layout, dtype):
-    _, heads, rows, dim = shape
-    x = {
-        "rows": lambda: randn(1, rows, heads, dim, dtype=dtype).transpose(1, 2),  # as a model's projections
-        "heads": lambda: randn(1, heads, rows, dim, dtype=dtype),
-        "part": lambda: randn(1, rows, heads, dim + 3, dtype=dtype).transpose(1, 2)[..., 1 : dim + 1],
-    }[layout]()
+def test_rotary_pair(shape, layout, need, dtype):
+    q_heads, k_heads, rows, dim = shape
+    q, k = (
+        {
+            "rows": lambda n, seed: randn(1, rows, n, dim, dtype=dtype, seed=seed).transpose(1, 2),  # as models have it
+            "heads": lambda n, seed: randn(1, n, rows, dim, dtype=dtype, seed=seed),
+            "part": lambda n, seed: randn(1, rows, n, dim + 3, dtype=dtype, seed=seed).transpose(1, 2)[..., 1 : dim + 1],
+        }[layout](n, seed).requires_grad_(needed)
+        for n, seed, needed in ((q_heads, 0, need[0]), (k_heads, 1, need[1]))
+    )  # fmt: skip
     # halves of their own: no model has them, and an operation on halves must not mix them up
-    cos, sin = randn(1, rows, dim, dtype=dtype, seed=1), randn(1, rows, dim, dtype=dtype, seed=2)
-    compare(rotary, torch_rotary, [x.requires_grad_(), cos, sin], randn(*shape, seed=3))
-    assert rotary(x, cos, sin).transpose(1, 2).is_contiguous()
+    cos, sin = randn(1, rows, dim, dtype=dtype, seed=2), randn(1, rows, dim, dtype=dtype, seed=3)
+    compare(rotary_pair, torch_rotary, [q, k, cos, sin], [randn(*x.shape, seed=4) for x in (q, k)])
+    assert all(x.transpose(1, 2).is_contiguous() for x in rotary_pair(q, k, cos, sin))
 
 
-def test_rotary_of_two_types_has_the_type_of_torchs():
-    x, cos, sin = randn(1, 3, 5, 8, dtype=torch.float16, grad=True), randn(1, 5, 8, seed=1), randn(1, 5, 8, seed=2)
-    compare(rotary, torch_rotary, [x, cos, sin], randn(1, 3, 5, 8, seed=3))
+def test_rotary_pair_of_two_types_has_the_type_of_torchs():
+    q, k = (randn(1, n, 5, 8, dtype=torch.float16, grad=True) for n in (3, 1))
+    cos, sin = randn(1, 5, 8, seed=1), randn(1, 5, 8, seed=2)
+    compare(rotary_pair, torch_rotary, [q, k, cos, sin], [randn(*x.shape, seed=3) for x in (q, k)])
+
+
+def test_one_of_a_pair_may_go_unused():
+    q, k = (randn(1, n, 5, 8, grad=True) for n in (3, 1))
+    cos, sin = randn(1, 5, 8, seed=1), randn(1, 5, 8, seed=2)
+    for i, x in enumerate((q, k)):
+        ours, theirs = (
+            torch.autograd.grad(f(q, k, cos, sin)[i].sum(), x)[0] for f in (rotary_pair, torch_rotary)
+        )  # fmt: skip
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_dy_of_any_strides():
@@ -143,21 +161,22 @@ def test_dy_of_any_strides():
     for dy in (randn(8, 3).T[None], torch.ones(1, 1, 1, device=DEVICE).expand(1, 3, 8)):
         compare(rms_norm, torch_rms_norm, [x, weight], dy, 1e-6)
         compare(silu_mul, torch_silu_mul, [x, randn(1, 3, 8, seed=4, grad=True)], dy)
-        compare(rotary, torch_rotary, [x[None], randn(1, 3, 8, seed=5), randn(1, 3, 8, seed=6)], dy[None])
+        pair = [x[None], x[None], randn(1, 3, 8, seed=5), randn(1, 3, 8, seed=6)]
+        compare(rotary_pair, torch_rotary, pair, [dy[None]] * 2)
 
 
 def test_what_needs_no_gradient_keeps_nothing():
     x, weight = randn(1, 2, 4, 8, grad=True), randn(8, seed=1, grad=True)
     cos = randn(1, 4, 8)
     with torch.no_grad():
-        for y in (rms_norm(x, weight, 1e-6), silu_mul(x, x), rotary(x, cos, cos)):
+        for y in (rms_norm(x, weight, 1e-6), silu_mul(x, x), *rotary_pair(x, x, cos, cos)):
             assert y.grad_fn is None
     assert not rms_norm(x.detach(), weight.detach(), 1e-6).requires_grad
 
 
 def test_second_derivatives_are_refused():
     x, weight, cos = randn(1, 2, 4, 8, grad=True), randn(8, seed=1, grad=True), randn(1, 4, 8)
-    for y in (rms_norm(x, weight, 1e-6), silu_mul(x, x), rotary(x, cos, cos)):
+    for y in (rms_norm(x, weight, 1e-6), silu_mul(x, x), *rotary_pair(x, x, cos, cos)):
         with pytest.raises(PMCError, match="second derivatives"):
             torch.autograd.grad(y.sum(), x, create_graph=True)
 
@@ -170,10 +189,12 @@ def test_what_does_not_fit_is_refused():
         (lambda: rms_norm(x.double(), randn(8), 1e-6), "float64"),
         (lambda: silu_mul(x, x.half()), "must agree"),
         (lambda: silu_mul(x, x[..., 1:]), "must agree"),
-        (lambda: rotary(x[..., 1:], cos[..., 1:], cos[..., 1:]), "need"),
-        (lambda: rotary(x, cos[:, 1:], cos[:, 1:]), "need"),
-        (lambda: rotary(x, cos, cos.half()), "need"),
-        (lambda: rotary(x, cos.requires_grad_(), cos), "must not need gradients"),
+        (lambda: rotary_pair(x[..., 1:], x[..., 1:], cos[..., 1:], cos[..., 1:]), "need"),
+        (lambda: rotary_pair(x, x, cos[:, 1:], cos[:, 1:]), "need"),
+        (lambda: rotary_pair(x, x[:, :, 1:], cos, cos), "need"),
+        (lambda: rotary_pair(x, x.half(), cos, cos), "need"),
+        (lambda: rotary_pair(x, x, cos, cos.half()), "need"),
+        (lambda: rotary_pair(x, x, cos.clone().requires_grad_(), cos), "must not need gradients"),
     ]:
         with pytest.raises(PMCError, match=message):
             call()
@@ -186,7 +207,7 @@ def test_a_cuda_graph_may_hold_them():
 
     def compute():
         y = rms_norm(x, weight, 1e-6)
-        return silu_mul(rotary(y, cos, cos), y)
+        return silu_mul(*rotary_pair(y, x, cos, cos))
 
     expected = compute()
     graph = torch.cuda.CUDAGraph()

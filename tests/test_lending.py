@@ -1,16 +1,21 @@
 """Layers lent for training: the model's own results and gradients, and nothing left behind."""
 
+import copy
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers as tf
 
 from pmc_fast import lending
-from pmc_fast.lending import ROTARY, CpuLayers
+from pmc_fast.data import Encoded
+from pmc_fast.lending import ROTARY, FastLayers
 from pmc_fast.ops.gemm import gemm_serves
 from pmc_fast.ops.train_layers import rms_norm
-from tests.families import SIZES
+from pmc_fast.packed_pass import PackedPass
+from pmc_fast.rollout import RolloutEngine
+from tests.families import HOW, PROMPTS, SIZES
 
 KINDS = ("RMSNorm", "MLP", "Linear") if gemm_serves(torch.zeros(1, 1)) else ("RMSNorm", "MLP")
 FAMILIES = {  # and what of them must be lent
@@ -71,7 +76,7 @@ def agree(ours, expected):
 def test_a_model_trains_as_by_itself(family, batch):
     config, kinds = FAMILIES[family]
     model, ids = build(config()), tokens(batch)
-    layers, expected = CpuLayers(model, training=True), step(model, ids)
+    layers, expected = FastLayers(model, training=True), step(model, ids)
     agree(step(model, ids, layers), expected)
     with layers.lend():
         assert lent(model) == {m for m in model.modules() if type(m).__name__.endswith(kinds)}
@@ -81,11 +86,11 @@ def test_a_model_trains_as_by_itself(family, batch):
 def test_thin_layers_stay(monkeypatch):
     monkeypatch.setattr(lending, "THIN", 40)
     model = build(FAMILIES["llama"][0]())
-    with CpuLayers(model, training=True).lend():
+    with FastLayers(model, training=True).lend():
         linears = {m for m in lent(model) if isinstance(m, torch.nn.Linear)}
     assert linears == set()  # one side of each has 32
     wide = build(tf.LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 96}))
-    with CpuLayers(wide, training=True).lend():
+    with FastLayers(wide, training=True).lend():
         names = {n for n, m in wide.named_modules() if m in lent(wide) and isinstance(m, torch.nn.Linear)}
     mlps = {f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")}
     assert names == ({*mlps, "lm_head"} if "Linear" in KINDS else set())
@@ -97,13 +102,13 @@ def test_rotary_is_lent_and_given_back_after_an_error():
     model, before = build(tf.LlamaConfig(**SIZES)), getattr(modeling_llama, ROTARY)
     q = torch.randn(1, 2, 5, 8, requires_grad=True)
     cos, sin = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
-    with CpuLayers(model, training=True).lend():
+    with FastLayers(model, training=True).lend():
         rotate = getattr(modeling_llama, ROTARY)
         assert isinstance(rotate, functools.partial)
         assert "_Rotary" in str(rotate(q, q, cos, sin)[0].grad_fn)
         slope = torch.autograd.grad(rotate(q, q, cos.requires_grad_(), sin)[0].sum(), cos)  # torch's own then
         assert slope[0].abs().sum() > 0
-    with pytest.raises(ZeroDivisionError), CpuLayers(model, training=True).lend():
+    with pytest.raises(ZeroDivisionError), FastLayers(model, training=True).lend():
         _ = 1 / 0
     assert getattr(modeling_llama, ROTARY) is before
     assert not lent(model)
@@ -113,7 +118,7 @@ def test_for_rollouts_nothing_has_gradients_and_linear_layers_stay():
     model = build(tf.LlamaConfig(**SIZES)).eval()
     with torch.no_grad():
         expected = model(tokens()).logits
-        with CpuLayers(model).lend():
+        with FastLayers(model).lend():
             torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-5, rtol=1e-5)
             assert {type(m).__name__ for m in lent(model)} == {"LlamaRMSNorm", "LlamaMLP"}
 
@@ -126,7 +131,7 @@ def test_lora_trains_its_adapters_with_their_dropout():
         torch.manual_seed(0)
         model = peft.get_peft_model(build(tf.LlamaConfig(**SIZES)), settings).train()
     expected = step(model, tokens())
-    layers = CpuLayers(model, training=True)
+    layers = FastLayers(model, training=True)
     ours = step(model, tokens(), layers)
     agree(ours, expected)
     assert all("lora" in n for n in ours[1])
@@ -142,7 +147,7 @@ def test_hooks_still_run():
     model.model.norm.register_forward_pre_hook(lambda m, x: (x[0] * 0.5,))
     expected = step(model, tokens())
     seen.clear()
-    layers = CpuLayers(model, training=True)
+    layers = FastLayers(model, training=True)
     agree(step(model, tokens(), layers), expected)
     assert len(seen) == 1
 
@@ -150,7 +155,7 @@ def test_hooks_still_run():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layers_stay(reentrant):
     model = build(tf.LlamaConfig(**SIZES))
-    layers, expected = CpuLayers(model, training=True), step(model, tokens())
+    layers, expected = FastLayers(model, training=True), step(model, tokens())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     with layers.lend():
@@ -163,7 +168,7 @@ def test_checkpointed_layers_stay(reentrant):
 
 def test_autocast_finds_torchs_layers():
     model = build(tf.LlamaConfig(**SIZES))
-    layers = CpuLayers(model, training=True)
+    layers = FastLayers(model, training=True)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(tokens(), use_cache=False).logits
         with layers.lend():
@@ -177,11 +182,11 @@ def test_autocast_finds_torchs_layers():
 
 def test_other_types_and_replaced_forwards_are_left_alone():
     model = build(tf.LlamaConfig(**SIZES)).double()
-    layers = CpuLayers(model, training=True)
+    layers = FastLayers(model, training=True)
     with layers.lend():
         assert not lent(model)
     model = build(tf.LlamaConfig(**SIZES))
-    layers = CpuLayers(model, training=True)
+    layers = FastLayers(model, training=True)
     with layers.lend():
         pass
     norm = model.model.norm
@@ -218,17 +223,194 @@ class CappedRMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps).clamp(max=1.0)
 
 
+class EmptyRMSNorm(CappedRMSNorm):
+    """Has its weight elsewhere, as under ZeRO-3."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(0))
+
+
+class GatedRMSNorm(CappedRMSNorm):
+    """Needs a gate beside its input."""
+
+    def forward(self, x, gate=None):
+        return rms_norm(x, self.weight, self.eps) * gate.sigmoid()
+
+
 class ScaledLinear(torch.nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
 
 
 def test_what_only_looks_alike_is_not_lent():
-    model = torch.nn.Sequential(DroppingMLP(), CappedRMSNorm(), ScaledLinear(8, 8)).eval()
+    alike = (DroppingMLP(), CappedRMSNorm(), EmptyRMSNorm(), GatedRMSNorm(), ScaledLinear(8, 8))
+    model = torch.nn.Sequential(*alike).eval()
     flags = [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    layers = CpuLayers(model, training=True)
+    layers = FastLayers(model, training=True)
     with layers.lend():
         assert lent(model) <= {m for m in model.modules() if type(m) is torch.nn.Linear}
     assert [m.training for m in model.modules()] == flags
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- on CUDA; without a GPU Triton's interpreter stands in, which cuts bfloat16 where it should round
+
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+HALF = torch.bfloat16 if GPU else torch.float16
+CUDA_FAMILIES = ["llama", "qwen3", "gemma3", "phi"]
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU: python -m pytest tests/test_lending.py on one")
+
+
+def lower(model):
+    return model.to(DEVICE, HALF)
+
+
+def exactly(model, ids):
+    """Return logits and gradients of the same weights in float64."""
+    return step(copy.deepcopy(model).double(), ids)
+
+
+def as_near(ours, plain, exact):
+    """Ours is as near to the exact numbers as the model's own layers are."""
+    assert ours[1].keys() == plain[1].keys()
+    for a, b, e in [(ours[0], plain[0], exact[0]), *((ours[1][n], plain[1][n], exact[1][n]) for n in plain[1])]:
+        assert a.dtype == b.dtype
+        a, b, unit = a.double(), b.double(), torch.finfo(a.dtype).eps
+        assert (a - e).abs().max() <= 3 * (b - e).abs().max() + unit * e.abs().max()
+
+
+@pytest.mark.parametrize("family", CUDA_FAMILIES)
+def test_a_half_precision_model_trains_as_by_itself_on_cuda(family):
+    config, kinds = FAMILIES[family]
+    model = lower(build(config()))
+    ids = tokens().to(DEVICE)
+    layers = FastLayers(model, training=True, backend="cuda")
+    as_near(step(model, ids, layers), step(model, ids), exactly(model, ids))
+    with layers.lend():  # linear layers are torch's there
+        assert lent(model) == {m for m in model.modules() if type(m).__name__.endswith(kinds) and not is_linear(m)}
+    assert not lent(model)
+
+
+def is_linear(module):
+    return isinstance(module, torch.nn.Linear)
+
+
+def test_rotary_is_lent_on_cuda():
+    from transformers.models.llama import modeling_llama
+
+    q = torch.randn(1, 2, 5, 8, device=DEVICE, dtype=HALF, requires_grad=True)
+    cos, sin = (torch.randn(1, 5, 8, device=DEVICE, dtype=HALF) for _ in range(2))
+    model = lower(build(tf.LlamaConfig(**SIZES)))
+    for training in (False, True):
+        with FastLayers(model, training, backend="cuda").lend():
+            rotated = getattr(modeling_llama, ROTARY)(q, q[:, :1], cos, sin)[0]
+            assert "_Rotary" in str(rotated.grad_fn)
+            wide = getattr(modeling_llama, ROTARY)(q, q, cos.float(), sin.float())[0]
+            assert wide.dtype == torch.float32
+            assert "_Rotary" in str(wide.grad_fn)
+            double = getattr(modeling_llama, ROTARY)(q.double(), q.double(), cos, sin)[0]
+            assert "_Rotary" not in str(double.grad_fn)
+
+
+@pytest.mark.parametrize("family", CUDA_FAMILIES)
+def test_under_autocast_all_types_on_cuda_are_the_models_own(family):
+    model, ids = build(FAMILIES[family][0]()).to(DEVICE), tokens().to(DEVICE)
+    exact, seen = exactly(model, ids), {}
+    for name, m in model.named_modules():
+        m.register_forward_hook(
+            lambda m, x, y, name=name: seen.setdefault(name, []).append(getattr(y, "dtype", None))
+        )
+    layers = FastLayers(model, training=True, backend="cuda")
+    made = {}
+    for how in (None, layers):
+        seen.clear()
+        with torch.autocast(DEVICE, HALF):
+            made[how] = step(model, ids, how)
+        # layers are tried on numbers of both types: the last call is the pass's
+        made[how, "types"] = {name: kinds[-1] for name, kinds in seen.items() if "act_fn" not in name}
+    assert made[None, "types"] == made[layers, "types"]
+    as_near(made[layers], made[None], exact)
+
+
+def test_autocast_switched_on_later_keeps_gradients():
+    """Layers tried inside of autocast leave no weight in its cache, cast without gradients."""
+    model, ids = build(tf.LlamaConfig(**SIZES)).to(DEVICE), tokens().to(DEVICE)
+    layers = FastLayers(model, training=True, backend="cuda")
+    with layers.lend(), torch.autocast(DEVICE, HALF):
+        model(ids, use_cache=False).logits.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_other_roundings_and_activations_stay_on_cuda():
+    model = lower(build(tf.Olmo2Config(**SIZES)))
+    with FastLayers(model, backend="cuda").lend():  # rounds once, after the weight
+        assert {type(m).__name__ for m in lent(model)} == {"Olmo2MLP"}
+    model = lower(build(tf.LlamaConfig(**SIZES, hidden_act="gelu")))
+    with FastLayers(model, backend="cuda").lend():
+        assert {type(m).__name__ for m in lent(model)} == {"LlamaRMSNorm"}
+
+
+def test_a_model_that_moved_is_tried_again():
+    model = build(tf.LlamaConfig(**SIZES)).to(DEVICE).double()
+    layers = FastLayers(model, backend="cuda")
+    with layers.lend():
+        assert not lent(model)
+    lower(model)
+    with layers.lend():
+        assert {type(m).__name__ for m in lent(model)} == {"LlamaRMSNorm", "LlamaMLP"}
+
+
+def test_rollouts_run_on_layers_of_cuda():
+    model = build(tf.LlamaConfig(**SIZES)).to(DEVICE).eval()
+    how = HOW | {"num_samples": 2, "max_new_tokens": 5}
+    expected = RolloutEngine(model)(PROMPTS, **how).tokens
+    engine = RolloutEngine(model)
+    engine._step._layers = FastLayers(model, backend="cuda")
+    assert engine(PROMPTS, **how).tokens == expected  # and the check of a first use passed
+
+
+@needs_gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("family", CUDA_FAMILIES)
+def test_rollouts_on_a_gpu(family, autocast, graphs):
+    model = build(FAMILIES[family][0]()).eval().to("cuda", torch.float32 if autocast else HALF)
+    engine = RolloutEngine(model, autocast_dtype=HALF if autocast else None, cuda_graphs=graphs)
+    made = [engine(PROMPTS, **HOW) for _ in range(3)]  # compares log-probs with the model's own first
+    assert made[2].counters["graph_replays"] > 0 or not graphs
+    assert made[2].tokens == made[1].tokens
+    with engine._step.lend():
+        assert {type(m).__name__ for m in lent(model)} >= {k for k in kinds_of(model) if k.endswith("RMSNorm")}
+
+
+def kinds_of(model):
+    return {type(m).__name__ for m in model.modules()}
+
+
+@needs_gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("family", CUDA_FAMILIES)
+def test_a_packed_pass_on_a_gpu(family, autocast):
+    model = build(FAMILIES[family][0]()).to("cuda", torch.float32 if autocast else HALF).eval()
+    sequences = [Encoded(ids, list(ids)) for ids in PROMPTS]
+    made = {}
+    for name, lends in (("ours", True), ("plain", False)):
+        run = PackedPass(model)
+        if not lends:
+            run._layers.lend = nullcontext
+        run.check(HALF if autocast else None)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", HALF, enabled=autocast):
+            loss = run.mean_nll(sequences)
+        loss.backward()
+        made[name] = loss.detach()[None], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    wide = copy.deepcopy(model).cpu().double()
+    wide.zero_grad(set_to_none=True)
+    loss = PackedPass(wide).mean_nll(sequences)
+    loss.backward()
+    exact = loss.detach()[None].cuda(), {n: p.grad.cuda() for n, p in wide.named_parameters() if p.grad is not None}
+    as_near(made["ours"], made["plain"], exact)

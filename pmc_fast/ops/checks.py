@@ -75,9 +75,9 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a layer's backward refuse create_graph=True. (torch's once_differentiable lets it pass where dy is a constant.)"""
 
     @functools.wraps(backward)
-    def once(ctx: Any, dy: torch.Tensor) -> Any:
+    def wrapper(ctx: Any, *dy: torch.Tensor) -> Any:
         if torch.is_grad_enabled():
             raise PMCError("pmc_fast's layers have no second derivatives: create_graph must be False")
-        return backward(ctx, dy)
+        return backward(ctx, *dy)
 
-    return once
+    return wrapper

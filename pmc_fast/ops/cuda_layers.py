@@ -65,31 +65,35 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return _gated(gate.contiguous(), up.contiguous())
 
 
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn pairs of halves: x * cos + (-x[D/2:], x[:D/2]) * sin.
+def rotary_pair(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn pairs of halves in both: x * cos + (-x[D/2:], x[:D/2]) * sin.
 
     Parameters
     ----------
-    x : float32, bfloat16 or float16 Tensor [1, heads, R, D]
-        D even.
+    q, k : float32, bfloat16 or float16 Tensor [1, heads, R, D]
+        Of one type, each with its own number of heads; D even.
     cos, sin : float32, bfloat16 or float16 Tensor [1, R, D]
         Of one type, without gradients.
 
     Returns
     -------
-    Tensor [1, heads, R, D]
-        Laid out as [R, heads, D], in the type of x * cos; differentiable once, in x.
+    q, k : Tensor [1, heads, R, D]
+        Laid out as [R, heads, D], in the type of q * cos; differentiable once, in q and k.
     """
-    _check("rotary", x, cos, sin)
-    good = x.dim() == 4 and x.shape[0] == 1 and x.shape[3] % 2 == 0 and cos.dtype == sin.dtype
-    if not good or not cos.shape == sin.shape == (1, *x.shape[2:]):
-        raise PMCError(f"rotary: x is {tuple(x.shape)} and cos {tuple(cos.shape)}: need [1, H, R, D] and [1, R, D]")
+    _check("rotary_pair", q, k, cos, sin)
+    good = q.dim() == 4 and q.shape[0] == 1 and q.shape[3] % 2 == 0 and q.dtype == k.dtype and cos.dtype == sin.dtype
+    if not good or k.shape != (1, k.shape[1], *q.shape[2:]) or not cos.shape == sin.shape == (1, *q.shape[2:]):
+        raise PMCError(
+            f"rotary_pair: q is {tuple(q.shape)}, k {tuple(k.shape)} and cos {tuple(cos.shape)}: "
+            "need [1, H, R, D] twice, of one type, and [1, R, D]"
+        )
     if _graded(cos, sin):
-        raise PMCError("rotary: cos and sin must not need gradients")
-    if _graded(x):
-        return _Rotary.apply(x, cos, sin)
-    dtype = torch.promote_types(x.dtype, cos.dtype)
-    return _rotated(x, cos.contiguous(), sin.contiguous(), dtype, back=False)
+        raise PMCError("rotary_pair: cos and sin must not need gradients")
+    if _graded(q, k):
+        return _RotaryPair.apply(q, k, cos, sin)
+    return _turned(q, k, cos.contiguous(), sin.contiguous(), torch.promote_types(q.dtype, cos.dtype), back=False)
 
 
 def _check(op: str, *tensors: torch.Tensor) -> None:
@@ -120,14 +124,13 @@ def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _rotated(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, *, back: bool
-) -> torch.Tensor:
-    x = x if x.stride(3) == 1 else x.contiguous()
-    _, heads, rows, dim = x.shape
-    y = x.new_empty(1, rows, heads, dim, dtype=dtype)
-    triton_kernels("layers").rotary(x, cos, sin, y, back)
-    return y.transpose(1, 2)
+def _turned(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, *, back: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    made = [x.new_empty(1, x.shape[2], x.shape[1], x.shape[3], dtype=dtype) for x in (q, k)]
+    triton_kernels("layers").rotary_pair(q, k, cos, sin, *made, back)
+    return made[0].transpose(1, 2), made[1].transpose(1, 2)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -166,16 +169,18 @@ class _SiluMul(torch.autograd.Function):
         return tuple(grads)
 
 
-class _Rotary(torch.autograd.Function):
+class _RotaryPair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.dtype = x.dtype
+        ctx.dtype = q.dtype
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, torch.promote_types(x.dtype, cos.dtype), back=False)
+        return _turned(q, k, cos, sin, torch.promote_types(q.dtype, cos.dtype), back=False)
 
     @staticmethod
     @once
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return _rotated(dy, cos, sin, ctx.dtype, back=True), None, None
+        return *_turned(dq, dk, cos, sin, ctx.dtype, back=True), None, None

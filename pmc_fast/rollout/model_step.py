@@ -14,7 +14,7 @@ import torch
 
 from .. import patching
 from ..capture import CudaRecorder, fingerprint
-from ..lending import CpuLayers, replaced
+from ..lending import FastLayers, replaced
 from ..models import autocast, eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
@@ -65,9 +65,9 @@ class ModelStep:
             stack.enter_context(patching.attention(self.model, ATTENTION))
             if not is_sharded(self.model):  # whose weights are there during a layer's own forward only
                 stack.enter_context(replaced(self._linears()))
-                if self.device.type == "cpu" and self.autocast_dtype is None:
-                    stack.enter_context(self._layers.lend())
             stack.enter_context(self.autocast())
+            if not is_sharded(self.model):
+                stack.enter_context(self._layers.lend())  # as it is computed: layers are tried
             if self.graphs is not None:  # once a rollout: weights do not move during one
                 self._relies_on = fingerprint(self.model, self._copies)
             yield
@@ -154,7 +154,7 @@ class ModelStep:
         self.pool: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.windows: dict[int, int | None] = {}
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self._layers = CpuLayers(self.model)
+        self._layers = FastLayers(self.model)
         self._span = 0
         if self.graphs is not None:
             self.graphs.drop()
