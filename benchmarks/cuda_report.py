@@ -25,7 +25,7 @@ TYPES = {"f": "f32", "d": "f64", "NS_8BFloat16E": "bf16"}
 SIZES = {"f32": 4, "f64": 8, "bf16": 2}
 KERNELS = {
     "append": r"append_kernelI(?P<type>\w+?)EEv",
-    "attention": r"decode_attention_kernelI(?P<type>\w+?)Li(?P<pairs>\d)EEEv",
+    "attention": r"decode_attention_kernelI(?P<type>\w+?)Li(?P<longest>\d+)ELi(?P<heads>\d)E",
 }
 BUILD = "PMC_FAST_CUDA=1 pip install -e ."
 
@@ -36,8 +36,8 @@ def cuobjdump(*arguments: str) -> str:
     return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def usages(module: str) -> Iterator[tuple[int, str, str, int, dict[str, int]]]:
-    """Yield (chip, kernel, type, longest head, registers and stack a thread and static shared memory)."""
+def usages(module: str) -> Iterator[tuple[int, str, str, int, int, dict[str, int]]]:
+    """Yield (chip, kernel, type, longest head, heads a unit, registers and stack a thread and static shared memory)."""
     chip = 0
     for line in cuobjdump("--dump-resource-usage", module).splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
@@ -48,9 +48,9 @@ def usages(module: str) -> Iterator[tuple[int, str, str, int, dict[str, int]]]:
             registers, stack, shared, local = map(int, found.groups())
             for kernel, pattern in KERNELS.items():
                 if match := re.search(pattern, symbol):
-                    longest = 64 * int(match.groupdict().get("pairs") or 0)
+                    longest, heads = (int(match.groupdict().get(of) or 0) for of in ("longest", "heads"))
                     used = {"registers": registers, "stack": stack + local, "shared": shared}
-                    yield chip, kernel, TYPES[match["type"]], longest, used
+                    yield chip, kernel, TYPES[match["type"]], longest, heads, used
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,17 +67,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     rows: list[dict[str, Any]] = []
     faults = []
-    print(f"{'kernel':20} {'head':>6} {'chip':6} {'registers':>9} {'stack':>6} {'warps':>6} {'shared KiB':>10}")
-    for chip, kernel, dtype, longest, used in sorted(usages(spec.origin), key=lambda u: u[1:4] + u[:1]):
+    print(
+        f"{'kernel':20} {'head':>6} {'heads':>5} {'chip':6} {'registers':>9} {'stack':>6} {'warps':>6} {'shared KiB':>10}"
+    )
+    for chip, kernel, dtype, longest, heads, used in sorted(usages(spec.origin), key=lambda u: u[1:5] + u[:1]):
         name = f"{kernel} {dtype}"
         warps = 8
         if kernel == "attention":
-            warps, dynamic = native.cuda().decode_attention_block(longest, SIZES[dtype], CHIPS[chip])
+            warps, dynamic = native.cuda().decode_attention_block(longest, SIZES[dtype])
             used["shared"] += dynamic
-        rows.append({"kernel": name, "head": longest, "chip": f"sm_{chip}", "warps": warps} | used)
+        rows.append({"kernel": name, "head": longest, "heads": heads, "chip": f"sm_{chip}", "warps": warps} | used)
         print(
-            f"{name:20} {f'<={longest}' if longest else 'any':>6} sm_{chip:<3} {used['registers']:9} {used['stack']:6} "
-            f"{warps:6} {used['shared'] / 1024:10.1f}"
+            f"{name:20} {f'<={longest}' if longest else 'any':>6} {heads or 'any':>5} sm_{chip:<3} {used['registers']:9} "
+            f"{used['stack']:6} {warps:6} {used['shared'] / 1024:10.1f}"
         )
         if used["stack"]:
             faults.append(f"{name} on sm_{chip} spills: {used['stack']} bytes of stack")

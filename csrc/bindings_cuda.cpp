@@ -46,6 +46,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("decode_attention_f32", &decode_attention<float>);
   m.def("decode_attention_f64", &decode_attention<double>);
   m.def("decode_attention_bf16", &decode_attention<pmc::BFloat16>);
-  m.def("decode_attention_block", &pmc::decode_attention_block, py::arg("dim"), py::arg("size"),
-        py::arg("limit"));
+  m.def("decode_attention_block", &pmc::decode_attention_block, py::arg("dim"), py::arg("size"));
 }

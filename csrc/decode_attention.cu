@@ -8,14 +8,27 @@
 
 namespace pmc {
 
-// cp.async: the bytes go from L2 to shared memory without a register, and a thread has all of its copies in
-// flight at once.
+// Zeros if not `there`. With a branch in its place, or a choice, the compiler waits for each load before it
+// begins the next.
 template <typename P>
-PMC_DEVICE void copy_pack(P* shared, const P* global) {
-  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+PMC_DEVICE P load_if(bool there, const P* from) {
+  P out;
+  asm volatile(
+      "{\n\t.reg .pred there;\n\tsetp.ne.u32 there, %5, 0;\n\t"
+      "mov.u32 %0, 0;\n\tmov.u32 %1, 0;\n\tmov.u32 %2, 0;\n\tmov.u32 %3, 0;\n\t"
+      "@there ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "=r"(out.words[0]), "=r"(out.words[1]), "=r"(out.words[2]), "=r"(out.words[3])
+      : "l"(from), "r"(static_cast<unsigned>(there)));
+  return out;
 }
-PMC_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// exp2f without its care for results under 2^-126, which are 0 here
+PMC_DEVICE float exp2_of(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+PMC_DEVICE double exp2_of(double x) { return exp2(x); }
 
 }  // namespace pmc
 
@@ -30,31 +43,23 @@ void check(cudaError_t status) {
   }
 }
 
-template <typename T, int kPairs>
+template <typename T, int kDim>
 void launch(const DecodeAttention<T>& a, cudaStream_t stream) {
   using C = typename SumOf<T>::Type;
-  int device, limit;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int64_t warps = warps_within(limit, a.dim, sizeof(T), sizeof(C));
-  if (warps == 0) {
-    throw std::invalid_argument(
-        "decode_attention on CUDA: this card's shared memory does not hold 32 keys of " +
-        std::to_string(a.dim) + " numbers of " + std::to_string(sizeof(T)) + " bytes");
-  }
-  const Tiling tiling = tiling_of(a.heads / a.kv_heads, warps);
-  const int64_t tiles = tile_begin(tiling, a.index.rows, a.index.blocks);
-  if (tiles > INT32_MAX || a.kv_heads > 65535) {
+  const Cuts cuts = cuts_of(a.heads / a.kv_heads);
+  const int64_t units = a.index.rows * cuts.per_row;
+  if (units > INT32_MAX || a.kv_heads > 65535) {
     throw std::invalid_argument("decode_attention on CUDA: too many rows or key/value heads for one launch");
   }
-  const int bytes = static_cast<int>(layout_of(warps, a.dim, sizeof(T), sizeof(C)).bytes);
-  const auto kernel = decode_attention_kernel<T, kPairs>;
-  // of this device, which need not be the last call's
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   append_kernel<T><<<static_cast<unsigned>(a.index.rows), 256, 0, stream>>>(a);
   check(cudaGetLastError());
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.kv_heads));
-  kernel<<<grid, static_cast<unsigned>(warps * kWarp), bytes, stream>>>(a, tiling);
+  const auto kernels = {decode_attention_kernel<T, kDim, 1>, decode_attention_kernel<T, kDim, 2>,
+                        decode_attention_kernel<T, kDim, 3>};
+  const dim3 grid(static_cast<unsigned>(ceil_div(units, units_of_block(sizeof(C)))),
+                  static_cast<unsigned>(a.kv_heads));
+  const auto kernel = kernels.begin()[cuts.heads - 1];
+  kernel<<<grid, threads_of_block(sizeof(C)), static_cast<size_t>(shared_bytes(a.dim, sizeof(C))), stream>>>(
+      a, cuts, scales_of<C>(a));
   check(cudaGetLastError());
 }
 
@@ -73,30 +78,29 @@ bool serves(const DecodeAttention<T>& a) {
 
 }  // namespace
 
-std::pair<int64_t, int64_t> decode_attention_block(int64_t dim, int64_t size, int64_t limit) {
+std::pair<int64_t, int64_t> decode_attention_block(int64_t dim, int64_t size) {
   const int64_t sum_size = size == sizeof(double) ? sizeof(double) : sizeof(float);
-  const int64_t warps = warps_within(limit, dim, size, sum_size);
-  return {warps, layout_of(warps, dim, size, sum_size).bytes};
+  return {threads_of_block(sum_size) / kWarp, shared_bytes(dim, sum_size)};
 }
 
 // One kernel a power of two of dim where it is worth the time to build it: registers, not correctness, ask
 // for them.
 void decode_attention(const DecodeAttention<float>& a, cudaStream_t stream) {
-  if (serves(a)) a.dim > 128 ? launch<float, 4>(a, stream) : launch<float, 2>(a, stream);
+  if (serves(a)) a.dim > 128 ? launch<float, 256>(a, stream) : launch<float, 128>(a, stream);
 }
 
 void decode_attention(const DecodeAttention<double>& a, cudaStream_t stream) {
-  if (serves(a)) launch<double, 4>(a, stream);
+  if (serves(a)) launch<double, 256>(a, stream);
 }
 
 void decode_attention(const DecodeAttention<BFloat16>& a, cudaStream_t stream) {
   if (!serves(a)) return;
   if (a.dim > 128) {
-    launch<BFloat16, 4>(a, stream);
+    launch<BFloat16, 256>(a, stream);
   } else if (a.dim > 64) {
-    launch<BFloat16, 2>(a, stream);
+    launch<BFloat16, 128>(a, stream);
   } else {
-    launch<BFloat16, 1>(a, stream);
+    launch<BFloat16, 64>(a, stream);
   }
 }
 

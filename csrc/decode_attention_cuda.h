@@ -16,8 +16,7 @@ void decode_attention(const DecodeAttention<float>& args, cudaStream_t stream);
 void decode_attention(const DecodeAttention<double>& args, cudaStream_t stream);
 void decode_attention(const DecodeAttention<BFloat16>& args, cudaStream_t stream);
 
-// Warps and bytes of shared memory of a thread block for heads of `dim` numbers of `size` bytes, where a
-// block may have `limit` bytes.
-std::pair<int64_t, int64_t> decode_attention_block(int64_t dim, int64_t size, int64_t limit);
+// Warps and bytes of shared memory of a thread block for heads of `dim` numbers of `size` bytes.
+std::pair<int64_t, int64_t> decode_attention_block(int64_t dim, int64_t size);
 
 }  // namespace pmc

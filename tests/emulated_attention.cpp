@@ -1,7 +1,6 @@
 // Runs csrc/decode_attention_kernel.h on the CPU: every CUDA thread is a fiber that runs until it waits for
-// others. It finds wrong indices, barriers that not all threads reach and copies that nobody waits for (they
-// are done only then); with threads run in several orders, also missing barriers. It says nothing about
-// speed.
+// others. It finds wrong indices and barriers that not all threads reach; with threads run in several orders,
+// also missing barriers. It says nothing about speed.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -24,7 +23,7 @@ struct alignas(16) uint4 {
 static Index3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace pmc {
-constexpr size_t kShared = 232448;  // what a block may have on sm_90
+constexpr size_t kShared = 48 << 10;  // what a block may have on any card
 uint4 decode_shared[kShared / sizeof(uint4)];
 }  // namespace pmc
 
@@ -41,7 +40,6 @@ struct Fiber {
   const Barrier* waits = nullptr;
   int64_t until = 0;
   bool done = false;
-  std::vector<std::function<void()>> copies;
 };
 
 std::vector<Fiber> fibers;
@@ -73,13 +71,29 @@ void __syncthreads() { __syncthreads_count(0); }
 void __syncwarp() { wait_at(warps[threadIdx.x / 32], 32, 0); }
 
 template <typename T>
-T __shfl_xor_sync(unsigned, T mine, int lanes) {
+T __shfl_sync(unsigned, T mine, int lane) {
   exchanged[threadIdx.x] = mine;
   __syncwarp();
-  const T theirs = static_cast<T>(exchanged[threadIdx.x ^ static_cast<unsigned>(lanes)]);
+  const T theirs = static_cast<T>(exchanged[threadIdx.x / 32 * 32 + static_cast<unsigned>(lane)]);
   __syncwarp();
   return theirs;
 }
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T mine, int lanes) {
+  return __shfl_sync(mask, mine, static_cast<int>(threadIdx.x % 32) ^ lanes);
+}
+
+unsigned __ballot_sync(unsigned, bool mine) {
+  unsigned all = 0;
+  exchanged[threadIdx.x] = mine;
+  __syncwarp();
+  for (unsigned lane = 0; lane < 32; ++lane)
+    all |= (exchanged[threadIdx.x / 32 * 32 + lane] != 0) * (1u << lane);
+  __syncwarp();
+  return all;
+}
+int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 void run_fiber() {
   body();
@@ -94,7 +108,6 @@ void run_block(std::vector<int>& order, std::mt19937* shuffle) {
   for (Fiber& fiber : fibers) {
     fiber.done = false;
     fiber.waits = nullptr;
-    fiber.copies.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = 1 << 16;
@@ -120,7 +133,8 @@ void run_block(std::vector<int>& order, std::mt19937* shuffle) {
 }
 
 // seed 0: threads in order; 1: backwards; else in random orders
-void launch(unsigned x, unsigned y, unsigned threads, unsigned seed, std::function<void()> kernel) {
+void launch(unsigned x, unsigned y, unsigned threads, size_t bytes, unsigned seed,
+            std::function<void()> kernel) {
   body = std::move(kernel);
   fibers.clear();
   fibers.resize(threads);
@@ -132,7 +146,14 @@ void launch(unsigned x, unsigned y, unsigned threads, unsigned seed, std::functi
   std::vector<int> order(threads);
   for (unsigned i = 0; i < threads; ++i) order[i] = static_cast<int>(seed == 1 ? threads - 1 - i : i);
   for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y) {
-    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block(order, seed > 1 ? &random : nullptr);
+    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
+      run_block(order, seed > 1 ? &random : nullptr);
+      const auto* shared = reinterpret_cast<const unsigned char*>(pmc::decode_shared);
+      if (std::any_of(shared + bytes, shared + pmc::kShared, [](unsigned char c) { return c != 0xFF; })) {
+        std::fprintf(stderr, "shared memory written past its end\n");
+        std::abort();
+      }
+    }
   }
 }
 
@@ -145,16 +166,16 @@ void launch(unsigned x, unsigned y, unsigned threads, unsigned seed, std::functi
 
 namespace pmc {
 template <typename P>
-PMC_DEVICE void copy_pack(P* shared, const P* global) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
-    std::fprintf(stderr, "a copy that is not aligned\n");
+PMC_DEVICE P load_if(bool there, const P* from) {
+  if (there && reinterpret_cast<uintptr_t>(from) % 16) {
+    std::fprintf(stderr, "a load that is not aligned\n");
     std::abort();
   }
-  fibers[threadIdx.x].copies.push_back([=] { *shared = *global; });
+  return there ? *from : P{};
 }
-PMC_DEVICE void wait_copies() {
-  for (auto& copy : fibers[threadIdx.x].copies) copy();
-  fibers[threadIdx.x].copies.clear();
+template <typename C>
+PMC_DEVICE C exp2_of(C x) {
+  return std::exp2(x);
 }
 }  // namespace pmc
 
@@ -162,19 +183,24 @@ PMC_DEVICE void wait_copies() {
 
 namespace {
 
-template <typename T, int kPairs>
-void emulate(const pmc::DecodeAttention<T>& a, int64_t limit, unsigned seed) {
+template <typename T, int kDim>
+void emulate(const pmc::DecodeAttention<T>& a, unsigned seed) {
   using C = typename pmc::SumOf<T>::Type;
-  const int64_t warps = pmc::warps_within(limit, a.dim, sizeof(T), sizeof(C));
-  const pmc::Tiling tiling = pmc::tiling_of(a.heads / a.kv_heads, warps);
-  launch(static_cast<unsigned>(a.index.rows), 1, 256, seed, [&] { pmc::append_kernel<T>(a); });
-  launch(static_cast<unsigned>(pmc::tile_begin(tiling, a.index.rows, a.index.blocks)),
-         static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(warps * pmc::kWarp), seed,
-         [&] { pmc::decode_attention_kernel<T, kPairs>(a, tiling); });
+  const pmc::Cuts cuts = pmc::cuts_of(a.heads / a.kv_heads);
+  const pmc::Scales<C> scales = pmc::scales_of<C>(a);
+  const int64_t units = a.index.rows * cuts.per_row;
+  launch(static_cast<unsigned>(a.index.rows), 1, 256, 0, seed, [&] { pmc::append_kernel<T>(a); });
+  launch(static_cast<unsigned>(pmc::ceil_div(units, pmc::units_of_block(sizeof(C)))),
+         static_cast<unsigned>(a.kv_heads), pmc::threads_of_block(sizeof(C)),
+         static_cast<size_t>(pmc::shared_bytes(a.dim, sizeof(C))), seed, [&] {
+           if (cuts.heads == 1) pmc::decode_attention_kernel<T, kDim, 1>(a, cuts, scales);
+           if (cuts.heads == 2) pmc::decode_attention_kernel<T, kDim, 2>(a, cuts, scales);
+           if (cuts.heads == 3) pmc::decode_attention_kernel<T, kDim, 3>(a, cuts, scales);
+         });
 }
 
 template <typename T>
-void emulate(const int64_t* n, const double* x, int64_t limit, unsigned seed) {
+void emulate(const int64_t* n, const double* x, unsigned seed) {
   const auto numbers = [&](int i) { return reinterpret_cast<T*>(n[i]); };
   const auto array = [&](int i) { return reinterpret_cast<const int32_t*>(n[i]); };
   const pmc::DecodeAttention<T> a{
@@ -198,40 +224,31 @@ void emulate(const int64_t* n, const double* x, int64_t limit, unsigned seed) {
       n[15],
       {array(16), array(17), array(18), array(19), array(20), array(21), array(22), n[23], n[24]}};
   if (a.dim > 128) {
-    emulate<T, 4>(a, limit, seed);
+    emulate<T, 256>(a, seed);
   } else if (a.dim > 64) {
-    emulate<T, 2>(a, limit, seed);
+    emulate<T, 128>(a, seed);
   } else {
-    emulate<T, 1>(a, limit, seed);
+    emulate<T, 64>(a, seed);
   }
 }
 
 }  // namespace
 
 // n: the arguments of the binding one after another, tuples flat; x: scale and softcap
-extern "C" void emulate(int type, const int64_t* n, const double* x, int64_t limit, unsigned seed) {
-  if (type == 0) emulate<float>(n, x, limit, seed);
-  if (type == 1) emulate<double>(n, x, limit, seed);
-  if (type == 2) emulate<pmc::BFloat16>(n, x, limit, seed);
+extern "C" void emulate(int type, const int64_t* n, const double* x, unsigned seed) {
+  if (type == 0) emulate<float>(n, x, seed);
+  if (type == 1) emulate<double>(n, x, seed);
+  if (type == 2) emulate<pmc::BFloat16>(n, x, seed);
 }
 
-extern "C" int64_t tile_begin(int64_t group, int64_t warps, int64_t row, int64_t question) {
-  return pmc::tile_begin(pmc::tiling_of(group, warps), row, question);
-}
-
-// Fills row and first head of each query of a question, kQueries a unit, -1 where there is none.
-extern "C" int64_t queries_of(int64_t group, int64_t warps, int64_t rows, int64_t* row, int64_t* head) {
-  const pmc::Tiling t = pmc::tiling_of(group, warps);
-  const int64_t units = pmc::unit_count(t, rows);
-  for (int64_t m = 0; row && m < units * pmc::kQueries; ++m) {
-    const pmc::Unit u = pmc::unit_of(t, rows, m / pmc::kQueries);
-    const int64_t i = m % pmc::kQueries;
-    row[m] = i < u.rows * u.heads ? u.row + i / u.heads : -1;
-    head[m] = i < u.rows * u.heads ? u.head + i % u.heads : -1;
+// Fills row, first head and number of heads of each unit of so many rows, as far as there are.
+extern "C" int64_t units_of(int64_t group, int64_t rows, int64_t* row, int64_t* head, int64_t* heads) {
+  const pmc::Cuts cuts = pmc::cuts_of(group);
+  for (int64_t n = 0; row && n < rows * cuts.per_row; ++n) {
+    const pmc::Unit unit = pmc::unit_of(cuts, static_cast<int32_t>(n));
+    row[n] = unit.row;
+    head[n] = unit.head;
+    heads[n] = unit.heads;
   }
-  return units;
-}
-
-extern "C" int64_t shared_bytes(int64_t warps, int64_t dim, int64_t size, int64_t sum_size) {
-  return pmc::layout_of(warps, dim, size, sum_size).bytes;
+  return rows * cuts.per_row;
 }

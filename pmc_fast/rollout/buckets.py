@@ -1,8 +1,8 @@
 """Steps of a few sizes: what a CUDA graph was captured for must fit every step that it replays.
 
-What a step launches depends on its number of rows and of questions alone (`csrc/decode_attention.cu`: thread
-blocks of rows and questions; lengths are read on the device). So decode steps are padded to a few numbers of
-both. Padding is a change of the plan's arrays and knows no device.
+What a step launches depends on its numbers of rows and of questions alone (`csrc/decode_attention.cu`: thread
+blocks of rows, in which the number of questions is an argument; lengths are read on the device). So decode steps
+are padded to a few numbers of both. Padding is a change of the plan's arrays and knows no device.
 """
 
 from bisect import bisect_left
@@ -14,7 +14,7 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-BLOCKS = tuple(4**n for n in range(1, 7))  # few: an empty one costs a thread block or two that end at once
+BLOCKS = tuple(4**n for n in range(1, 7))  # few: an empty one costs a row's search for its own next to nothing
 INDEX = ("slots", "prefix_len", "cu_suffix", "suffix", "cu_rows", "cu_prefix", "prefix")
 DRAWS = ("cu_draws", "streams", "samples", "draw_positions")
 ENTRIES = "entries"
@@ -56,7 +56,7 @@ def pad(plan: Mapping[str, np.ndarray], bucket: Bucket, scratch: int) -> Arrays:
     """Pad a decode step to a bucket.
 
     Padded rows are one more question without a prompt. Each writes a slot of its own and sees that alone, so
-    real rows see what they saw, in tiles of the same shape. Nothing is drawn from padded rows.
+    real rows see what they saw. Nothing is drawn from padded rows.
 
     Parameters
     ----------
