@@ -42,6 +42,9 @@ def check_correctness() -> str:
     tests = (
         "tests/test_weighted_nll.py",
         "tests/test_kernels.py",
+        "tests/test_scaled.py",
+        "tests/test_cuda_layers.py",
+        "tests/test_lending.py",
         "tests/test_sampling.py",
         "tests/test_decode_cuda.py",
         "tests/test_rollout.py",
