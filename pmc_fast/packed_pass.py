@@ -41,7 +41,7 @@ class PackedPass:
         The causal language model itself, without wrappers.
     cuda_graphs : bool
         Replay CUDA graphs of passes with gradients, where they can be captured: on CUDA in bfloat16, of the bare
-        model or PEFT's, without hooks, checkpointing or sharding. Then gradients are ready with the loss, and
+        model or PEFT's, without hooks, dropout, checkpointing or sharding. Gradients are then ready with the loss, and
         backward may be called once.
     """
 

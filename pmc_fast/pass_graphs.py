@@ -6,7 +6,7 @@ loss, log-probs and every gradient; autograd gets the gradients, times what come
 
 Captured is the model's own forward, with parameters that share the real ones' memory and no history: what the real
 ones are part of, such as another thread's backward, stays out of it. Python does not run in a replay, so a model with
-hooks is not captured.
+hooks is not captured; nor is one with dropout. Before a capture is used, it is compared with the pass it replays.
 """
 
 import weakref
@@ -21,10 +21,12 @@ from torch.func import functional_call
 from .capture import CaptureError, Recorder, fingerprint
 from .data.packing import Pack
 from .data.padding import Size, pad, round_up
+from .models import CLOSE
 from .ops.scaled import scaled
 from .upload import ALIGNED, Upload
 
 DTYPES = (torch.bfloat16,)  # that varlen kernels serve; float16's gradients would miss what scales the loss
+ALIKE = 1e-2  # of norms: sums in another order, in bfloat16
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Compute = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -104,7 +106,7 @@ class PassGraphs:
             if size.rounded() not in self._seen:  # the first of its size: libraries set themselves up
                 self._seen.add(size.rounded())
                 return None
-            graph = self._capture(size.rounded(), pack, row_scale, call)
+            graph = self._capture(size.rounded(), pack, row_scale, call, dtype)
         assert self._gradients is not None
         graph.upload(pack, row_scale)
         pending = self._gradients.next()
@@ -121,10 +123,11 @@ class PassGraphs:
             and dtype in DTYPES
             and not pack.segments.shared
             and pack.input_ids.device.type == "cpu"
-            and not any(getattr(m, name) for m in call.modules() for name in HOOKS)
+            and not any(_does_more(module) for module in call.modules())
         )
 
-    def _capture(self, size: Size, pack: Pack, row_scale: torch.Tensor, call: Any) -> "_Graph":
+    def _capture(self, size: Size, pack: Pack, row_scale: torch.Tensor, call: Any, dtype: torch.dtype) -> "_Graph":
+        """Capture a size, and compare: with the pass before it is padded, and the replay with what is captured."""
         if self._recorder is None:
             self._recorder = self._new_recorder()
         if self._gradients is None:
@@ -141,9 +144,16 @@ class PassGraphs:
             return graph.loss
 
         gradients.next()
-        self._recorder.warm_up(compute)
         try:
+            self._recorder.warm_up(compute)
+            computed = self._traits(graph)
+            with torch.no_grad(), _autocast(self._device):
+                _, logps = self._compute(pack.to(self._device), row_scale.to(self._device), model=call)
+            unpadded = float((logps - graph.logps[: len(logps)]).abs().mean())
             graph.replay = self._recorder.record(compute)
+            graph.replay()
+            if not (unpadded <= CLOSE[dtype] and torch.allclose(self._traits(graph), computed, rtol=ALIKE, atol=0)):
+                raise CaptureError("what it replays is not what it computes")
         except (RuntimeError, CaptureError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CaptureError(
@@ -152,6 +162,12 @@ class PassGraphs:
         self.captures += 1
         self._graphs.append(graph)
         return graph
+
+    def _traits(self, graph: "_Graph") -> torch.Tensor:
+        """Return numbers by which two runs of a pass are compared: of its loss, its log-probs and its gradients."""
+        assert self._gradients is not None
+        outputs = [graph.loss, graph.logps, *self._gradients.buffers.values()]
+        return torch.stack([torch.linalg.vector_norm(t, dtype=graph.loss.dtype) for t in outputs])
 
     @property
     def _device(self) -> torch.device:
@@ -286,6 +302,12 @@ class _Replayed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
         return None, None, *ctx.pending.take(factor)
+
+
+def _does_more(module: torch.nn.Module) -> bool:
+    """Return whether a module has hooks, which a replay would leave out, or dropout, which could not be compared."""
+    drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+    return drops or any(getattr(module, name) for name in HOOKS)
 
 
 def _computes_in(base: Any) -> torch.dtype:

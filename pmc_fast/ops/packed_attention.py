@@ -237,8 +237,9 @@ def attention(
     """Attend over a pack [1, T]; the signature is transformers' attention interface's."""
     patching.check_call(module, packed_segments, kwargs)
     assert packed_segments is not None
+    low = _autocast_dtype(query.device.type)
     made = _attend(
-        *(t[0].transpose(0, 1) for t in (query, key, value)),
+        *(t[0].transpose(0, 1).to(low if t.dtype == torch.float32 else t.dtype) for t in (query, key, value)),
         packed_segments,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
@@ -246,6 +247,11 @@ def attention(
         dropout=dropout,
     )
     return made[None], None
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype:
+    """Return what autocast makes of float32 in torch's own attention: rotary embeddings leave it behind, kernels need less."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
 
 
 patching.register_attention(ATTENTION, attention)
