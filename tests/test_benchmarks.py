@@ -7,7 +7,18 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import baselines, compare_methods, compare_report, gpu_runs, harness, readme, report, runs, settings
+from benchmarks import (
+    baselines,
+    compare_methods,
+    compare_report,
+    gpu_page,
+    gpu_runs,
+    harness,
+    readme,
+    report,
+    runs,
+    settings,
+)  # fmt: skip
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row
 from pmc_fast.evaluation import EvalSet
@@ -245,6 +256,21 @@ def test_a_run_ends_with_its_budget_and_its_rate(small_task, monkeypatch):
     assert made["steps"] == 4  # a fifth would end at 10 s
     assert rates == pytest.approx([1e-3 * (i + 1) / 5 * (1 - 2 * i / 9) for i in range(4)])
     assert [p["step"] for p in made["curve"]] == [2, 3, 4]  # at 4 s and 6 s, past 2.7 s and 4.5 s, and at the end
+
+
+def test_the_cards_table():
+    run = {"method": "pmc_fast", "seconds": 12.0, "steps": 10, "curve": [{"unlearn_quality": 90.0, "utility": 50.0}]}
+    contest = {"name": "a", "facts": {"counters": {"sampled_tokens": 1000}},
+               "contestants": {"generate": {"median_s": 4.0}, "pmc_fast": {"median_s": 0.5}}}  # fmt: skip
+    results = [contest, run | {"steps": 60, "seconds": 50.0}, run, run | {"method": "reference", "seconds": 60.0}]
+    document = {"results": results, "machine": {"gpu": "G"}, "versions": {"torch": "1", "transformers": "2"}}
+    lines = gpu_page.table(document).splitlines()
+    assert lines[2:5] == [
+        "| a | 500 ms, 2,000 tokens/s | 4.00 s | 8.0 |",
+        "| the demo's task, 60 steps: quality 90.0, utility 50.0 | 50 s | not run | |",
+        "| the demo's task, 10 steps | 12 s | 60 s | 5.0 |",
+    ]
+    assert "Not measured yet" in gpu_page.table(None)
 
 
 def test_repeated_words_are_counted():
