@@ -8,14 +8,35 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import PMCError
 
+ASKS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique2", "unique_consecutive"}
 SIMPLE = frozenset((type(None), bool, int, float, str))
 
 
 class CaptureError(PMCError):
     """A computation can't be captured: it asks the device for a number, or does what no graph can repeat."""
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses operations that make the host wait for a number, which no capture allows."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, or raise CaptureError."""
+        if asks_the_device(func, args):
+            raise CaptureError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def asks_the_device(func: Any, args: Any) -> bool:
+    """Return whether an operation of torch's waits for a number, as masks do whose size nobody knows."""
+    overload = func.overloadpacket
+    masks = args[1] if overload in (torch.ops.aten.index, torch.ops.aten.index_put) else []
+    return overload._qualified_op_name.split("::")[1] in ASKS or any(
+        m is not None and m.dtype in (torch.bool, torch.uint8) for m in masks
+    )
 
 
 class Recorder(Protocol):
@@ -48,9 +69,11 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             here = torch.cuda.current_stream()
             self._stream.wait_stream(here)
-            with torch.cuda.stream(self._stream):
-                out = compute()
-            here.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    out = compute()
+            finally:  # what it read may be freed on this stream, also if it failed half way
+                here.wait_stream(self._stream)
             out.record_stream(here)
         return out
 
@@ -62,6 +85,8 @@ class CudaRecorder:
         CaptureError
             With torch's reason. The stream and the device's random generator are as before.
         """
+        with NoQuestions():  # before the capture: one that fails leaves the allocator of older torch damaged
+            self.warm_up(compute)
         graph = torch.cuda.CUDAGraph()
         # thread_local: what a training program's other threads do (pin memory, say) does not end a capture
         capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")

@@ -174,7 +174,7 @@ def _score(
     title: str,
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype)
+    engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype, cuda_graphs=config.cuda_graphs)
     generation_config = None if config.accidents else loaded.model.generation_config
     encoder = Encoder(candidate.tokenizer, config, generation_config)
     with stages(f"evaluation{title}"):

@@ -209,7 +209,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         raise trainer.diverged()
     model = outcome.detach(model.eval(), stages)
     if model is not loaded.model:
-        engine = SharedEngine(RolloutEngine(model, autocast_dtype=loaded.autocast_dtype), ranks)
+        engine = SharedEngine(_engine(model, loaded, config), ranks)
     said.clear()
     if config.evaluate:
         measure("after")
@@ -241,6 +241,10 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
     return made
 
 
+def _engine(model: Any, loaded: models.LoadedModel, config: UnlearnConfig) -> RolloutEngine:
+    return RolloutEngine(model, autocast_dtype=loaded.autocast_dtype, cuda_graphs=config.cuda_graphs)
+
+
 def _known_forgotten(plan: Plan, loaded: models.LoadedModel, outcome: Outcome) -> skip.KnownForgotten:
     """Judge the forget questions, or take over what an earlier start of this run found."""
     c, ranks = plan.config, Ranks()
@@ -248,7 +252,7 @@ def _known_forgotten(plan: Plan, loaded: models.LoadedModel, outcome: Outcome) -
     about = (c, plan.forget, plan.paraphrases)
     found = ranks.gather(skip.remembered(directory, *about) if c.resume else None)[0]  # the first one's files count
     if found is None:
-        engine = SharedEngine(RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype), ranks)
+        engine = SharedEngine(_engine(loaded.model, loaded, c), ranks)
         encoder = Encoder(plan.tokenizer, c, None if c.accidents else loaded.model.generation_config)
         found = skip.judge(engine, encoder, *about, PackedPass(causal_lm(loaded.model)), loaded.autocast_dtype)
     found = ranks.gather(found)[0]  # one list, whatever another process's rounding

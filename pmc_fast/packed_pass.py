@@ -21,6 +21,8 @@ from .ops.weighted_nll import weighted_nll
 from .pass_graphs import PassGraphs
 from .sharding import is_sharded
 
+GRAPHED = ("cuda",)  # devices whose passes are replayed
+
 
 def causal_lm(model: Any) -> Any:
     """Return the transformers model inside PEFT's."""
@@ -79,14 +81,16 @@ class PackedPass:
     def _replayed(
         self, pack: Pack, row_scale: torch.Tensor, call: Any, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self._cuda_graphs and device.type == "cuda" and self.graphs is None:
-            self.graphs = PassGraphs(self._compute, self.base, lambda: CudaRecorder(device))
-        if self.graphs is None or not isinstance(call, torch.nn.Module):
+        if self._cuda_graphs and self.graphs is None:
+            base = self.base
+            # asked each time that a recorder is made: the model may have been moved
+            self.graphs = PassGraphs(base, lambda: CudaRecorder(base.get_input_embeddings().weight.device))
+        if self.graphs is None or not isinstance(call, torch.nn.Module) or device.type not in GRAPHED:
             return None
         if _compiled(call) or checkpointed(self.base) or is_sharded(self.base):
             return None
         try:
-            return self.graphs(pack, row_scale, call)
+            return self.graphs(self._compute, pack, row_scale, call)
         except CaptureError as error:
             warnings.warn(f"{error}; its kernels are launched one by one, which is slower", stacklevel=3)
             self._cuda_graphs, self.graphs = False, None
@@ -155,6 +159,7 @@ class PackedPass:
             zeros = torch.zeros(len(packed.targets), device=embeddings.device)
             _, ours = self(packed, zeros, model=model)
             theirs = [plain_logps(call, torch.tensor([ids], device=ours.device))[0] for ids in sequences]
+        torch.clear_autocast_cache()  # older torch keeps weights that it casts here, without their gradients
         error = float((torch.cat(theirs) - ours).abs().mean())
         dtype = autocast_dtype or embeddings.dtype
         if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):

@@ -48,6 +48,13 @@ class Gradients:
         p, begin = self._named[name], self._places[name]
         return buffers[p.dtype][begin : begin + p.numel()].view(p.shape)
 
+    def norms(self) -> torch.Tensor:
+        """Return each gradient's norm: float32 [parameters that are part of the loss]."""
+        views = [v for v in self.views(self.buffers) if v is not None]
+        return torch.stack(
+            [torch.linalg.vector_norm(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in views]
+        )
+
     def next(self) -> "Pending":
         """Make room for another pass's gradients: those that autograd has not asked for yet move away."""
         before = self._pending() if self._pending is not None else None

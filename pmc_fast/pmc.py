@@ -76,7 +76,7 @@ class PMC:
         self.engine = RolloutEngine(
             model,
             autocast_dtype=autocast_dtype,
-            cuda_graphs=None if config.cuda_graphs else False,
+            cuda_graphs=config.cuda_graphs,
             process_group=process_group,
         )
         self.store = BestStore(len(questions))

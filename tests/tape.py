@@ -4,15 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ASKS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique2", "unique_consecutive"}
-
-
-def asks_the_device(func, args):
-    """Whether an operation makes the host wait for a number, which no capture allows."""
-    masks = args[1] if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put) else []
-    return func.overloadpacket._qualified_op_name.split("::")[1] in ASKS or any(
-        m is not None and m.dtype in (torch.bool, torch.uint8) for m in masks
-    )
+from pmc_fast.capture import asks_the_device
 
 
 class Tape(TorchDispatchMode):

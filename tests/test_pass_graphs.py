@@ -17,6 +17,7 @@ from pmc_fast.data.packing import num_targets, pack
 from pmc_fast.data.padding import Size, pad
 from pmc_fast.ops import packed_attention as op
 from pmc_fast.packed_pass import PackedPass, causal_lm
+from pmc_fast.pass_gradients import Gradients
 from pmc_fast.pass_graphs import PassGraphs
 from tests.families import FAMILIES, SIZES, build
 from tests.tape import Tape
@@ -43,6 +44,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=No
 def on_cpu(monkeypatch):
     """Let float64 models on the CPU be replayed."""
     monkeypatch.setattr("pmc_fast.pass_graphs.DTYPES", (torch.float64,))
+    monkeypatch.setattr("pmc_fast.packed_pass.GRAPHED", ("cpu",))
     monkeypatch.setattr(op, "_varlen_attn", lambda: varlen_attn)
     resolve = op._resolve
 
@@ -75,7 +77,7 @@ def packs(rounds=7):
 
 def replaying(model, recorder=Tape):
     packed = PackedPass(causal_lm(model))
-    packed.graphs = PassGraphs(packed._compute, causal_lm(model), recorder)
+    packed.graphs = PassGraphs(causal_lm(model), recorder)
     return packed
 
 
@@ -248,7 +250,7 @@ def test_no_gradients_no_graph_and_shared_prompts_neither(warm):
     prompt, hidden = [5, 6, 8, 4], [-100] * 4
     shared = pack([[Encoded([*prompt, a, 3], [*hidden, a, 3]) for a in (7, 9)]], 100)[0]
     assert shared.segments.shared
-    assert packed.graphs(shared, torch.ones(4, dtype=torch.float64), model) is None
+    assert packed.graphs(packed._compute, shared, torch.ones(4, dtype=torch.float64), model) is None
     assert packed.graphs.replays == before
 
 
@@ -267,34 +269,43 @@ def test_a_pass_that_asks_for_a_number_is_computed_and_said_so():
 
 
 class Faulty(Tape):
-    """Replays something else than it captured."""
+    """Replays another loss than it captured."""
 
     def __init__(self):
         super().__init__()
-        self.fault = 0.5
+        self.fault = 50.0
+
+
+class Idle(Tape):
+    """Replays nothing, and leaves what was there."""
+
+    def record(self, compute):
+        super().record(compute)
+        return lambda: None
 
 
 class Forgetful(Tape):
-    """Leaves a gradient as it was."""
+    """Leaves out what writes the gradient of one weight."""
 
     def record(self, compute):
-        replay = super().record(compute)
-        return lambda: (replay(), self.gradients.mul_(0.5))
+        replay, buffer = super().record(compute), self.buffer
+        return lambda: (replay(), buffer[: len(buffer) // 2].zero_())
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("what", ["loss", "gradients", "padding"])
+@pytest.mark.parametrize("what", ["loss", "nothing", "gradients", "padding"])
 def test_a_replay_that_computes_something_else_is_not_used(what, monkeypatch):
     model = build(FAMILIES["llama"]())
-    packed, made = replaying(model, {"loss": Faulty, "gradients": Forgetful, "padding": Tape}[what]), next(packs())
+    recorder = {"loss": Faulty, "nothing": Idle, "gradients": Forgetful, "padding": Tape}[what]
+    packed, made = replaying(model, recorder), next(packs())
     if what == "gradients":
-        traits = packed.graphs._traits
+        caller = Gradients.caller
 
-        def noted(graph):
-            [Forgetful.gradients] = packed.graphs._gradients.buffers.values()
-            return traits(graph)
+        def noted(gradients, call):
+            [Forgetful.buffer] = gradients.buffers.values()
+            return caller(gradients, call)
 
-        monkeypatch.setattr(packed.graphs, "_traits", noted)
+        monkeypatch.setattr(Gradients, "caller", noted)
     if what == "padding":
         monkeypatch.setattr(
             "pmc_fast.pass_graphs.pad", lambda *a: pad(*a) | {"input_ids": pad(*a)["input_ids"][::-1]}
@@ -303,6 +314,20 @@ def test_a_replay_that_computes_something_else_is_not_used(what, monkeypatch):
     with pytest.warns(UserWarning, match=r"LlamaForCausalLM: .*what it replays is not what it computes"):
         packed(*made)[0].backward()
     same(gradients(model), plainly(model, made))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_new_parameter_on_the_same_memory_gets_its_gradient(warm):
+    model, packed = warm
+    model.load_state_dict(model.state_dict(), assign=True)
+    made = next(packs())
+    for _ in range(3):
+        model.zero_grad()
+        packed(*made)[0].backward()
+        same(gradients(model), plainly(model, made))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert not packed(*made)[0].requires_grad
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -47,9 +47,9 @@ class RolloutEngine:
         weights are used; it is left as it was found.
     autocast_dtype : torch.dtype, optional
         What training computes in under torch.autocast, if it does.
-    cuda_graphs : bool, optional
-        Pad decode steps to a few sizes and replay CUDA graphs of them. By default where the model is on CUDA and not
-        sharded, and as long as its steps can be captured.
+    cuda_graphs : bool
+        On CUDA, pad decode steps to a few sizes and replay CUDA graphs of them, where they can be captured and the
+        model is not sharded.
     pad_steps : bool
         Pad them without that: for tests and measurements.
     process_group : torch.distributed.ProcessGroup, optional
@@ -59,8 +59,7 @@ class RolloutEngine:
     Raises
     ------
     PMCError
-        On first use: a model whose log-probs on a short sample are not those of its own forward pass;
-        cuda_graphs=True where there is no GPU, or for a model whose steps can't be captured.
+        On first use: a model whose log-probs on a short sample are not those of its own forward pass.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class RolloutEngine:
         model: Any,
         *,
         autocast_dtype: torch.dtype | None = None,
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool = True,
         pad_steps: bool = False,
         process_group: Any = None,
     ) -> None:
@@ -167,7 +166,9 @@ class RolloutEngine:
             for group in groups:
                 state.add(prompt, stream, group, longest, drafts, positions)
         device = self.model.get_input_embeddings().weight.device  # asked now: the model may have been moved
-        pads = self._prepare_graphs(device) or self._pads
+        if device.type == "cuda":
+            self._step.use_graphs(self._cuda_graphs and not is_sharded(self.model))
+        pads = self._pads or self._step.graphs is not None
         if (self._inputs.device, self._inputs.pads) != (device, pads):
             self._inputs = StepInputs(device, pads=pads)
         with Lockstep(self.model, self._ranks) as lockstep, self._step.lend():
@@ -190,22 +191,10 @@ class RolloutEngine:
         counters |= {"padded_rows": padded} | graphs
         return _collect(state, len(work.prompts), len(groups), counters)
 
-    def _prepare_graphs(self, device: torch.device) -> bool:
-        """Switch graphs on or off for this rollout, and return whether its steps are padded for them."""
-        if self._cuda_graphs and device.type != "cuda":
-            raise PMCError(f"cuda_graphs=True but the model is on {device}: move it to cuda, or leave it out")
-        if device.type != "cuda":
-            return False
-        use = not is_sharded(self.model) if self._cuda_graphs is None else self._cuda_graphs
-        self._step.use_graphs(use)
-        return use
-
     def _logits(self, step: StepTensors) -> torch.Tensor:
         try:
             return self._step.logits(step)
         except CaptureError as error:
-            if self._cuda_graphs:
-                raise
             warnings.warn(f"{error}; its steps are launched one by one, which is slower", stacklevel=2)
             self._cuda_graphs = False
             self._step.use_graphs(False)

@@ -94,8 +94,6 @@ class StepGraphs:
             replay = self._recorder.record(lambda: out.copy_(compute()))
         except (RuntimeError, CaptureError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise CaptureError(
-                f"{self._name}: a step can't be captured as a CUDA graph ({reason}): leave cuda_graphs out"
-            ) from error
+            raise CaptureError(f"{self._name}: a step can't be captured as a CUDA graph ({reason})") from error
         self.captures += 1
         return replay

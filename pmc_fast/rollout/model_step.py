@@ -41,6 +41,7 @@ class ModelStep:
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
         self.model, self.autocast_dtype = model, autocast_dtype
         self.graphs: StepGraphs | None = None
+        self._counted = {"graph_captures": 0, "graph_replays": 0}  # by graphs that are gone
         self._relies_on: Any = None
         self._forget_buffers()
         self._index: StepIndex | None = None
@@ -48,9 +49,10 @@ class ModelStep:
 
     def use_graphs(self, use: bool) -> None:
         """Replay CUDA graphs of padded steps from the next `lend` on, or no longer."""
-        if not use:
+        if not use and self.graphs is not None:
+            self._counted = self.graph_counters()
             self.graphs = None
-        elif self.graphs is None:
+        elif use and self.graphs is None:
             self.graphs = StepGraphs(lambda: CudaRecorder(self.device), type(self.model).__name__)
 
     @contextmanager
@@ -146,7 +148,8 @@ class ModelStep:
     def graph_counters(self) -> dict[str, int]:
         """Return how many steps were captured and replayed so far."""
         captures, replays = (0, 0) if self.graphs is None else (self.graphs.captures, self.graphs.replays)
-        return {"graph_captures": captures, "graph_replays": replays}
+        now = {"graph_captures": captures, "graph_replays": replays}
+        return {name: n + self._counted[name] for name, n in now.items()}
 
     def _forget_buffers(self) -> None:
         weight = self.model.get_input_embeddings().weight
