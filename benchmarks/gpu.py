@@ -49,6 +49,8 @@ def check_correctness() -> str:
         "tests/test_decode_cuda.py",
         "tests/test_rollout.py",
         "tests/test_rollout_graphs.py",
+        "tests/test_packing.py",
+        "tests/test_pass_graphs.py",
     )
     command = [sys.executable, "-m", "pytest", *tests]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
