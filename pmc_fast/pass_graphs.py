@@ -138,8 +138,8 @@ class PassGraphs:
         """Capture a size, after its replay was compared with the pass itself."""
         try:
             graph = self._capture(compute, size, pack, row_scale, call)
-        except (RuntimeError, CaptureError) as error:  # out of memory, too
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # whatever it is: the pass can be computed without a graph
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CaptureError(
                 f"{type(self._base).__name__}: a training pass can't be captured as a CUDA graph ({reason})"
             ) from error
