@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu                       # correctness, compute-sanitizer, timings
     python -m benchmarks.gpu --quick               # two sizes and few rounds
-    python -m benchmarks.gpu --short               # four minutes: rollouts and steps of two shapes, the demo's task
+    python -m benchmarks.gpu --short               # rollouts and steps of two shapes, the demo's task
     python -m benchmarks.gpu --json FILE
     python -m benchmarks.gpu --end-to-end --tofu DIR     # whole runs and a 3B shape: see gpu_runs.py
 

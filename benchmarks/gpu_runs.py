@@ -174,7 +174,7 @@ def run_all(
 
 
 def run_short(path: Path, device: str, shapes: dict[str, dict[str, Any]], **settings: Any) -> None:
-    """Measure shapes, then the demo's task, in a few minutes. Each result is written at once; what is there is kept.
+    """Measure shapes, then the demo's task. Each result is written at once; what is there is kept.
 
     The demo's task is a whole run by PMCTrainer, then its first epochs by PMCTrainer and by the published algorithm.
     """

@@ -163,6 +163,13 @@ def plainly(model, made):
     return dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
 
 
+def three_times(model, packed, made):
+    for _ in range(3):
+        model.zero_grad()
+        packed(*made)[0].backward()
+        same(gradients(model), plainly(model, made))
+
+
 def test_losses_add_up_and_wait(warm):
     model, packed = warm
     first, _, second, *_ = packs()
@@ -206,11 +213,7 @@ def new_parameter(model):
 def test_what_moves_is_captured_again(warm, change):
     model, packed = warm
     change(model)
-    made = next(packs())
-    for _ in range(3):
-        model.zero_grad()
-        packed(*made)[0].backward()
-        same(gradients(model), plainly(model, made))
+    three_times(model, packed, next(packs()))
     assert packed.graphs.captures == 2
 
 
@@ -233,11 +236,7 @@ def test_what_a_replay_would_miss_is_computed(warm, change):
     model, packed = warm
     before = packed.graphs.replays
     change(model)
-    made = next(packs())
-    for _ in range(3):
-        model.zero_grad()
-        packed(*made)[0].backward()
-        same(gradients(model), plainly(model, made))
+    three_times(model, packed, next(packs()))
     assert packed.graphs.replays == before
 
 
@@ -320,14 +319,10 @@ def test_a_replay_that_computes_something_else_is_not_used(what, monkeypatch):
 def test_a_new_parameter_on_the_same_memory_gets_its_gradient(warm):
     model, packed = warm
     model.load_state_dict(model.state_dict(), assign=True)
-    made = next(packs())
-    for _ in range(3):
-        model.zero_grad()
-        packed(*made)[0].backward()
-        same(gradients(model), plainly(model, made))
+    three_times(model, packed, next(packs()))
     for p in model.parameters():
         p.requires_grad_(False)
-    assert not packed(*made)[0].requires_grad
+    assert not packed(*next(packs()))[0].requires_grad
 
 
 @pytest.mark.usefixtures("on_cpu")

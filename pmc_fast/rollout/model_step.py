@@ -96,8 +96,7 @@ class ModelStep:
         if self.graphs is None or step.bucket is None:
             return compute()
         pool = [t.data_ptr() for pair in self.pool.values() for t in pair]
-        relies_on = (self._relies_on, pool)
-        return self.graphs(step.bucket, step.tokens.data_ptr(), relies_on, compute)
+        return self.graphs(step.bucket, step.tokens.data_ptr(), (self._relies_on, pool), compute)
 
     def _compute(self, step: StepTensors) -> torch.Tensor:
         self._index = step.index
