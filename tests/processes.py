@@ -5,9 +5,13 @@ import subprocess
 import sys
 
 
-def start(pytestconfig, *arguments, processes=2, timeout=300):
-    """Run a script on several processes. (On CPUs `accelerate launch` starts several through MPI alone.)"""
+def start(pytestconfig, *arguments, processes=2, timeout=300, monitor_interval=0.1):
+    """Run a script on several processes. (On CPUs `accelerate launch` starts several through MPI alone.)
+
+    Every `monitor_interval` seconds the launcher looks whether one has ended, and if it failed ends the others.
+    """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launch += ["--monitor-interval", str(monitor_interval)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",

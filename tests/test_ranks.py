@@ -65,7 +65,9 @@ def same(ours, theirs):
 
 def test_a_killed_process_ends_the_run_and_one_goes_on(pytestconfig, tiny_dir, tmp_path):
     run_to = tmp_path / "run"
-    done = start(pytestconfig, "tests/trainer_worker.py", tiny_dir, run_to, "--save", "1", "--kill", "3", timeout=120)
+    arguments = ("tests/trainer_worker.py", tiny_dir, run_to, "--save", "1", "--kill", "3")
+    # a launcher that looks often may end the other process before that has noticed and said so
+    done = start(pytestconfig, *arguments, timeout=120, monitor_interval=5)
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if "another process of this run is gone" in line]
     assert told
