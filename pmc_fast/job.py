@@ -34,6 +34,7 @@ from .evaluation import (
 from .outcome import Outcome, WholeModel
 from .packed_pass import PackedPass, causal_lm
 from .pmc import PMC
+from .printable import row_numbers
 from .profiling import NAME as TRACE
 from .profiling import StepProfiler
 from .progress import Monitor, Silent, Stages
@@ -160,7 +161,8 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
     if config.skip_known_forgotten:
         with stages("looking for what is known to be forgotten"):
             known = _known_forgotten(plan, loaded, outcome)
-        monitor.stage(f"  {len(known.rows)} of {known.questions} questions are left out{_numbers(known.rows)}")
+        which = f" ({row_numbers(known.rows)})" if known.rows else ""
+        monitor.stage(f"  {len(known.rows)} of {known.questions} questions are left out{which}")
         if not known.kept:
             return {"questions": known.questions, "known_forgotten": dataclasses.asdict(known), "failed_gates": []}
         plan.keep(known.kept, monitor)
@@ -259,11 +261,6 @@ def _known_forgotten(plan: Plan, loaded: models.LoadedModel, outcome: Outcome) -
     if c.checkpoint_steps and found.kept and ranks.rank == 0:
         skip.remember(outcome.checkpoints, found, *about)
     return found
-
-
-def _numbers(rows: list[int], most: int = 20) -> str:
-    shown = ", ".join(map(str, rows[:most]))
-    return f" (rows {shown}{', ...' if len(rows) > most else ''})" if rows else ""
 
 
 def _sampled(pmc: PMC) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Text of unknown origin, made fit for a terminal, a log or a page of Markdown."""
 
 import re
+from collections.abc import Sequence
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#|~!$])")
 
@@ -18,3 +19,9 @@ def printable(text: str) -> str:
 def markdown(text: str) -> str:
     """Return `text` as one line of Markdown that shows it as it is: neither markup nor HTML."""
     return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
+
+
+def row_numbers(rows: Sequence[int], most: int = 20) -> str:
+    """Return rows by their numbers, such as ``row 3`` or ``rows 1, 2, 5 and 40 more``."""
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:most]))}{more}"
