@@ -1,6 +1,6 @@
 """Partial Model Collapse for any training loop: prepare, sample, loss (arXiv 2507.04219, section 4)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 
 from . import models, selection
 from .config import PMCConfig
-from .data import Encoded, Encoder, Row
+from .data import Encoded, Encoder, questions_of, sequences_of
 from .data.encoding import IGNORED
 from .data.packing import Pack, num_targets, pack, unpad
 from .errors import PMCError
@@ -31,8 +31,8 @@ class PMC:
         A causal language model. Its live weights are sampled from; whoever calls `backward` and steps trains it.
     tokenizer : transformers.PreTrainedTokenizerBase
     config : PMCConfig
-    questions : sequence of str, or of lists of int
-        To be forgotten: texts, put into the prompt format, or prompts as token ids.
+    questions : iterable of str, or of lists of int
+        To be forgotten: texts, put into the prompt format, or prompts as token ids; also rows, as of `PMCTrainer`.
     positions : sequence of int list or None, optional
         Of each prompt's ids, where they are not 0, 1, ...; see `pmc_fast.data.packing.unpad`.
     reward : callable, optional
@@ -63,13 +63,18 @@ class PMC:
         model: Any,
         tokenizer: Any,
         config: PMCConfig,
-        questions: Sequence[str] | Sequence[list[int]],
+        questions: Iterable[Any],
         *,
         positions: Sequence[list[int] | None] | None = None,
         reward: Reward = rouge_l_recall,
         autocast_dtype: torch.dtype | None = None,
         process_group: Any = None,
     ) -> None:
+        if not isinstance(config, PMCConfig):
+            raise PMCError(
+                f"config is a {type(config).__name__}: it must be a PMCConfig, such as PMCConfig(num_samples=10)"
+            )
+        self.questions: list[Any] = questions_of(questions, "questions")
         self.model, self.config, self.ranks = model, config, Ranks(process_group)
         self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)
         self.reward, self.autocast_dtype = reward, autocast_dtype
@@ -79,17 +84,17 @@ class PMC:
             cuda_graphs=config.cuda_graphs,
             process_group=process_group,
         )
-        self.store = BestStore(len(questions))
-        self.questions: list[Any] = list(questions)
+        self.store = BestStore(len(self.questions))
         texts = isinstance(self.questions[0], str)
         if config.store == "text" and not texts:
             raise PMCError("store is 'text' but the questions are token ids: use store='ids'")
         self.keeps_text = texts and config.store != "ids"
-        self.prompts = [self.encoder.prompt(q) if isinstance(q, str) else [int(t) for t in q] for q in self.questions]
+        self.prompts = [self.encoder.prompt(q) if isinstance(q, str) else q for q in self.questions]
         self.positions = [None] * len(self.prompts) if positions is None else list(positions)
         for i, (question, prompt) in enumerate(zip(self.questions, self.prompts, strict=True)):
             if isinstance(question, str):
                 self.encoder.check_text(f"question {i}", question)
+            self._check_ids(f"question {i}", prompt)
             if len(prompt) >= config.max_length:
                 raise PMCError(
                     f"question {i} takes {len(prompt)} tokens and leaves none of max_length {config.max_length} for an "
@@ -215,9 +220,19 @@ class PMC:
             positions = positions + [positions[-1] + 1 + n for n in range(len(ids) - len(prompt))]
         return Encoded(ids, [IGNORED] * len(prompt) + ids[len(prompt) :], positions)
 
-    def encode_retain(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Encode retain pairs in the questions' prompt format."""
-        return [self.encoder.pair(row.question, row.answer or "") for row in rows]
+    def encode_retain(self, rows: Iterable[Any] | None, name: str = "retain_dataset") -> list[Encoded]:
+        """Encode pairs in the questions' prompt format; `name` is theirs in errors. Tokenised rows pass, unpadded."""
+        made = sequences_of(rows, self.encoder, name)
+        for number, s in enumerate(made, start=1):
+            self._check_ids(f"{name}, row {number}", [*s.input_ids, *(x for x in s.labels if x != IGNORED)])
+        return made
+
+    def _check_ids(self, where: str, ids: Sequence[int]) -> None:
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if unknown := [t for t in (min(ids), max(ids)) if not 0 <= t < known]:
+            raise PMCError(
+                f"{where} has token id {unknown[0]} but the model's are 0 to {known - 1}: use the model's own tokenizer"
+            )
 
     def loss(self, part: Step, retain: Retain, *, model: Any = None, retain_tokens: int | None = None) -> Loss:
         """Return CE(sampled answers) + lambda CE(retain answers) of a micro-batch, as its share of the step's loss.

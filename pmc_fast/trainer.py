@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .arguments import PMCArguments, autocast_dtype, check_precision, has_low_precision
 from .config import PMCConfig
-from .data import Encoded, questions_of, sequences_of
+from .data import Encoded, questions_of
 from .data.packing import num_targets
 from .errors import NotFiniteError, PMCError
 from .master_weights import MasterWeights
@@ -64,8 +64,8 @@ class PMCTrainer(ResumableTrainer):
         self,
         model: Any,
         args: TrainingArguments | None = None,
-        forget_dataset: Sequence[Any] | None = None,
-        retain_dataset: Sequence[Any] | None = None,
+        forget_dataset: Iterable[Any] | None = None,
+        retain_dataset: Iterable[Any] | None = None,
         pmc_config: PMCConfig | None = None,
         processing_class: Any = None,
         *,
@@ -75,10 +75,6 @@ class PMCTrainer(ResumableTrainer):
     ) -> None:
         args = PMCArguments() if args is None else args
         config = pmc_config or PMCConfig()
-        if forget_dataset is None or not len(forget_dataset):
-            raise PMCError("forget_dataset is empty: it needs the questions to forget")
-        if retain_dataset is None or not len(retain_dataset):
-            raise PMCError("retain_dataset is empty: without pairs to keep, forgetting takes all else along")
         if processing_class is None:
             raise PMCError("processing_class is not given: pass the model's tokenizer")
         check_precision(model, args)
@@ -97,7 +93,7 @@ class PMCTrainer(ResumableTrainer):
         self.pmc = PMC(
             self.model, processing_class, config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
         )
-        self.retain = sequences_of(retain_dataset, self.pmc.encoder)
+        self.retain = self.pmc.encode_retain(retain_dataset)
         self.retain_order = torch.Generator().manual_seed(config.seed + 1)
         self.stop_rule = (
             None

@@ -320,7 +320,7 @@ def test_refusals(tiny, tokenizer):
     pmc.prepare()
     with pytest.raises(PMCError, match="size of a micro-batch is 0"):
         pmc.sample([0]).split(0)
-    with pytest.raises(PMCError, match="num_questions is 0"):
+    with pytest.raises(PMCError, match="questions is empty: it needs the questions to forget"):
         core(tiny, tokenizer, [])
 
 

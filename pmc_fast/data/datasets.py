@@ -1,36 +1,174 @@
 """Forget and retain data as trainers hold them: texts, rows or token ids."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Integral
 from typing import Any
 
 from ..errors import PMCError
-from .encoding import Encoded, Encoder
+from ..printable import row_numbers
+from .encoding import IGNORED, Encoded, Encoder
 from .loading import Row, rows_of
+from .packing import num_targets, unpadded
 
 
-def questions_of(dataset: Sequence[Any]) -> list[Any]:
-    """Return the questions of a forget dataset: texts or token ids, as `PMC` takes them. Answers are not read."""
-    first = _first_of(dataset, "forget_dataset")
-    if isinstance(first, str) or (isinstance(first, Sequence) and first and isinstance(first[0], int)):
-        return list(dataset)
-    rows = list(dataset) if isinstance(first, Row) else rows_of(dataset, "forget_dataset", answers=None)
-    return [row.question for row in rows]
+def questions_of(dataset: Iterable[Any] | None, name: str = "forget_dataset") -> list[Any]:
+    """Return the questions of a data set: texts or token ids, as `PMC` takes them. Answers are not read.
+
+    Parameters
+    ----------
+    dataset : iterable
+        Of texts, lists of token ids, or rows; see `listed`.
+    name : str
+        Names it in errors.
+    """
+    items = listed(dataset, name, "it needs the questions to forget")
+    kind = _kind_of(items, name)
+    if kind == "str":
+        empty = [number for number, text in enumerate(items, start=1) if not text.strip()]
+        if empty:
+            raise PMCError(f"{name}, {row_numbers(empty)}: the text is empty, it needs a question")
+        return [str(text) for text in items]  # numpy has a class of its own
+    if kind == "list":
+        return [_ids(item, f"{name}, row {number}") for number, item in enumerate(items, start=1)]
+    if kind == "Encoded" or (kind == "dict" and "input_ids" in items[0]):
+        raise PMCError(f"{name} is tokenised: pass questions, or each prompt's ids alone as a list")
+    return [row.question for row in _rows(items, name, answers=None)]
 
 
-def sequences_of(dataset: Sequence[Any], encoder: Encoder) -> list[Encoded]:
-    """Return a retain dataset's sequences."""
-    first = _first_of(dataset, "retain_dataset")
-    if isinstance(first, Encoded):
-        return list(dataset)
-    if isinstance(first, Mapping) and "input_ids" in first and "labels" in first:
-        return [Encoded(list(map(int, r["input_ids"])), list(map(int, r["labels"]))) for r in dataset]
-    rows = list(dataset) if isinstance(first, Row) else rows_of(dataset, "retain_dataset", answers=True)
-    for number, row in enumerate(rows, start=1):
-        encoder.check_text(f"retain_dataset, row {number}", f"{row.question}\n{row.answer or ''}")
-    return [encoder.pair(row.question, row.answer or "") for row in rows]
+def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "retain_dataset") -> list[Encoded]:
+    """Return the sequences of a data set of pairs: rows, tokenised rows (padded ones too), or encoded ones.
+
+    Raises
+    ------
+    PMCError
+        Among others, for sequences of which no token is trained.
+    """
+    items = listed(dataset, name, "without pairs to keep, forgetting takes all else along")
+    kind = _kind_of(items, name)
+    if kind in ("str", "list"):
+        raise PMCError(f"{name}, row 1 is a {kind}: it must have a question and an answer")
+    if kind == "Encoded":
+        made = items
+    elif kind == "dict" and "input_ids" in items[0]:
+        made = [_tokenised(row, f"{name}, row {number}") for number, row in enumerate(items, start=1)]
+    else:
+        rows = _rows(items, name, answers=True)
+        for number, row in enumerate(rows, start=1):
+            encoder.check_text(f"{name}, row {number}", f"{row.question}\n{row.answer or ''}")
+        made = [encoder.pair(row.question, row.answer or "") for row in rows]
+    if untrained := [number for number, sequence in enumerate(made, start=1) if not num_targets(sequence)]:
+        which = "all rows" if len(untrained) == len(made) else row_numbers(untrained)
+        raise PMCError(
+            f"{name}, {which}: no token is trained (every label is {IGNORED}, or none fits max_length): "
+            "check what masks the labels, or leave such rows out"
+        )
+    return made
 
 
-def _first_of(dataset: Any, name: str) -> Any:
-    if isinstance(dataset, Mapping):  # a DatasetDict
-        raise PMCError(f"{name} is a dict of {', '.join(map(str, dataset))}: pass one of these splits")
-    return dataset[0]
+def listed(dataset: Any, name: str, needs: str) -> list[Any]:
+    """Return a data set's rows as a list: it is visited again and again, so a stream is read to its end.
+
+    Parameters
+    ----------
+    dataset : iterable
+        A list, a datasets.Dataset, a generator, a torch Dataset, a data frame of pandas or polars, a pyarrow table.
+    name : str
+        Names it in errors.
+    needs : str
+        Ends the error of an empty one.
+    """
+    if isinstance(dataset, (str, bytes, os.PathLike)):
+        raise PMCError(f"{name} is one {type(dataset).__name__}: pass a list of rows; load_rows(path) reads a file")
+    if isinstance(dataset, Mapping):  # a DatasetDict, columns, a tokenizer's output
+        raise PMCError(
+            f"{name} is a dict of {', '.join(map(str, dataset))}: pass one of these splits, or a list of rows"
+        )
+    if isinstance(dataset, Set):
+        raise PMCError(f"{name} is a set, whose order changes from run to run: pass a list")
+    if hasattr(dataset, "iloc") and hasattr(dataset, "columns"):  # pandas
+        items = dataset.to_dict("records")
+    elif hasattr(dataset, "to_dicts"):  # polars
+        items = dataset.to_dicts()
+    elif hasattr(dataset, "to_pylist"):  # pyarrow
+        items = dataset.to_pylist()
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not hasattr(dataset, "__iter__"):
+        items = [dataset[i] for i in range(len(dataset))]  # a torch Dataset need not know its end otherwise
+    elif dataset is None or isinstance(dataset, Iterable) or hasattr(dataset, "__getitem__"):
+        items = [] if dataset is None else list(dataset)
+    else:
+        raise PMCError(f"{name} is {type(dataset).__name__}: pass a list of rows")
+    if not items:
+        raise PMCError(f"{name} is empty: {needs}")
+    return items
+
+
+def _kind_of(items: Sequence[Any], name: str) -> str:
+    """Return what all rows are: str, list (of ids), dict, Row or Encoded."""
+    first = _kind(items[0])
+    for number, item in enumerate(items, start=1):
+        kind = _kind(item)
+        if kind is None:
+            raise PMCError(f"{name}, row {number} is {type(item).__name__}: it must be a text, a dict or token ids")
+        if kind != first:
+            raise PMCError(f"{name}, row {number} is a {kind} but row 1 a {first}: all rows must be of one kind")
+    return str(first)
+
+
+def _kind(item: Any) -> str | None:
+    for kind, name in ((str, "str"), (Mapping, "dict"), (Row, "Row"), (Encoded, "Encoded")):
+        if isinstance(item, kind):
+            return name
+    listing = hasattr(item, "tolist") or (isinstance(item, Sequence) and not isinstance(item, (bytes, bytearray)))
+    return "list" if listing else None
+
+
+def _rows(items: list[Any], name: str, *, answers: bool | None) -> list[Row]:
+    if isinstance(items[0], Row):
+        return items
+    for number, item in enumerate(items, start=1):
+        for column in ("chat_template_kwargs", "images", "image"):  # TRL's trainers read these
+            if item.get(column):
+                raise PMCError(f"{name}, row {number} has {column}, which are not supported: leave the column out")
+    return rows_of(items, name, answers=answers)
+
+
+def _tokenised(row: Mapping[str, Any], where: str) -> Encoded:
+    """Return a tokenised row's sequence, without the padding that its attention mask tells."""
+    for name in ("input_ids", "labels"):
+        if row.get(name) is None:
+            raise PMCError(
+                f"{where} has no {name}: a tokenised row needs input_ids and labels ({IGNORED}: not trained)"
+            )
+    ids, labels = (_ids(row[name], f"{where}: {name}") for name in ("input_ids", "labels"))
+    seen = [1] * len(ids)
+    if row.get("attention_mask") is not None:
+        seen = _ids(row["attention_mask"], f"{where}: attention_mask", bools=True)
+    for name, of in (("labels", labels), ("attention_mask", seen)):
+        if len(of) != len(ids):
+            raise PMCError(f"{where} has {len(ids)} input_ids but {len(of)} in {name}: both must be as long")
+    if any(x not in (0, 1) for x in seen):
+        raise PMCError(
+            f"{where} has an attention_mask that is not of 0 and 1: several sequences go into several rows"
+        )
+    sequence = Encoded(ids, labels) if all(seen) else unpadded(ids, labels, seen)
+    if row.get("position_ids") is not None:
+        shown = [t for t, x in enumerate(seen) if x]
+        given = _ids(row["position_ids"], f"{where}: position_ids")
+        if [given[t] for t in shown if t < len(given)] != [t - shown[0] for t in shown]:
+            raise PMCError(
+                f"{where} has position_ids that don't count from 0: put packed sequences into several rows"
+            )
+    return sequence
+
+
+def _ids(values: Any, where: str, *, bools: bool = False) -> list[int]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise PMCError(f"{where} is {type(values).__name__}: it must be a list of whole numbers")
+    if not values:
+        raise PMCError(f"{where} is empty")
+    for kind in set(map(type, values)):
+        if not issubclass(kind, Integral) or (kind is bool and not bools):
+            raise PMCError(f"{where} holds {kind.__name__} where whole numbers are expected")
+    return [int(x) for x in values]

@@ -230,10 +230,11 @@ def unpad(batch: Any) -> list[Encoded]:
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     mask = batch.get("attention_mask")
     masks = [[1] * len(row) for row in ids] if mask is None else mask.tolist()
-    return [_unpadded(*row) for row in zip(ids, labels, masks, strict=True)]
+    return [unpadded(*row) for row in zip(ids, labels, masks, strict=True)]
 
 
-def _unpadded(ids: list[int], labels: list[int], seen: list[int]) -> Encoded:
+def unpadded(ids: list[int], labels: list[int], seen: list[int]) -> Encoded:
+    """Return one row of a padded batch as `unpad` does."""
     # the end comes from the labels: a mask made where pad is eos would hide a trained eos
     end = max((t for t, x in enumerate(labels) if x != IGNORED), default=-1) + 1
     begin = next((t for t, x in enumerate(seen) if x), 0)

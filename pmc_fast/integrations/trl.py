@@ -1,6 +1,6 @@
 """PMC as a trainer of TRL: TRL's base classes and habits around the core's trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,8 @@ class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
         self,
         model: Any,
         args: PMCConfig | None = None,
-        forget_dataset: Sequence[Any] | None = None,
-        retain_dataset: Sequence[Any] | None = None,
+        forget_dataset: Iterable[Any] | None = None,
+        retain_dataset: Iterable[Any] | None = None,
         processing_class: Any = None,
         *,
         callbacks: list[TrainerCallback] | None = None,
@@ -142,7 +142,7 @@ class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
         super().__init__(
-            model, args, _rows(forget_dataset), _rows(retain_dataset), args.pmc_config(), processing_class,
+            model, args, forget_dataset, retain_dataset, args.pmc_config(), processing_class,
             callbacks=callbacks, optimizers=optimizers, reward=reward,
         )  # fmt: skip
         self.model.add_model_tags(self._tag_names)
@@ -189,8 +189,3 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
     if isinstance(model, peft.PeftModel):
         raise PMCError("peft_config is given but the model has an adapter: merge and unload it, or leave one out")
     return peft.get_peft_model(model, peft_config)
-
-
-def _rows(dataset: Any) -> Any:
-    """Return a dataset with a length: PMC visits every question again and again, so a stream is read to its end."""
-    return dataset if dataset is None or hasattr(dataset, "__len__") else list(dataset)
