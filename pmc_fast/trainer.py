@@ -49,8 +49,8 @@ class PMCTrainer(ResumableTrainer):
     Notes
     -----
     All questions of an optimizer step are sampled in one rollout, in `get_batch_samples`. Logged beside the
-    Trainer's own numbers: collapse_loss, retain_loss, mean_score, pending, sampled_tokens, rollout_seconds,
-    train_seconds. A checkpoint is sealed and holds initial answers (mode 0600); resuming from one continues the
+    Trainer's own numbers: collapse_loss and retain_loss, means over the steps since the last log; rows, sampled_tokens,
+    rollout_seconds and train_seconds, their sums; mean_score and pending as they are then. A checkpoint is sealed and holds initial answers (mode 0600); resuming from one continues the
     same trajectory, on one CPU process bit for bit.
 
     Under `accelerate launch` every process takes its part of each micro-batch; none is trained on twice where the
@@ -102,7 +102,7 @@ class PMCTrainer(ResumableTrainer):
         )
         self.stopped: str | None = None  # why the stopping rule fired
         self._step: dict[str, Any] = {}
-        self._metrics: dict[str, float] = {}
+        self._window: list[dict[str, float]] = []  # metrics of the steps since the last log
 
     # --- data
 
@@ -188,7 +188,7 @@ class PMCTrainer(ResumableTrainer):
         scores = self.pmc.scores()
         questions = len(self.pmc.questions)
         counters = self._step["counters"]
-        self._metrics = {
+        metrics = {
             "collapse_loss": sum(collapse) / count,
             "retain_loss": sum(retain) / count,
             "mean_score": sum(scores) / len(scores),
@@ -198,10 +198,10 @@ class PMCTrainer(ResumableTrainer):
             "rollout_seconds": self._step["rollout_seconds"],
             "train_seconds": time.perf_counter() - self._step["begin"],
         }
+        self._window.append(metrics)
         if self.stop_rule is not None:
-            m = self._metrics
             self.stopped = self.stop_rule.update(
-                m["mean_score"], m["retain_loss"], all_visited=len(scores) == questions
+                metrics["mean_score"], metrics["retain_loss"], all_visited=len(scores) == questions
             )
             control.should_training_stop = control.should_training_stop or self.stopped is not None
 
@@ -214,9 +214,10 @@ class PMCTrainer(ResumableTrainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the Trainer's numbers and, with a training step's, PMC's."""
-        if "loss" in logs:
-            logs |= self._metrics
+        """Log the Trainer's numbers and, with training steps', PMC's over the same steps."""
+        if "loss" in logs and self._window:
+            logs |= _over(self._window)
+            self._window = []
             if getattr(self.args, "log_text", False) and self.is_world_process_zero():
                 self._print_answers()
         super().log(logs, *args, **kwargs)
@@ -258,11 +259,27 @@ class PMCTrainer(ResumableTrainer):
             self.args.warmup_steps = warmup
 
 
+MEANS = ("collapse_loss", "retain_loss")  # as the Trainer's loss
+STATES = ("mean_score", "pending")  # after the last step; all others add up
+
+
+def _over(window: list[dict[str, float]]) -> dict[str, float]:
+    """Return the metrics of several steps as those of one."""
+    made = {}
+    for name, last in window[-1].items():
+        total = sum(metrics[name] for metrics in window)
+        made[name] = last if name in STATES else total / len(window) if name in MEANS else total
+    return made
+
+
 class _StepEnd(TrainerCallback):
     """Hands the end of each optimizer step to the trainer, before it is logged and saved."""
 
     def __init__(self, trainer: PMCTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._window = []  # as the Trainer's own sum
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.trainer._finish_step(control)

@@ -121,6 +121,29 @@ def test_logs_say_what_happens_and_hold_no_text(fresh, tokenizer, tmp_path):
     assert all(isinstance(v, (int, float)) for r in trainer.state.log_history for v in r.values())
 
 
+def test_logs_are_of_all_steps_since_the_last(fresh, tokenizer, tmp_path):
+    """Losses are means of them, as the Trainer's own; counts and seconds add up; the store is as it is then."""
+    logs = []
+    for every in (1, 4, 3):
+        trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path, num_train_epochs=3, logging_steps=every))
+        trainer.train()
+        logs.append([r for r in trainer.state.log_history if "collapse_loss" in r])
+    single, *several = logs
+    assert len(single) == 6
+    for every, windows in zip((4, 3), several, strict=True):
+        assert [r["step"] for r in windows] == list(range(every, 7, every))
+        for made, steps in zip(windows, (single[i : i + every] for i in range(0, 6, every)), strict=False):
+            for name in ("loss", "collapse_loss", "retain_loss"):
+                assert made[name] == pytest.approx(sum(r[name] for r in steps) / every, rel=1e-5), name
+            for name in ("sampled_tokens", "rows"):
+                assert made[name] == sum(r[name] for r in steps), name
+            for name in ("mean_score", "pending", "learning_rate", "epoch"):
+                assert made[name] == steps[-1][name], name
+            assert made["loss"] == pytest.approx(made["collapse_loss"] + 1.25 * made["retain_loss"], rel=1e-3)
+            assert made["rollout_seconds"] > 0
+    assert several[0][0]["sampled_tokens"] > single[3]["sampled_tokens"]
+
+
 def test_texts_are_printed_on_demand(fresh, tokenizer, tmp_path, capsys):
     for log_text in (False, True):
         args = arguments(tmp_path, max_steps=1, log_text=log_text, per_device_train_batch_size=6)
