@@ -4,7 +4,8 @@ A replay repeats kernels on the memory that they were captured with. Python does
 and a weight that moved or an adapter that was switched goes unseen, but for `fingerprint`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +39,20 @@ def asks_the_device(func: Any, args: Any) -> bool:
     return overload._qualified_op_name.split("::")[1] in ASKS or any(
         m is not None and m.dtype in (torch.bool, torch.uint8) for m in masks
     )
+
+
+@contextmanager
+def casting_afresh() -> Iterator[None]:
+    """Let autocast keep no cast of a weight from before into a computation, nor from it for later.
+
+    Whatever wraps a model's forward, as accelerate does, may enter an autocast of its own in there, with the cache on:
+    one capture would then read what another one, or nobody any more, casts.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 class Recorder(Protocol):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .capture import CaptureError, Recorder, fingerprint
+from .capture import CaptureError, Recorder, casting_afresh, fingerprint
 from .data.packing import Pack
 from .data.padding import Size, pad
 from .models import CLOSE
@@ -157,7 +157,7 @@ class PassGraphs:
         gradients.next()
 
         def backward(pack: Pack, row_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with torch.enable_grad(), _autocast(device):
+            with casting_afresh(), torch.enable_grad(), _autocast(device):
                 loss, logps = compute(pack, row_scale, model=gradients.caller(call))
                 loss.backward()
             return loss.detach(), logps

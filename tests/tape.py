@@ -31,6 +31,7 @@ class Tape(TorchDispatchMode):
         return compute()
 
     def record(self, compute):
+        compute()  # as the real one does, to find out whether it can be captured
         tape = type(self)()
         patch = self.watch(tape)
         try:

@@ -127,6 +127,28 @@ def test_a_replayed_step_is_the_step(family):
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_replays_follow_weights_under_an_autocast_around_the_forward(family, monkeypatch):
+    """As accelerate wraps it, inside of which autocast's cache is on again."""
+    monkeypatch.setattr("pmc_fast.pass_graphs.DTYPES", (torch.bfloat16,))
+    model = build(FAMILIES[family](), torch.float32)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    packed, plain = replaying(model), PackedPass(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        for i, (made, scale) in enumerate(packs()):
+            losses = [run(made, scale, model=model)[0] for run in (packed, plain)]
+            theirs, ours = (torch.autograd.grad(loss, list(model.parameters())) for loss in reversed(losses))
+            torch.testing.assert_close(losses[0].float(), losses[1].float(), rtol=0.02, atol=0.02)
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a - b).norm() <= 0.05 * b.norm() + 0.01 * max(t.norm() for t in theirs)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(-0.8 if i % 2 else 1.25)
+            torch.clear_autocast_cache()  # as the end of a step's own autocast does
+    assert packed.graphs.replays == 5
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_adapters_alone_are_trained_and_switched():
     def made():
         torch.manual_seed(1)

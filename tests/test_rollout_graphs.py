@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmc_fast.capture import CudaRecorder, asks_the_device
@@ -171,15 +173,26 @@ def test_an_adapter_that_is_switched_off_is_not_replayed():
     assert again.tokens == adapted == plain(lora)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_autocast_copies_follow_the_weights(family):
-    """GPT-2's Conv1D are cast by autocast itself, whose cache of casts a graph must not read."""
-    model = build(FAMILIES[family](), torch.float32)
+def accelerated(model):
+    """Wrap a model's forward as accelerate does under mixed precision: in an autocast of its own, its cache on."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, accelerated], ids=["plain", "accelerated"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_autocast_copies_follow_the_weights(family, wrap):
+    """GPT-2's Conv1D and a MoE's experts are cast by autocast itself, whose cache of casts a graph must not read."""
+    moe = {"mixtral": lambda: tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)}
+    model = wrap(build((FAMILIES | moe)[family](), torch.float32))
     engine = taped(model, autocast_dtype=torch.bfloat16)
     for change in (1.0, -0.5, 2.0):
         with torch.no_grad():
             for p in model.parameters():
-                if p.dim() == 2 and p.shape[0] != SIZES["vocab_size"]:
+                if p.dim() >= 2 and p.shape[0] != SIZES["vocab_size"]:
                     p.mul_(change)
         padded = RolloutEngine(model, autocast_dtype=torch.bfloat16, pad_steps=True)(PROMPTS, **HOW)
         for _ in range(3):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..capture import CaptureError, Recorder
+from ..capture import CaptureError, Recorder, casting_afresh
 
 Compute = Callable[[], torch.Tensor]
 
@@ -66,6 +66,7 @@ class StepGraphs:
             self.drop()
         if self._recorder is None:
             self._recorder, self._relies_on = self._new_recorder(), relies_on
+        compute = casting_afresh()(compute)
         step = self._steps.get(bucket)
         if step is None or step.inputs != inputs:
             logits = self._recorder.warm_up(compute)

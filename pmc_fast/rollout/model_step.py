@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import patching
-from ..capture import CudaRecorder, fingerprint
+from ..capture import CudaRecorder, casting_afresh, fingerprint
 from ..lending import FastLayers, replaced
 from ..models import autocast, eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
@@ -63,6 +63,7 @@ class ModelStep:
             self._forget_buffers()
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(casting_afresh())  # under the caller's autocast; older torch: without their gradients
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(patching.attention(self.model, ATTENTION))
             if not is_sharded(self.model):  # whose weights are there during a layer's own forward only
