@@ -38,6 +38,10 @@ class PMCConfig:
     allow_control_tokens: bool = _option(
         False, "let tokens such as <|im_start|> in questions and answers through as what they are to the model"
     )
+    allow_overlap: bool = _option(
+        False,
+        "train to keep questions that are to be forgotten, too: such rows of the retain data are refused otherwise",
+    )
     accidents: bool = _option(
         False,
         "repeat the published code's accidents: 8 characters of each tagged sample dropped unseen, a second BOS",

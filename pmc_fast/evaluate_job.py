@@ -18,6 +18,7 @@ from .evaluation import (
     TokenMass,
     attack,
     check_attacks,
+    check_sets,
     encode_candidates,
     evaluate,
     evaluate_tofu,
@@ -91,6 +92,11 @@ def evaluate_model(
         asked = _read(config)
         if config.min_utility is not None and not any(s.role == "keep" for s in asked.sets):
             raise PMCError("min_utility needs --retain or --general to measure utility on")
+        warnings = check_sets(
+            asked.sets, allow_overlap=True
+        )  # nothing is trained: the scores are to be read with care
+        for text in warnings:
+            stages.monitor.warn(text)
         candidates = {when: _check(source, config, asked) for when, source in sources.items()}
         formats = {when: c.format for when, c in candidates.items()}
         if len(set(formats.values())) > 1:
@@ -126,6 +132,7 @@ def evaluate_model(
         **scores,
         **with_side_effects(scores, masses),
         "failed_gates": failed_gates(config, scores["after"]),
+        "warnings": warnings,
         "stage_seconds": stages.seconds,
     }
 

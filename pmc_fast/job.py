@@ -24,6 +24,7 @@ from .evaluation import (
     TokenMass,
     attack,
     check_attacks,
+    check_sets,
     evaluate,
     greedy_answers,
     leakage_settings,
@@ -64,9 +65,11 @@ class Plan:
     def keep(self, kept: list[int], monitor: Monitor) -> None:
         """Leave out all other forget questions, and plan the steps anew."""
         if kept != self.kept:
+            few = _few_steps(self.schedule)
             self.kept, self.schedule = kept, Schedule.plan(self.config, len(kept), launched()[1])
-            self.warnings = _few_steps(self.schedule)
-            for text in self.warnings:
+            self.warnings = [text for text in self.warnings if text not in few]
+            for text in _few_steps(self.schedule):
+                self.warnings.append(text)
                 monitor.warn(text)
 
 
@@ -101,8 +104,11 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     config = dataclasses.replace(config, prompt_format=encoder.format)
     # the evaluation alone sees the forget answers: training gets the questions
     sets = load_sets(config, forget, retain) if config.evaluate else []
-    for source, rows in [(config.forget, forget), (config.retain, retain), *((s.name, s.rows) for s in sets)]:
-        encoder.check_lengths(source, [(row.question, row.answer) for row in rows])
+    every = [EvalSet(config.forget, "forget", forget), EvalSet(config.retain, "keep", retain)]
+    every += [s for s in sets if s.name not in ("forget", "retain")]
+    for s in every:
+        encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
+    warnings = check_sets(every, allow_overlap=config.allow_overlap)
     check_attacks(encoder, sets, leakage_settings(config))
     text = None
     if config.side_effects_text:
@@ -113,9 +119,8 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     encoder.check_lengths(config.paraphrased, [(q or "", None) for q in paraphrases])
     schedule = Schedule.plan(config, len(forget), launched()[1])
     everything = list(range(len(forget)))
-    return Plan(
-        config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, _few_steps(schedule)
-    )
+    warnings += _few_steps(schedule)
+    return Plan(config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, warnings)
 
 
 def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outcome | None = None) -> dict[str, Any]:
@@ -306,11 +311,18 @@ def _trainer(
     questions = [plan.forget[i].question for i in plan.kept]
     profiler = StepProfiler() if c.profile and launched()[0] == 0 else None
     callbacks = [_Told(monitor, plan.schedule.steps), *([profiler] if profiler else [])]
-    trainer = PMCTrainer(loaded.model, arguments, questions, plan.retain, c, plan.tokenizer, callbacks=callbacks)
+    trainer = _Trainer(loaded.model, arguments, questions, plan.retain, c, plan.tokenizer, callbacks=callbacks)
     with suppress(OSError):
         outcome.checkpoints.rmdir()  # the Trainer makes it even if nothing will be saved
     trainer.remove_callback(PrinterCallback)  # the monitor shows what the Trainer would print
     return trainer, profiler
+
+
+class _Trainer(PMCTrainer):
+    """Is quiet about the data: `check` has said it."""
+
+    def _warn(self, text: str) -> None:
+        pass
 
 
 class _Told(TrainerCallback):

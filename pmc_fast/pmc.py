@@ -1,14 +1,15 @@
 """Partial Model Collapse for any training loop: prepare, sample, loss (arXiv 2507.04219, section 4)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from . import models, selection
 from .config import PMCConfig
-from .data import Encoded, Encoder, questions_of, sequences_of
+from .data import Encoded, Encoder, check_datasets, listed, questions_of, sequences_of
 from .data.encoding import IGNORED
 from .data.packing import Pack, num_targets, pack, unpad
 from .errors import PMCError
@@ -20,6 +21,8 @@ from .reward import Reward, rouge_l_recall
 from .rollout import RolloutEngine, add_counters
 from .steps import Loss, Retain, Step
 from .store import BestStore
+
+logger = logging.get_logger(__name__)
 
 
 class PMC:
@@ -220,12 +223,32 @@ class PMC:
             positions = positions + [positions[-1] + 1 + n for n in range(len(ids) - len(prompt))]
         return Encoded(ids, [IGNORED] * len(prompt) + ids[len(prompt) :], positions)
 
-    def encode_retain(self, rows: Iterable[Any] | None, name: str = "retain_dataset") -> list[Encoded]:
-        """Encode pairs in the questions' prompt format; `name` is theirs in errors. Tokenised rows pass, unpadded."""
+    def encode_retain(
+        self, rows: Iterable[Any] | None, name: str = "retain_dataset", *, warn: Callable[[str], None] | None = None
+    ) -> list[Encoded]:
+        """Encode pairs in the questions' prompt format.
+
+        Parameters
+        ----------
+        rows : iterable
+            Tokenised rows pass, unpadded. Those of questions to be forgotten are refused (`allow_overlap`).
+        name : str
+            Theirs in errors.
+        warn : callable, optional
+            Hears of what is doubtful, such as questions that are nearly the same. By default it is logged.
+        """
+        rows = listed(rows, name, "without pairs to keep, forgetting takes all else along")
         made = sequences_of(rows, self.encoder, name)
         for number, s in enumerate(made, start=1):
             self._check_ids(f"{name}, row {number}", [*s.input_ids, *(x for x in s.labels if x != IGNORED)])
+        data = self.questions, rows, self.prompts, made, self.encoder.tokenizer
+        for text in check_datasets(*data, allow=self.config.allow_overlap):
+            (warn or self._warn)(text)
         return made
+
+    def _warn(self, text: str) -> None:
+        if self.ranks.rank == 0:
+            logger.warning(text)
 
     def _check_ids(self, where: str, ids: Sequence[int]) -> None:
         known = self.model.get_input_embeddings().weight.shape[0]

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from .arguments import PMCArguments, autocast_dtype, check_precision, has_low_precision
 from .config import PMCConfig
@@ -24,6 +25,8 @@ from .resumable import ResumableTrainer
 from .reward import Reward, rouge_l_recall
 from .schedule import EpochOrder
 from .stopping import StopRule
+
+logger = logging.get_logger(__name__)
 
 
 class PMCTrainer(ResumableTrainer):
@@ -93,7 +96,7 @@ class PMCTrainer(ResumableTrainer):
         self.pmc = PMC(
             self.model, processing_class, config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
         )
-        self.retain = self.pmc.encode_retain(retain_dataset)
+        self.retain = self.pmc.encode_retain(retain_dataset, warn=self._warn)
         self.retain_order = torch.Generator().manual_seed(config.seed + 1)
         self.stop_rule = (
             None
@@ -105,6 +108,10 @@ class PMCTrainer(ResumableTrainer):
         self._window: list[dict[str, float]] = []  # metrics of the steps since the last log
 
     # --- data
+
+    def _warn(self, text: str) -> None:
+        if self.is_world_process_zero():
+            logger.warning(text)
 
     def get_train_dataloader(self) -> Any:
         """Return a loader of the indices of all processes' questions, the same on each; `_mine` takes them apart.

@@ -313,3 +313,18 @@ def test_launcher_refuses_in_one_line(tmp_path):
     init.write_text("from transformers import no_longer_there")
     (line,) = launch(tmp_path).stderr.splitlines()
     assert "can't be imported" in line
+
+
+def test_a_question_to_be_forgotten_is_not_kept(trainer_of):
+    """Prompts are compared as token ids: of rows, whatever the collator draws."""
+    from data import ForgetRetain, Rows
+
+    trainer = trainer_of()
+    rows = Rows(trainer.processing_class, [("Is it?", "No."), (QUESTIONS[2], "Since."), (QUESTIONS[0], "Ann.")])
+    data = ForgetRetain(trainer.train_dataset.forget, rows)
+    trainer.train_dataset = data
+    with pytest.raises(PMCError, match=r"retain_dataset, rows 2, 3: the same .* \(forget_dataset, rows 1, 3\)"):
+        trainer.train()
+    trainer = trainer_of(allow_overlap=True)
+    trainer.train_dataset = data
+    assert len(trainer.pmc.prompts) == 4

@@ -16,7 +16,7 @@ from .side_effects import (
     token_shift,
 )
 from .statistics import bootstrap_interval, leak_at_k, worst_of_k
-from .suite import EvalSet, evaluate, load_sets, with_initial_answers
+from .suite import EvalSet, check_sets, evaluate, load_sets, with_initial_answers
 from .tofu import TofuRow, TofuSet, evaluate_tofu, load_tofu, read_retain_log, tofu_questions
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "attack",
     "bootstrap_interval",
     "check_attacks",
+    "check_sets",
     "degenerate_share",
     "encode_candidates",
     "evaluate",

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ..config import UnlearnConfig
-from ..data import Row, load_rows
+from ..data import Row, check_overlap, load_rows, same_rows
 from ..errors import PMCError
-from ..printable import printable
+from ..printable import printable, row_numbers
 from ..reward import rouge_l_recall
 from .metrics import degenerate_share, mean_words, unlearn_quality, utility
 
@@ -47,6 +47,25 @@ def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row
             raise PMCError(f"general data {source}: there is a set called {name!r} already: rename the file")
         sets.append(EvalSet(name, "keep", load_rows(source, answers=True)))
     return sets
+
+
+def check_sets(sets: Sequence[EvalSet], *, allow_overlap: bool) -> list[str]:
+    """Refuse questions to be kept that are to be forgotten (or warn of them), and return what else to say.
+
+    That is: questions that are nearly the same, and forget sets that ask the same, which then counts twice.
+    """
+    forget, keep = (
+        {s.name: [row.question for row in s.rows] for s in sets if s.role == role} for role in ("forget", "keep")
+    )
+    warnings = check_overlap(forget, keep, allow=allow_overlap)
+    first, *others = forget.items()
+    for name, questions in others:
+        if rows := same_rows(questions, first[1]):
+            warnings.append(
+                f"{name}, {row_numbers(rows)}: the questions are those of {first[0]}, in the same words: they tell nothing "
+                "of other words, and count twice"
+            )
+    return warnings
 
 
 def with_initial_answers(sets: Sequence[EvalSet], initial: Sequence[str]) -> list[EvalSet]:

@@ -12,16 +12,19 @@ import numpy as np
 import torch
 from trainer.unlearn.grad_diff import GradDiff
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ... import checkpoint
 from ...arguments import autocast_dtype
 from ...config import PMCConfig
-from ...data import Encoded
+from ...data import Encoded, check_encoded_overlap
 from ...data.encoding import IGNORED
 from ...data.packing import unpad
 from ...errors import PMCError
 from ...pmc import PMC as Core
 from ...steps import Step
+
+logger = logging.get_logger(__name__)
 
 PART = "pmc"  # key of a micro-batch's answers in its inputs
 ELSEWHERE = {
@@ -93,6 +96,7 @@ class PMC(GradDiff):
         if not forget:
             raise PMCError("train_dataset has no forget set: PMC needs the questions to forget")
         prompts: list[Encoded] = []
+        asked: list[list[int]] = []  # by row
         for i in range(len(forget)):
             row = forget[i]
             if not (isinstance(row, Mapping) and "input_ids" in row and "labels" in row):
@@ -102,8 +106,16 @@ class PMC(GradDiff):
             # through the collator, for its mask: where pad is eos it hides the eos tokens of a prompt, and rollouts
             # must see what training sees
             (prompt,) = _prompts(self.data_collator([row]), f"forget row {i}")
+            asked.append(prompt.input_ids)
             if self._questions.setdefault(_key(prompt), len(prompts)) == len(prompts):
                 prompts.append(prompt)
+        for text in check_encoded_overlap(
+            asked,
+            self._retain_rows(),
+            self.processing_class.decode,
+            allow=self.pmc_config.allow_overlap,
+        ):
+            logger.warning(text)
         return Core(
             self.model,
             self.processing_class,
@@ -112,6 +124,11 @@ class PMC(GradDiff):
             positions=[prompt.positions for prompt in prompts],
             autocast_dtype=autocast_dtype(self.args),
         )
+
+    def _retain_rows(self) -> list[Encoded]:
+        retain: Any = getattr(self.train_dataset, "retain", None) or ()
+        rows = (retain[i] for i in range(len(retain)))
+        return [s for row in rows if "input_ids" in row and "labels" in row for s in unpad(self.data_collator([row]))]
 
     def _ready(self) -> Core:
         if not self.pmc.initial_answers:

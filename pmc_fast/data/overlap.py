@@ -1,0 +1,182 @@
+"""Questions that are to be forgotten and to be kept at once: found, refused, or said."""
+
+import math
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import PMCError
+from ..printable import row_numbers
+from .datasets import questions_of
+from .encoding import ANSWER_TAG, IGNORED, Encoded
+
+NEAR = 0.6  # of two questions' pieces, rare ones weighing more: one of TOFU's pairs of different questions has 0.5
+SAMPLED = 5000  # rows that tell which pieces are rare
+_OF_A_NAME = set("#%&*@/\\§‰°′″†‡")  # "C#" is not "C"
+_WORD = re.compile(r"\w+")
+_NUMBER = re.compile(r"\d+")
+
+
+def normalized(question: str) -> str:
+    """Return what two spellings of a question share: NFKC, case, white space, punctuation at the ends."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", question).casefold())
+    text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
+    begin, end = 0, len(text)
+    while begin < end and _at_an_end(text[begin]):
+        begin += 1
+    while begin < end and _at_an_end(text[end - 1]):
+        end -= 1
+    return text[begin:end] or text
+
+
+def _at_an_end(c: str) -> bool:
+    return c == " " or (unicodedata.category(c) in ("Po", "Ps", "Pe", "Pi", "Pf") and c not in _OF_A_NAME)
+
+
+def check_overlap(
+    forget: Mapping[str, Sequence[str]], keep: Mapping[str, Sequence[str]], *, allow: bool = False
+) -> list[str]:
+    """Refuse questions that are to be forgotten and to be kept.
+
+    Parameters
+    ----------
+    forget, keep : mapping of str to sequence of str
+        Questions by their source, which errors name.
+    allow : bool
+        Warn of them only.
+
+    Returns
+    -------
+    list of str
+        Warnings, which also name questions that are nearly the same: these are counted by their shared parts of words,
+        and a paraphrase in other words is not found.
+    """
+    warnings = []
+    gone = {source: [normalized(q) for q in questions] for source, questions in forget.items()}
+    for wanted, questions in keep.items():
+        kept = [normalized(q) for q in questions]
+        for source, others in gone.items():
+            warnings += _judge(wanted, _rows_in(kept, others), source, _rows_in(others, kept), allow)
+            pairs = [(a, b) for a, b in near(others, kept) if others[a] != kept[b]]
+            if pairs:
+                a, b = (sorted({p[side] + 1 for p in pairs}) for side in (0, 1))
+                warnings.append(
+                    f"{wanted}, {row_numbers(b)}: nearly the same questions are to be forgotten ({source}, "
+                    f"{row_numbers(a)}): if they ask for the same, keeping them teaches what is being forgotten"
+                )
+    return warnings
+
+
+def same_rows(questions: Sequence[str], others: Sequence[str]) -> list[int]:
+    """Return the numbers, from 1, of the questions that are among the others."""
+    return _rows_in([normalized(q) for q in questions], [normalized(q) for q in others])
+
+
+def _rows_in(questions: Sequence[str], others: Sequence[str]) -> list[int]:
+    among = set(others)
+    return [number for number, q in enumerate(questions, start=1) if q in among]
+
+
+def check_datasets(
+    questions: Sequence[Any],
+    retain_dataset: Sequence[Any],
+    prompts: Sequence[Sequence[int]],
+    kept: Sequence[Encoded],
+    tokenizer: Any,
+    *,
+    allow: bool = False,
+) -> list[str]:
+    """Do the same for a trainer's data: as texts where both are texts, else as the token ids they are."""
+    first = retain_dataset[0]
+    if (
+        isinstance(first, Encoded)
+        or (isinstance(first, Mapping) and "input_ids" in first)
+        or not isinstance(questions[0], str)
+    ):
+        return check_encoded_overlap(prompts, kept, tokenizer.decode, allow=allow)
+    texts = {"forget_dataset": questions}, {"retain_dataset": questions_of(retain_dataset)}
+    return check_overlap(*texts, allow=allow)
+
+
+def check_encoded_overlap(
+    prompts: Sequence[Sequence[int]],
+    kept: Sequence[Encoded],
+    decode: Callable[[list[int]], str],
+    *,
+    allow: bool = False,
+) -> list[str]:
+    """Do the same for token ids: no prompt that is to be forgotten may be a kept sequence's.
+
+    That is: the sequence begins with it, and no more than an answer's tag stands between it and what is trained.
+    """
+    rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, prompt in enumerate(prompts, start=1):
+        rows[tuple(prompt)].append(number)
+    sizes = sorted({len(prompt) for prompt in rows})
+    found: dict[int, list[int]] = {}
+    for number, s in enumerate(kept, start=1):
+        begin = next((i for i, label in enumerate(s.labels) if label != IGNORED), len(s.labels))
+        for size in sizes:
+            same = rows.get(tuple(s.input_ids[:size]))
+            if same and decode(s.input_ids[size:begin]).strip() in ("", ANSWER_TAG.strip()):
+                found[number] = same
+    gone = sorted({n for same in found.values() for n in same})
+    return _judge("retain_dataset", list(found), "forget_dataset", gone, allow)
+
+
+def _judge(wanted: str, rows: list[int], source: str, others: list[int], allow: bool) -> list[str]:
+    if not rows:
+        return []
+    text = f"{wanted}, {row_numbers(rows)}: the same questions are to be forgotten ({source}, {row_numbers(others)})"
+    if not allow:
+        raise PMCError(
+            f"{text}: take them out of one of the two, or insist with --allow-overlap (allow_overlap=True)"
+        )
+    return [f"{text}: they are trained to be kept, too, and count in both scores"]
+
+
+def near(forget: Sequence[str], keep: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield (index, index) of normalised questions whose weighted Jaccard similarity is at least NEAR.
+
+    Of two such, the one's rarest pieces must hold one of the other's (what the rest weighs is too little): only these
+    are looked up, so that few pairs are compared.
+    """
+    pieces = [_pieces(q) for q in forget]
+    step = max(1, len(keep) // SAMPLED)
+    seen = Counter(p for of in pieces for p in of)
+    seen.update(p for q in keep[::step] for p in _pieces(q))
+    count = len(forget) + len(keep[::step])
+    weights = {p: math.log(1 + count / n) for p, n in seen.items()}
+    unseen = math.log(1 + count)
+    having: dict[str, list[int]] = defaultdict(list)
+    for a, of in enumerate(pieces):
+        for p in of:
+            having[p].append(a)
+    totals = [sum(weights[p] for p in of) for of in pieces]
+    numbers = [sorted(_NUMBER.findall(q)) for q in forget]
+    for b, question in enumerate(keep):
+        of = _pieces(question)
+        ranked = sorted(((weights.get(p, unseen), p) for p in of), reverse=True)
+        rest = total = sum(w for w, _ in ranked)
+        candidates: set[int] = set()
+        for weight, p in ranked:
+            if rest < NEAR * total:
+                break
+            candidates.update(having.get(p, ()))
+            rest -= weight
+        for a in sorted(candidates):
+            shared = sum(weights[p] for p in of & pieces[a])
+            if shared >= NEAR * (total + totals[a] - shared) and numbers[a] == sorted(_NUMBER.findall(question)):
+                yield a, b
+
+
+def _pieces(question: str) -> frozenset[str]:
+    """Return parts of words: three letters, or two of a script without case, whose words are short or not parted."""
+    found: set[str] = set()
+    for word in _WORD.findall(question):
+        size = 2 if word.lower() == word.upper() else 3
+        word = f" {word} "
+        found.update(word[i : i + size] for i in range(len(word) - size + 1))
+    return frozenset(found)
