@@ -242,7 +242,7 @@ class PMC:
         for number, s in enumerate(made, start=1):
             self._check_ids(f"{name}, row {number}", [*s.input_ids, *(x for x in s.labels if x != IGNORED)])
         data = self.questions, rows, self.prompts, made, self.encoder.tokenizer
-        for text in check_datasets(*data, allow=self.config.allow_overlap):
+        for text in check_datasets(*data, allow=self.config.allow_overlap, name=name):
             (warn or self._warn)(text)
         return made
 

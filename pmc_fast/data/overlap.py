@@ -87,6 +87,7 @@ def check_datasets(
     tokenizer: Any,
     *,
     allow: bool = False,
+    name: str = "retain_dataset",
 ) -> list[str]:
     """Do the same for a trainer's data: as texts where both are texts, else as the token ids they are."""
     first = retain_dataset[0]
@@ -95,8 +96,8 @@ def check_datasets(
         or (isinstance(first, Mapping) and "input_ids" in first)
         or not isinstance(questions[0], str)
     ):
-        return check_encoded_overlap(prompts, kept, tokenizer.decode, allow=allow)
-    texts = {"forget_dataset": questions}, {"retain_dataset": questions_of(retain_dataset)}
+        return check_encoded_overlap(prompts, kept, tokenizer.decode, allow=allow, name=name)
+    texts = {"forget_dataset": questions}, {name: questions_of(retain_dataset)}
     return check_overlap(*texts, allow=allow)
 
 
@@ -106,6 +107,7 @@ def check_encoded_overlap(
     decode: Callable[[list[int]], str],
     *,
     allow: bool = False,
+    name: str = "retain_dataset",
 ) -> list[str]:
     """Do the same for token ids: no prompt that is to be forgotten may be a kept sequence's.
 
@@ -123,7 +125,7 @@ def check_encoded_overlap(
             if same and decode(s.input_ids[size:begin]).strip() in ("", ANSWER_TAG.strip()):
                 found[number] = same
     gone = sorted({n for same in found.values() for n in same})
-    return _judge("retain_dataset", list(found), "forget_dataset", gone, allow)
+    return _judge(name, list(found), "forget_dataset", gone, allow)
 
 
 def _judge(wanted: str, rows: list[int], source: str, others: list[int], allow: bool) -> list[str]:
