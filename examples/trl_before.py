@@ -7,11 +7,11 @@ import json
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 
 @dataclass
-class Arguments(ScriptArguments):
+class Arguments:
     retain: str = field(default="examples/tofu/retain60.jsonl", metadata={"help": "pairs to keep"})
 
 
@@ -27,7 +27,13 @@ def pairs(path: str) -> Dataset:
 def main(arguments: list[str] | None = None) -> None:
     parser = TrlParser((Arguments, SFTConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(arguments)
-    training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise SystemExit("this script trains unquantised weights: leave --load_in_4bit and --load_in_8bit out")
+    training_args.model_init_kwargs = {
+        "dtype": model_args.dtype,
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+    } | (training_args.model_init_kwargs or {})
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -1,11 +1,14 @@
-"""PMC's training arguments, and what they mean for precision."""
+"""PMC's training arguments: the published defaults, and which of the Trainer's settings are refused or warned about."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from .config import PMCConfig
 from .errors import PMCError
 from .master_weights import LOW
 
@@ -47,6 +50,118 @@ class PMCArguments(PublishedDefaults, TrainingArguments):
 
     output_dir: str | None = _default("output_dir", "pmc_output")
     logging_steps: float = _default("logging_steps", 1)
+
+
+# Settings that would be ignored or lead elsewhere: what can't be meant, and why. docs/integrations.md has all.
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "label_smoothing_factor": (bool, "PMC's loss is the plain cross-entropy"),
+    "auto_find_batch_size": (bool, "memory depends on PMCConfig.max_tokens, the size of a pass, not on the batch: lower it"),
+    "train_sampling_strategy": (lambda x: x != "random", "questions come in a random order, PMCConfig.seed's"),
+    "neftune_noise_alpha": (lambda x: x is not None, "its noise depends on the padding of a batch; sequences are packed"),
+    "use_liger_kernel": (bool, "pmc_fast has kernels of its own, for the loss too"),
+    "optim": (
+        lambda x: x in ("lomo", "adalomo") or x.endswith("_layerwise"),
+        "it steps within backward, of which a step has several here: use another optimizer",
+    ),
+    "ignore_data_skip": (bool, "a resumed run would leave its trajectory; passing over questions takes no time"),
+    "bf16_full_eval": (bool, "it changes the weights: use bf16, under which evaluation computes as training"),
+    "fp16_full_eval": (bool, "it changes the weights: use bf16, under which evaluation computes as training"),
+    "enable_jit_checkpoint": (bool, "it saves within a step, whose samples would be lost: use save_steps"),
+    "parallelism_config": (lambda x: x is not None, "tensor, context and sequence parallelism are not supported"),
+    "accelerator_config": (
+        lambda x: bool(getattr(x, "split_batches", None) or getattr(x, "dispatch_batches", None)),
+        "split_batches and dispatch_batches are not supported: a batch is per_device_train_batch_size on each process",
+    ),
+}  # fmt: skip
+_NO_WORKERS = "the training loader hands out numbers of questions, without workers"
+WITHOUT_EFFECT: dict[str, str] = {  # by their names, if they are not left at their defaults
+    "data_seed": "the order of questions is PMCConfig.seed's",
+    "length_column_name": "questions are not grouped by length",
+    "dataloader_num_workers": _NO_WORKERS,
+    "dataloader_persistent_workers": _NO_WORKERS,
+    "dataloader_prefetch_factor": _NO_WORKERS,
+    "dataloader_multiprocessing_context": _NO_WORKERS,
+    "dataloader_in_order": _NO_WORKERS,
+}
+# arguments of the Trainer and of TRL's trainers that PMCTrainer does not have
+ELSEWHERE = {
+    "train_dataset": "give forget_dataset and retain_dataset",
+    "data_collator": "sequences are packed, not padded by a collator",
+    "compute_loss_func": "the loss is PMC's",
+    "model_init": "initial answers are the untouched model's: pass that model",
+    "config": "the settings of PMC are pmc_config",
+    "tokenizer": "it is called processing_class",
+    "formatting_func": "give rows with a question and an answer; PMCConfig.prompt_format puts them into a prompt",
+    "peft_config": "wrap the model with peft.get_peft_model, or use pmc_fast.integrations.trl",
+    "quantization_config": "quantised weights are not supported",
+}
+
+
+def check_inputs(model: Any, args: Any, config: Any, processing_class: Any, others: Mapping[str, Any]) -> None:
+    """Refuse arguments of PMCTrainer that are of another kind, or that it does not have."""
+    for name in others:
+        if name not in ELSEWHERE:
+            raise TypeError(f"PMCTrainer got an unexpected keyword argument {name!r}")
+        raise PMCError(f"{name} is not an argument of PMCTrainer: {ELSEWHERE[name]}")
+    if not isinstance(model, torch.nn.Module):
+        raise PMCError(
+            f"model is a {type(model).__name__}: load it, with AutoModelForCausalLM.from_pretrained; pmc_fast.integrations."
+            "trl takes names"
+        )
+    if not isinstance(args, TrainingArguments):
+        raise PMCError(f"args is a {type(args).__name__}: it must be PMCArguments or TrainingArguments")
+    if not isinstance(config, PMCConfig):
+        raise PMCError(f"pmc_config is a {type(config).__name__}: it must be a PMCConfig")
+    if processing_class is None:
+        raise PMCError("processing_class is not given: pass the model's tokenizer")
+    if isinstance(processing_class, (str, PurePath, torch.nn.Module)) or hasattr(processing_class, "tokenizer"):
+        raise PMCError(
+            f"processing_class is a {type(processing_class).__name__}: pass the model's tokenizer, as of AutoTokenizer"
+        )
+
+
+def check_arguments(args: TrainingArguments, config: PMCConfig) -> list[str]:
+    """Refuse settings that would be ignored where they matter; return warnings of the others."""
+    theirs = [c for c in type(args).__mro__ if c.__module__.startswith("trl.")]
+    if theirs and not isinstance(args, PublishedDefaults):
+        raise PMCError(
+            f"args is a {theirs[0].__name__}, whose own settings are another trainer's: use PMCArguments, or PMCConfig of "
+            "pmc_fast.integrations.trl"
+        )
+    for name, (refuses, why) in REFUSED.items():
+        value = getattr(args, name, None)
+        if value is not None and refuses(value):
+            raise PMCError(f"{name} is {_shown(value)}: {why}")
+    if args.push_to_hub and args.save_strategy != "no" and args.hub_strategy != "end":
+        raise PMCError(
+            "push_to_hub would push checkpoints, which hold initial answers of the model: use hub_strategy='end'"
+        )
+    if str(args.metric_for_best_model).endswith("forget_score") and args.greater_is_better:
+        raise PMCError("greater_is_better is True but a smaller forget_score is better: set greater_is_better=False")
+    fields = TrainingArguments.__dataclass_fields__
+    warnings = [
+        f"{name} is {_shown(getattr(args, name))} and has no effect: {why}"
+        for name, why in WITHOUT_EFFECT.items()
+        if name in fields and getattr(args, name) != fields[name].default
+    ]
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        warnings.append("average_tokens_across_devices is False and has no effect: PMCConfig.normalization tells it")
+    if args.seed not in (fields["seed"].default, config.seed):
+        warnings.append(
+            f"seed is {args.seed} but PMCConfig.seed {config.seed}: samples and the order of rows are the latter's"
+        )
+    return warnings
+
+
+def check_overrides(trainer: type) -> None:
+    """Refuse a subclass that overrides what PMCTrainer does not call in training."""
+    for name, instead in (("compute_loss", "training_step"), ("_get_train_sampler", "get_train_dataloader")):
+        if getattr(trainer, name) is not getattr(Trainer, name):
+            raise PMCError(f"{trainer.__name__} overrides {name}, which training does not call: override {instead}")
+
+
+def _shown(value: Any) -> str:
+    return repr(getattr(value, "value", value))  # of an enum, what was typed
 
 
 def has_low_precision(model: Any) -> bool:

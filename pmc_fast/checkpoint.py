@@ -78,6 +78,8 @@ def load(directory: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
             raise PMCError(
                 f"checkpoint {directory} is damaged: {name} is not what was written; use the one before it"
             )
+    if not any(name.startswith("rng_state") for name in files):
+        raise PMCError(f"checkpoint {directory} holds the model alone (save_only_model): a run can't go on from it")
     for name, value in fingerprint.items():
         if manifest["fingerprint"].get(name) != value:
             raise PMCError(f"checkpoint {directory} belongs to another run: its {name} differ from this one's")

@@ -223,24 +223,29 @@ class PMC:
             positions = positions + [positions[-1] + 1 + n for n in range(len(ids) - len(prompt))]
         return Encoded(ids, [IGNORED] * len(prompt) + ids[len(prompt) :], positions)
 
+    def encode(self, rows: Iterable[Any] | None, name: str) -> list[Encoded]:
+        """Encode pairs in the questions' prompt format; tokenised rows pass, unpadded. `name` is theirs in errors."""
+        made = sequences_of(rows, self.encoder, name)
+        for number, s in enumerate(made, start=1):
+            self._check_ids(f"{name}, row {number}", [*s.input_ids, *(x for x in s.labels if x != IGNORED)])
+        return made
+
     def encode_retain(
         self, rows: Iterable[Any] | None, name: str = "retain_dataset", *, warn: Callable[[str], None] | None = None
     ) -> list[Encoded]:
-        """Encode pairs in the questions' prompt format.
+        """Encode pairs to keep; those of questions to be forgotten are refused (`allow_overlap`).
 
         Parameters
         ----------
         rows : iterable
-            Tokenised rows pass, unpadded. Those of questions to be forgotten are refused (`allow_overlap`).
+            As of `encode`.
         name : str
             Theirs in errors.
         warn : callable, optional
             Hears of what is doubtful, such as questions that are nearly the same. By default it is logged.
         """
         rows = listed(rows, name, "without pairs to keep, forgetting takes all else along")
-        made = sequences_of(rows, self.encoder, name)
-        for number, s in enumerate(made, start=1):
-            self._check_ids(f"{name}, row {number}", [*s.input_ids, *(x for x in s.labels if x != IGNORED)])
+        made = self.encode(rows, name)
         data = self.questions, rows, self.prompts, made, self.encoder.tokenizer
         for text in check_datasets(*data, allow=self.config.allow_overlap, name=name):
             (warn or self._warn)(text)

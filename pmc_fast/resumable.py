@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
@@ -73,9 +74,18 @@ class ResumableTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving_to = None
+            best = self.state.best_model_checkpoint
+            if best and Path(best).parent == run / checkpoint.ASIDE:  # this one: it will stand elsewhere
+                self.state.best_model_checkpoint = str(run / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(run / checkpoint.ASIDE / name / TRAINER_STATE_NAME))
             ranks.gather(None)  # all files are
         if self.args.save_total_limit and self.args.should_save:
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
         ranks.gather(None)  # nobody goes on before the checkpoint stands
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -2,22 +2,32 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from .arguments import PMCArguments, autocast_dtype, check_precision, has_low_precision
+from .arguments import (
+    PMCArguments,
+    autocast_dtype,
+    check_arguments,
+    check_inputs,
+    check_overrides,
+    check_precision,
+    has_low_precision,
+)
 from .config import PMCConfig
 from .data import Encoded, questions_of
 from .data.packing import num_targets
 from .errors import NotFiniteError, PMCError
+from .evaluating import EvaluatingTrainer
 from .master_weights import MasterWeights
 from .pmc import PMC
 from .printable import printable
@@ -29,7 +39,7 @@ from .stopping import StopRule
 logger = logging.get_logger(__name__)
 
 
-class PMCTrainer(ResumableTrainer):
+class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
     """Unlearns with Partial Model Collapse.
 
     Parameters
@@ -37,24 +47,29 @@ class PMCTrainer(ResumableTrainer):
     model : transformers.PreTrainedModel or peft.PeftModel
     args : transformers.TrainingArguments, optional
         `PMCArguments` by default. Other TrainingArguments are taken as they are.
-    forget_dataset : sequence
-        Questions: texts, prompts as lists of token ids, or rows (a datasets.Dataset too) with a ``question``,
-        ``prompt``, ``query`` or ``instruction``, or chats in ``messages``. Answers are never read.
-    retain_dataset : sequence
-        Rows with questions and answers, or encoded ones with ``input_ids`` and ``labels``.
+    forget_dataset : iterable
+        Questions: texts, prompts as lists of token ids, or rows with a ``question``, ``prompt``, ``query`` or
+        ``instruction``, or chats in ``messages``. Answers are never read. A list, a datasets.Dataset, a stream, a frame.
+    retain_dataset : iterable
+        Rows with questions and answers, or tokenised ones with ``input_ids``, ``labels`` and, if they are padded,
+        ``attention_mask``.
     pmc_config : PMCConfig, optional
     processing_class : transformers.PreTrainedTokenizerBase
     callbacks, optimizers
         As of the Trainer.
     reward : callable, optional
         See `PMC`.
+    eval_dataset : iterable, or dict of them, optional
+        Rows as of `retain_dataset`: see `EvaluatingTrainer` for what is measured.
+    compute_metrics, preprocess_logits_for_metrics, optimizer_cls_and_kwargs
+        As of the Trainer. Other arguments of its are refused by name.
 
     Notes
     -----
-    All questions of an optimizer step are sampled in one rollout, in `get_batch_samples`. Logged beside the
-    Trainer's own numbers: collapse_loss and retain_loss, means over the steps since the last log; rows, sampled_tokens,
-    rollout_seconds and train_seconds, their sums; mean_score and pending as they are then. A checkpoint is sealed and holds initial answers (mode 0600); resuming from one continues the
-    same trajectory, on one CPU process bit for bit.
+    All questions of an optimizer step are sampled in one rollout, in `get_batch_samples`. Logged beside the Trainer's own
+    numbers: collapse_loss and retain_loss, means over the steps since the last log; rows, sampled_tokens, rollout_seconds
+    and train_seconds, their sums; mean_score and pending as they are then. A checkpoint is sealed and holds initial
+    answers (mode 0600); resuming from one continues the same trajectory, on one CPU process bit for bit.
 
     Under `accelerate launch` every process takes its part of each micro-batch; none is trained on twice where the
     last one is uneven. A checkpoint may be continued on another number of processes with as many questions a step.
@@ -75,11 +90,20 @@ class PMCTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         reward: Reward = rouge_l_recall,
+        eval_dataset: Iterable[Any] | dict[str, Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        **others: Any,
     ) -> None:
         args = PMCArguments() if args is None else args
-        config = pmc_config or PMCConfig()
-        if processing_class is None:
-            raise PMCError("processing_class is not given: pass the model's tokenizer")
+        if pmc_config is None:  # TRL's class has both
+            pmc_config = PMCConfig(**args.algorithm()) if isinstance(args, PMCConfig) else PMCConfig()
+        check_inputs(model, args, pmc_config, processing_class, others)
+        check_overrides(type(self))
+        for text in check_arguments(args, pmc_config):
+            if args.process_index == 0:
+                logger.warning(text)
         check_precision(model, args)
         if args.n_gpu > 1:
             args._n_gpu = 1  # the Trainer would wrap the model in DataParallel: use accelerate launch for more GPUs
@@ -92,17 +116,20 @@ class PMCTrainer(ResumableTrainer):
             processing_class=processing_class,
             callbacks=[*(callbacks or []), _StepEnd(self)],
             optimizers=optimizers,
+            eval_dataset=eval_dataset,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.pmc = PMC(
-            self.model, processing_class, config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
+            self.model, processing_class, pmc_config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
         )
         self.retain = self.pmc.encode_retain(retain_dataset, warn=self._warn)
-        self.retain_order = torch.Generator().manual_seed(config.seed + 1)
-        self.stop_rule = (
-            None
-            if config.stop_score is None
-            else StopRule(config.stop_score, config.stop_retain_loss, config.stop_steps)
-        )
+        self.eval_dataset = self.encode_eval(eval_dataset)
+        self.retain_order = torch.Generator().manual_seed(pmc_config.seed + 1)
+        self.stop_rule = None
+        if pmc_config.stop_score is not None:
+            self.stop_rule = StopRule(pmc_config.stop_score, pmc_config.stop_retain_loss, pmc_config.stop_steps)
         self.stopped: str | None = None  # why the stopping rule fired
         self._step: dict[str, Any] = {}
         self._window: list[dict[str, float]] = []  # metrics of the steps since the last log
@@ -123,7 +150,10 @@ class PMCTrainer(ResumableTrainer):
             batch_size=self.args.train_batch_size * self.pmc.ranks.size,
             sampler=EpochOrder(len(self.pmc.questions), self.pmc.config.seed),
             collate_fn=self.data_collator,
+            drop_last=self.args.dataloader_drop_last,
         )
+        if not len(loader):
+            raise PMCError(f"dataloader_drop_last leaves no batch of {len(self.pmc.questions)} questions")
         return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def _mine(self, count: int) -> slice:
@@ -142,6 +172,9 @@ class PMCTrainer(ResumableTrainer):
         everyones = [[int(i) for i in batch["indices"]] for batch in batches]
         if not everyones:
             return [], None
+        switch: Any = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, back from an evaluation
+        if callable(switch):
+            switch()
         start = time.perf_counter()
         indices = [batch[self._mine(len(batch))] for batch in everyones]
         try:
@@ -150,7 +183,12 @@ class PMCTrainer(ResumableTrainer):
             if not self.state.global_step:  # the model came like that
                 raise
             raise self.diverged() from error
-        self._step = {"losses": [], "counters": step.counters, "rollout_seconds": time.perf_counter() - start}
+        self._step = {
+            "losses": [],
+            "tokens": 0,
+            "counters": step.counters,
+            "rollout_seconds": time.perf_counter() - start,
+        }
         self._step["indices"] = step.indices
         self._step["begin"] = time.perf_counter()
         retain = [self._draw_retain(len(batch))[self._mine(len(batch))] for batch in everyones]
@@ -170,9 +208,6 @@ class PMCTrainer(ResumableTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, pack by pack; its loss is its share of the step's."""
         model.train()
-        switch: Any = getattr(self.optimizer, "train", None)  # of schedule-free optimizers
-        if callable(switch):
-            switch()
         total = torch.zeros((), device=self.args.device)
         made = None
         for made in self.pmc.losses(
@@ -181,7 +216,11 @@ class PMCTrainer(ResumableTrainer):
             with self.pmc.ranks.watched():
                 self.accelerator.backward(made.loss)
             total += made.loss.detach()
+            self._step["tokens"] += made.counters["tokens"]
         assert made is not None
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         self._step["losses"].append((total, made.collapse, made.retain, len(inputs["part"].indices)))
         return total
 
@@ -206,6 +245,8 @@ class PMCTrainer(ResumableTrainer):
             "train_seconds": time.perf_counter() - self._step["begin"],
         }
         self._window.append(metrics)
+        if self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen += sum(self.pmc.ranks.gather(self._step["tokens"]))
         if self.stop_rule is not None:
             self.stopped = self.stop_rule.update(
                 metrics["mean_score"], metrics["retain_loss"], all_visited=len(scores) == questions
@@ -241,6 +282,9 @@ class PMCTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return grad_norm  # not computed for the log alone: it reads and writes all gradients
 
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        pass  # of input_ids, which there are none of: counted at the end of a step
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the Trainer's estimate counts padded input_ids, which there are none of
 
@@ -257,9 +301,9 @@ class PMCTrainer(ResumableTrainer):
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Create the schedule; where warmup_steps is 0, with `PMCArguments.warmup_epochs` of warm-up."""
         epochs, warmup = getattr(self.args, "warmup_epochs", 0.0), self.args.warmup_steps
-        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         if epochs and not warmup:
-            self.args.warmup_steps = round(epochs * math.ceil(len(self.pmc.questions) / per_step))
+            batches = len(self.get_train_dataloader())
+            self.args.warmup_steps = round(epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
         try:
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         finally:

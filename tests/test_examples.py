@@ -70,6 +70,22 @@ def test_trl_scripts_run(example, tiny, tiny_dir, tmp_path, pytestconfig):
     assert moved(tiny, tmp_path)
 
 
+def test_trl_scripts_flags_are_honoured_or_refused(tiny_dir, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(trl_after, "PMCTrainer", lambda **what: given.append(what) or 1 / 0)
+    words = f"--model_name_or_path {tiny_dir} --output_dir {tmp_path} --use_cpu".split()
+    with pytest.raises(ZeroDivisionError):
+        trl_after.main([*words, "--attn_implementation", "eager", "--model_init_kwargs", '{"revision": "v2"}'])
+    options = {"dtype": "float32", "revision": "v2", "attn_implementation": "eager"}
+    assert given[0]["args"].model_init_kwargs == options
+    for flag in ("--load_in_4bit", "--load_in_8bit"):
+        with pytest.raises(SystemExit, match="leave --load_in_4bit and --load_in_8bit out"):
+            trl_after.main([*words, flag])
+    for flag in ("--dataset_name", "--dataset_config", "--dataset_train_split", "--dataset_streaming"):
+        with pytest.raises(ValueError, match=f"arguments are not used by .*{flag}"):
+            trl_after.main([*words, flag, "locuslab/TOFU"])
+
+
 @pytest.mark.parametrize("name", [*LOOPS, "trl"])
 def test_what_changes_is_at_most_five_lines(pytestconfig, name):
     before, after = (

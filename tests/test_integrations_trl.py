@@ -203,6 +203,11 @@ def test_models_by_name_and_by_hand(tiny, tiny_dir, tmp_path, monkeypatch):
     assert PMCTrainer(str(tiny_dir), low, rows(FORGET), rows(RETAIN)).model.dtype == torch.bfloat16
 
 
+def test_evaluation_and_paths(trainer_of, tiny_dir):
+    trainer = trainer_of(model=tiny_dir, eval_dataset=rows(RETAIN))
+    assert {"eval_loss", "eval_recall", "eval_forget_score"} <= set(trainer.evaluate())
+
+
 def test_resumed_is_uninterrupted(trainer_of, tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=1)
     whole = trainer_of(args)
@@ -254,6 +259,16 @@ def test_refusals(trainer_of, tiny, tiny_dir, tmp_path):
         PMCError, match=r"args is a pmc_fast\.config\.PMCConfig: it must be a PMCConfig of pmc_fast\.int"
     ):
         trainer_of(pmc_fast.PMCConfig())
+    with pytest.raises(PMCError, match="model is a dict: it must be a model, or the name or directory of one"):
+        PMCTrainer({}, arguments(tmp_path), rows(FORGET), rows(RETAIN))
+    with pytest.raises(
+        PMCError, match="quantization_config is not an argument of PMCTrainer: quantised weights are not"
+    ):
+        trainer_of(quantization_config=None)
+    for column, value in (("chat_template_kwargs", {"enable_thinking": False}), ("images", ["a.png"])):
+        for name, given in (("forget", FORGET), ("retain", RETAIN)):
+            with pytest.raises(PMCError, match=f"{name}_dataset, row 2 has {column}, which are not supported"):
+                trainer_of(**{name: [{**given[0], column: None}, {**given[1], column: value}]})
     with pytest.raises(PMCError, match="peft_config is dict: it must be a"):
         trainer_of(peft_config=LORA)
     adapted = peft.get_peft_model(tiny, peft.LoraConfig(**LORA))

@@ -128,7 +128,8 @@ def _rows(items: list[Any], name: str, *, answers: bool | None) -> list[Row]:
         return items
     for number, item in enumerate(items, start=1):
         for column in ("chat_template_kwargs", "images", "image"):  # TRL's trainers read these
-            if item.get(column):
+            value = item.get(column)
+            if any(v is not None for v in value.values()) if isinstance(value, Mapping) else value:  # Arrow fills up
                 raise PMCError(f"{name}, row {number} has {column}, which are not supported: leave the column out")
     return rows_of(items, name, answers=answers)
 

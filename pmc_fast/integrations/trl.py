@@ -1,10 +1,12 @@
 """PMC as a trainer of TRL: TRL's base classes and habits around the core's trainer."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
@@ -84,13 +86,13 @@ class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
 
     Parameters
     ----------
-    model : str, transformers.PreTrainedModel or peft.PeftModel
-        A string is loaded with `args.model_init_kwargs`, in float32 unless these name another dtype.
+    model : str, Path, transformers.PreTrainedModel or peft.PeftModel
+        A name or directory is loaded with `args.model_init_kwargs`, in float32 unless these name another dtype.
     args : PMCConfig, optional
         This module's. By default the published settings, written to "<model>-PMC".
-    forget_dataset : datasets.Dataset or sequence
+    forget_dataset : datasets.Dataset or iterable
         Rows with a ``prompt``, standard or conversational, or with ``messages``. Completions are never read.
-    retain_dataset : datasets.Dataset or sequence
+    retain_dataset : datasets.Dataset or iterable
         Rows with ``prompt`` and ``completion``, or with ``messages``. More forms of both: `pmc_fast.PMCTrainer`.
     processing_class : transformers.PreTrainedTokenizerBase, optional
         Loaded from where the model came from by default.
@@ -100,6 +102,8 @@ class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
         Wraps the model.
     reward : callable, optional
         See `pmc_fast.PMC`.
+    **more
+        eval_dataset, compute_metrics and the others of `pmc_fast.PMCTrainer`.
 
     Notes
     -----
@@ -128,7 +132,11 @@ class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         reward: Reward = rouge_l_recall,
+        **more: Any,
     ) -> None:
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        if not isinstance(model, (str, torch.nn.Module)):
+            raise PMCError(f"model is a {type(model).__name__}: it must be a model, or the name or directory of one")
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PMCConfig(f"{Path(name).name or 'model'}-PMC")
@@ -143,7 +151,7 @@ class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
             model = _with_adapter(model, peft_config)
         super().__init__(
             model, args, forget_dataset, retain_dataset, args.pmc_config(), processing_class,
-            callbacks=callbacks, optimizers=optimizers, reward=reward,
+            callbacks=callbacks, optimizers=optimizers, reward=reward, **more,
         )  # fmt: skip
         self.model.add_model_tags(self._tag_names)
 

@@ -30,13 +30,15 @@ class SharedEngine:
         prompts: Sequence[Sequence[int]],
         *,
         drafts: Sequence[Sequence[Sequence[int]]] | None = None,
+        positions: Sequence[list[int] | None] | None = None,
         **how: Any,
     ) -> Rollouts:
         if self.ranks.size == 1:
-            return self.engine(prompts, drafts=drafts, **how)
+            return self.engine(prompts, drafts=drafts, positions=positions, **how)
         mine = self.ranks.share(range(len(prompts)))
         own = None if drafts is None else [drafts[i] for i in mine]
-        made = self.engine([prompts[i] for i in mine], drafts=own, **how)
+        places = None if positions is None else [positions[i] for i in mine]
+        made = self.engine([prompts[i] for i in mine], drafts=own, positions=places, **how)
         found: dict[int, list[list[int]]] = {}
         counters: dict[str, float] = {}
         for tokens, counted in self.ranks.gather((dict(zip(mine, made.tokens, strict=True)), made.counters)):
