@@ -87,6 +87,28 @@ def plain(trainer, batch, rows):
     return trainer.gamma * losses[0] + trainer.alpha * losses[1]
 
 
+@pytest.mark.parametrize("own_step", [True, False])
+def test_an_evaluation_is_grad_diffs(trainer_of, own_step, monkeypatch):
+    """With their prediction_step, which asks for the Trainer's loss, and with the Trainer's, which asks for ours."""
+    from trainer.unlearn.base import UnlearnTrainer
+    from trainer.unlearn.grad_diff import GradDiff
+
+    trainer = trainer_of()
+    rows = trainer.train_dataset.retain
+    theirs = GradDiff(
+        model=trainer.model, args=trainer.args, train_dataset=trainer.train_dataset, data_collator=trainer.data_collator,
+        processing_class=trainer.processing_class,
+    ).evaluate(rows)  # fmt: skip
+    if not own_step:
+        monkeypatch.delattr(UnlearnTrainer, "prediction_step")
+    state = trainer._ready().state_dict()
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
+    trainer.model.eval()
+    one = trainer.compute_loss(trainer.model, trainer.data_collator([rows[0]]))
+    assert one.item() == pytest.approx(trainer.model(**trainer.data_collator([rows[0]])).loss.item(), rel=1e-6)
+    assert trainer.pmc.state_dict() == state  # nothing was sampled
+
+
 # the first is eos, which stands in chat prompts; the other stands nowhere
 @pytest.mark.parametrize("pad", ["<|im_end|>", "<|endoftext|>"])
 def test_losses_and_gradients_are_the_padded_passes(trainer_of, pad):

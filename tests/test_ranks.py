@@ -8,7 +8,7 @@ from pmc_fast.errors import PMCError
 from pmc_fast.sharding import is_sharded
 from tests.processes import start
 from tests.ranks_worker import run
-from tests.trainer_worker import result, trainer_of
+from tests.trainer_worker import evaluation, result, trainer_of
 
 CASES = ["ddp", "ddp-before", "ddp-lora", "ddp-groups", "fsdp", "fsdp-untied", "fsdp-before", "fsdp-lora",
          "fsdp-checkpointing"]  # fmt: skip
@@ -49,6 +49,7 @@ def test_the_trainer_on_two_processes(pytestconfig, tiny_dir, tmp_path, normaliz
     alone = trainer_of(tiny_dir, tmp_path, 2, 2, normalization)  # the groups of two questions that each process had
     alone.train()
     same(ours, result(alone))
+    assert ours["evaluated"] == pytest.approx(evaluation(alone), rel=1e-6)
 
 
 def test_processes_must_agree(two):

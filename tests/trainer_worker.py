@@ -51,6 +51,13 @@ def result(trainer):
     }
 
 
+def evaluation(trainer):
+    """All processes together; the Trainer's eval_loss is a mean over batches, of all processes' rows."""
+    trainer.args.per_device_eval_batch_size = 2 // trainer.args.world_size
+    metrics = trainer.evaluate(RETAIN[:4])
+    return {name: metrics[f"eval_{name}"] for name in ("loss", "recall", "forget_score")}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -64,8 +71,9 @@ def main():
     torch.set_num_threads(1)
     trainer = trainer_of(a.model, a.output, a.batch, a.accumulation, a.normalization, a.kill, a.save)
     trainer.train()
+    evaluated = evaluation(trainer)
     if trainer.is_world_process_zero():
-        torch.save(result(trainer), a.output / "result.pt")
+        torch.save(result(trainer) | {"evaluated": evaluated}, a.output / "result.pt")
     trainer.accelerator.end_training()
 
 

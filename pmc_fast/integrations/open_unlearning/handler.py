@@ -162,7 +162,12 @@ class PMC(GradDiff):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return a micro-batch's loss, a mean; inputs that come without answers are a step of their own."""
+        """Return a micro-batch's loss, a mean; inputs that come without answers are a step of their own.
+
+        Rows without a forget part are an evaluation's: their loss is the model's, as GradDiff's eval_loss.
+        """
+        if PART not in inputs and "forget" not in inputs:
+            return super(GradDiff, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if PART not in inputs:
             (inputs,) = self._sampled([inputs])
         part: Step

@@ -12,7 +12,7 @@ class FinetuneTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", trial=None):
         if not self.evaluators:
-            return {}
+            return {} if eval_dataset is None else super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         output = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / "evals"
         output.mkdir(parents=True, exist_ok=True)
         metrics = {}
