@@ -14,7 +14,7 @@ import transformers
 from examples.demo_model import finetuned_model
 from pmc_fast import PMC, models
 from pmc_fast.config import UnlearnConfig
-from pmc_fast.data import load_rows
+from pmc_fast.data import Question, load_rows
 from pmc_fast.evaluation import evaluate, greedy_answers, load_sets
 from pmc_fast.schedule import Schedule
 
@@ -60,7 +60,7 @@ class Run:
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.curve: list[dict[str, Any]] = []
-        self.answer: Callable[[Sequence[str]], list[str]] = lambda questions: []
+        self.answer: Callable[[Sequence[Question]], list[str]] = lambda questions: []
         self.started = 0.0
         self.lock = ExitStack()
         torch.manual_seed(config.seed)

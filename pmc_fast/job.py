@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 from . import models, report, skip
 from .arguments import PMCArguments
 from .config import UnlearnConfig
-from .data import Encoder, Row, load_rows
+from .data import Encoder, Question, Row, load_rows
 from .environment import machine, versions
 from .errors import PMCError
 from .evaluate_job import failed_gates
@@ -57,7 +57,7 @@ class Plan:
     retain: list[Row]
     sets: list[EvalSet]
     schedule: Schedule
-    paraphrases: list[str | None]  # of the forget questions, for skip_known_forgotten
+    paraphrases: list[Question | None]  # of the forget questions, for skip_known_forgotten
     text: SideEffects | None  # unrelated, for the evaluation
     kept: list[int]  # the forget questions that are trained on, from 0
     warnings: list[str] = field(default_factory=list)
@@ -113,7 +113,7 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     text = None
     if config.side_effects_text:
         text = SideEffects.read(config.side_effects_text, tokenizer, models.max_positions(config.model))
-    paraphrases: list[str | None] = [None] * len(forget)
+    paraphrases: list[Question | None] = [None] * len(forget)
     if config.skip_known_forgotten:
         paraphrases = skip.read_paraphrases(config, forget)
     encoder.check_lengths(config.paraphrased, [(q or "", None) for q in paraphrases])
@@ -179,7 +179,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
     rows: list[dict[str, Any]] = []
     masses: dict[str, TokenMass] = {}
 
-    said: dict[str, str] = {}  # question -> greedy answer of the model as it is now
+    said: dict[Question, str] = {}  # question -> greedy answer of the model as it is now
 
     def answer(asked: Any) -> list[str]:
         if new := [question for question in asked if question not in said]:

@@ -88,15 +88,15 @@ class PMC:
             process_group=process_group,
         )
         self.store = BestStore(len(self.questions))
-        texts = isinstance(self.questions[0], str)
+        texts = not isinstance(self.questions[0], list)
         if config.store == "text" and not texts:
             raise PMCError("store is 'text' but the questions are token ids: use store='ids'")
         self.keeps_text = texts and config.store != "ids"
-        self.prompts = [self.encoder.prompt(q) if isinstance(q, str) else q for q in self.questions]
+        for i, question in enumerate(self.questions if texts else ()):
+            self.encoder.check_text(f"question {i}", question)
+        self.prompts = [self.encoder.prompt(q) if texts else q for q in self.questions]
         self.positions = [None] * len(self.prompts) if positions is None else list(positions)
-        for i, (question, prompt) in enumerate(zip(self.questions, self.prompts, strict=True)):
-            if isinstance(question, str):
-                self.encoder.check_text(f"question {i}", question)
+        for i, prompt in enumerate(self.prompts):
             self._check_ids(f"question {i}", prompt)
             if len(prompt) >= config.max_length:
                 raise PMCError(

@@ -24,7 +24,7 @@ import torch
 from transformers import GenerationConfig
 
 from .config import PMCConfig, UnlearnConfig
-from .data import Encoded, Encoder, Row, collate
+from .data import Encoded, Encoder, Question, Row, collate
 from .errors import PMCError
 from .models import eval_mode
 from .schedule import Schedule, micro_batches
@@ -41,7 +41,7 @@ class Reference:
         Its tokenizer; not changed.
     config : PMCConfig
         num_samples, temperature, top_k, top_p, retain_weight (lambda), min_len, max_length.
-    questions : Sequence[str]
+    questions : Sequence[Question]
         The forget questions. Their true answers are not needed.
     reward : callable, optional
         (initial [Q], candidates [Q][N]) -> [Q, N]; `rouge_score_recall` by default.
@@ -56,7 +56,7 @@ class Reference:
         model: Any,
         tokenizer: Any,
         config: PMCConfig,
-        questions: Sequence[str],
+        questions: Sequence[Question],
         *,
         reward: Callable[..., np.ndarray] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -116,14 +116,14 @@ class Reference:
                 parts["forget_loss"] = self.cross_entropy(truths)
         return parts
 
-    def cross_entropy(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+    def cross_entropy(self, pairs: Sequence[tuple[Question, str]]) -> torch.Tensor:
         """Mean cross-entropy over the answer tokens of a batch padded to max_length."""
         batch = collate([self.encoder.pair(q, a) for q, a in pairs], self.encoder.pad, length=self.config.max_length)
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         with self.autocast():
             return self.model(**batch).loss
 
-    def sample_answers(self, questions: Sequence[str]) -> list[list[str]]:
+    def sample_answers(self, questions: Sequence[Question]) -> list[list[str]]:
         """Sample N answers to each question from the current model: temperature, top_k, top_p."""
         c, n = self.config, self.config.num_samples
         with torch.random.fork_rng():  # the caller's random numbers stay as they were
@@ -135,7 +135,7 @@ class Reference:
         texts = self.encoder.samples(generated)
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
-    def greedy_answers(self, questions: Sequence[str], batch_size: int = 32) -> list[str]:
+    def greedy_answers(self, questions: Sequence[Question], batch_size: int = 32) -> list[str]:
         """Answer questions greedily, a batch at a time."""
         answers: list[str] = []
         for i in range(0, len(questions), batch_size):
@@ -144,7 +144,7 @@ class Reference:
         return answers
 
     @torch.no_grad()
-    def _generate(self, questions: Sequence[str], copies: int, **sampling: Any) -> list[list[int]]:
+    def _generate(self, questions: Sequence[Question], copies: int, **sampling: Any) -> list[list[int]]:
         prompts = [Encoded(ids, ids) for ids in map(self.encoder.prompt, questions)]
         batch = collate(prompts, self.encoder.pad, side="left")
         width = batch["input_ids"].shape[1]

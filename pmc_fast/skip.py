@@ -11,7 +11,7 @@ import numpy as np
 
 from . import checkpoint
 from .config import UnlearnConfig
-from .data import Encoder, Row, load_rows
+from .data import Encoder, Question, Row, load_rows
 from .errors import PMCError
 from .evaluation import (
     degenerate_share,
@@ -47,7 +47,7 @@ class KnownForgotten:
         return [i for i in range(self.questions) if i + 1 not in out]
 
 
-def read_paraphrases(config: UnlearnConfig, forget: Sequence[Row]) -> list[str | None]:
+def read_paraphrases(config: UnlearnConfig, forget: Sequence[Row]) -> list[Question | None]:
     """Return each forget question in other words, where a truth is missing and the run has paraphrases.
 
     Raises
@@ -78,7 +78,7 @@ def judge(
     encoder: Encoder,
     config: UnlearnConfig,
     forget: Sequence[Row],
-    paraphrases: Sequence[str | None],
+    paraphrases: Sequence[Question | None],
     packed: PackedPass,
     autocast_dtype: Any = None,
 ) -> KnownForgotten:
@@ -91,7 +91,7 @@ def judge(
     encoder, config
         The run's: num_samples, temperature, top_k, top_p and seed are its own.
     forget : sequence of Row
-    paraphrases : sequence of str or None
+    paraphrases : sequence of Question or None
         `read_paraphrases`.
     packed : PackedPass
         Of the same model.
@@ -156,7 +156,7 @@ def _criterion(config: UnlearnConfig, without: int, count: int) -> str:
 
 
 def remembered(
-    directory: Path, config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[str | None]
+    directory: Path, config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[Question | None]
 ) -> KnownForgotten | None:
     """Return what an earlier start of the same run found: a resumed run must leave out the same questions."""
     try:
@@ -173,7 +173,7 @@ def remember(
     found: KnownForgotten,
     config: UnlearnConfig,
     forget: Sequence[Row],
-    paraphrases: Sequence[str | None],
+    paraphrases: Sequence[Question | None],
 ) -> None:
     """Keep what was found beside the run's checkpoints: row numbers and a hash."""
     aside = directory / f".{FILE}.{os.getpid()}"
@@ -185,6 +185,6 @@ def remember(
         aside.rename(directory / FILE)
 
 
-def _digest(config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[str | None]) -> str:
+def _digest(config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[Question | None]) -> str:
     rows = [[row.question, row.answer, other] for row, other in zip(forget, paraphrases, strict=True)]
     return checkpoint.digest([rows, config.algorithm(), config.skip_threshold, config.leak_threshold, config.model])

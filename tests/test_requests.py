@@ -44,16 +44,8 @@ def data(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory, tiny_dir):
-    """The tiny model with sharper weights: whatever it is asked, it has words for an answer, also after a request."""
-    directory = tmp_path_factory.mktemp("model") / "sharp"
-    model = load(tiny_dir)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.mul_(1.0 if "norm" in name else 6.0)
-    model.save_pretrained(directory)
-    transformers.AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(directory)
-    return directory
+def tiny_dir(sharp_dir):
+    return sharp_dir
 
 
 def command(data, model, number, *more):

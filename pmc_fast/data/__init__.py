@@ -1,5 +1,6 @@
 """Reading questions and answers, and turning them into token ids."""
 
+from .chats import Chat, Question, Turn
 from .datasets import listed, questions_of, sequences_of
 from .encoding import (
     Encoded,
@@ -12,13 +13,17 @@ from .encoding import (
     resolve_format,
     stop_ids,
 )
-from .loading import Row, load_rows, read_records, rows_of
+from .loading import load_rows, read_records
 from .overlap import check_datasets, check_encoded_overlap, check_overlap, same_rows
+from .records import Row, rows_of
 
 __all__ = [
+    "Chat",
     "Encoded",
     "Encoder",
+    "Question",
     "Row",
+    "Turn",
     "check_datasets",
     "check_encoded_overlap",
     "check_overlap",

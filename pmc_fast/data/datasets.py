@@ -7,9 +7,10 @@ from typing import Any
 
 from ..errors import PMCError
 from ..printable import row_numbers
+from .chats import Chat
 from .encoding import IGNORED, Encoded, Encoder
-from .loading import Row, rows_of
 from .packing import num_targets, unpadded
+from .records import Row, rows_of
 
 
 def questions_of(dataset: Iterable[Any] | None, name: str = "forget_dataset") -> list[Any]:
@@ -25,10 +26,10 @@ def questions_of(dataset: Iterable[Any] | None, name: str = "forget_dataset") ->
     items = listed(dataset, name, "it needs the questions to forget")
     kind = _kind_of(items, name)
     if kind == "str":
-        empty = [number for number, text in enumerate(items, start=1) if not text.strip()]
+        empty = [number for number, text in enumerate(items, start=1) if not str(text).strip()]
         if empty:
             raise PMCError(f"{name}, {row_numbers(empty)}: the text is empty, it needs a question")
-        return [str(text) for text in items]  # numpy has a class of its own
+        return [text if isinstance(text, Chat) else str(text) for text in items]  # numpy has a class of its own
     if kind == "list":
         return [_ids(item, f"{name}, row {number}") for number, item in enumerate(items, start=1)]
     if kind == "Encoded" or (kind == "dict" and "input_ids" in items[0]):
@@ -55,7 +56,8 @@ def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "r
     else:
         rows = _rows(items, name, answers=True)
         for number, row in enumerate(rows, start=1):
-            encoder.check_text(f"{name}, row {number}", f"{row.question}\n{row.answer or ''}")
+            encoder.check_text(f"{name}, row {number}", row.question)
+            encoder.check_text(f"{name}, row {number}", row.answer or "")
         made = [encoder.pair(row.question, row.answer or "") for row in rows]
     if untrained := [number for number, sequence in enumerate(made, start=1) if not num_targets(sequence)]:
         which = "all rows" if len(untrained) == len(made) else row_numbers(untrained)
@@ -116,7 +118,7 @@ def _kind_of(items: Sequence[Any], name: str) -> str:
 
 
 def _kind(item: Any) -> str | None:
-    for kind, name in ((str, "str"), (Mapping, "dict"), (Row, "Row"), (Encoded, "Encoded")):
+    for kind, name in ((str, "str"), (Chat, "str"), (Mapping, "dict"), (Row, "Row"), (Encoded, "Encoded")):
         if isinstance(item, kind):
             return name
     listing = hasattr(item, "tolist") or (isinstance(item, Sequence) and not isinstance(item, (bytes, bytearray)))
@@ -126,11 +128,6 @@ def _kind(item: Any) -> str | None:
 def _rows(items: list[Any], name: str, *, answers: bool | None) -> list[Row]:
     if isinstance(items[0], Row):
         return items
-    for number, item in enumerate(items, start=1):
-        for column in ("chat_template_kwargs", "images", "image"):  # TRL's trainers read these
-            value = item.get(column)
-            if any(v is not None for v in value.values()) if isinstance(value, Mapping) else value:  # Arrow fills up
-                raise PMCError(f"{name}, row {number} has {column}, which are not supported: leave the column out")
     return rows_of(items, name, answers=answers)
 
 

@@ -8,9 +8,14 @@ import torch
 
 from ..config import PMCConfig, PromptFormat
 from ..errors import PMCError
+from .chats import Chat, Question, Turn
 
 QUESTION_TAG, QUESTION_END, ANSWER_TAG = "Question: ", "\n", "Answer: "
 SYSTEM_PROMPT = "You are a helpful assistant."
+_NO_TAGS = (
+    "(a system turn, or several turns) has no place in the tags format: take a model with a chat template and "
+    "prompt_format chat, or leave the other turns out"
+)
 IGNORED = -100  # the label of a token that is not trained
 
 
@@ -35,7 +40,7 @@ def resolve_format(tokenizer: Any, prompt_format: str) -> PromptFormat:
 
 def encode_prompt(
     tokenizer: Any,
-    question: str,
+    question: Question,
     *,
     prompt_format: PromptFormat,
     system_prompt: str = SYSTEM_PROMPT,
@@ -48,6 +53,8 @@ def encode_prompt(
     there. White space at the end of `start` is left to the model: most tokenizers join it to the next word.
     """
     if prompt_format == "tags":
+        if isinstance(question, Chat):
+            raise PMCError(f"a conversation {_NO_TAGS}")
         begun = ANSWER_TAG + start.rstrip() if start else ""
         return tokenizer(QUESTION_TAG + question + QUESTION_END + begun)["input_ids"]
     if start:
@@ -58,7 +65,7 @@ def encode_prompt(
 
 def encode_pair(
     tokenizer: Any,
-    question: str,
+    question: Question,
     answer: str,
     *,
     prompt_format: PromptFormat,
@@ -99,7 +106,7 @@ def encode_pair(
         date_string=date_string,
     )
     if prompt_format == "tags":
-        text = QUESTION_TAG + question + QUESTION_END + ANSWER_TAG + answer + tokenizer.eos_token
+        text = QUESTION_TAG + str(question) + QUESTION_END + ANSWER_TAG + answer + tokenizer.eos_token
         ids = tokenizer(text)["input_ids"][:max_length]
     else:
         ids = _chat(tokenizer, question, answer, system_prompt, date_string)
@@ -110,13 +117,10 @@ def encode_pair(
 
 
 def _chat(
-    tokenizer: Any, question: str, answer: str | None, system_prompt: str, date_string: str | None
+    tokenizer: Any, question: Question, answer: str | None, system_prompt: str, date_string: str | None
 ) -> list[int]:
-    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
     return tokenizer.apply_chat_template(
-        messages,
+        _messages(question, answer, system_prompt),
         tokenize=True,
         return_dict=False,
         add_generation_prompt=answer is None,
@@ -124,10 +128,19 @@ def _chat(
     )
 
 
-def _chat_text(tokenizer: Any, question: str, system_prompt: str, date_string: str | None) -> str:
-    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+def _messages(question: Question, answer: str | None, system_prompt: str) -> list[dict[str, str]]:
+    """Return a conversation as templates take it; one without a system turn of its own gets the run's."""
+    turns = list(question) if isinstance(question, Chat) else [Turn("user", question)]
+    if turns[0].role != "system":
+        turns.insert(0, Turn("system", system_prompt))
+    if answer is not None:
+        turns.append(Turn("assistant", answer))
+    return [turn._asdict() for turn in turns]
+
+
+def _chat_text(tokenizer: Any, question: Question, system_prompt: str, date_string: str | None) -> str:
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, date_string=date_string
+        _messages(question, None, system_prompt), tokenize=False, add_generation_prompt=True, date_string=date_string
     )
 
 
@@ -229,13 +242,13 @@ class Encoder:
         self._control = set() if config.allow_control_tokens else control_tokens(tokenizer)
         self._chat: dict[str, Any] = {"system_prompt": config.system_prompt, "date_string": config.date_string}
 
-    def prompt(self, question: str, start: str = "") -> list[int]:
+    def prompt(self, question: Question, start: str = "") -> list[int]:
         """Return the ids that answers to `question` are sampled from, or go on from after the words `start`."""
         if self.accidents and self.format == "chat":  # rendered, then tokenised with special tokens: a second BOS
             return self.tokenizer(_chat_text(self.tokenizer, question, **self._chat) + start.rstrip())["input_ids"]
         return encode_prompt(self.tokenizer, question, prompt_format=self.format, start=start, **self._chat)
 
-    def pair(self, question: str, answer: str) -> Encoded:
+    def pair(self, question: Question, answer: str) -> Encoded:
         """Encode a question with its answer for training."""
         return encode_pair(
             self.tokenizer,
@@ -257,8 +270,17 @@ class Encoder:
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [text[len(ANSWER_TAG) :] for text in texts] if self.format == "tags" else texts
 
-    def check_text(self, where: str, text: str) -> None:
-        """Refuse a text in which the tokenizer would see control tokens: it could end or steer the prompt."""
+    def check_text(self, where: str, text: Question) -> None:
+        """Refuse what the prompt format can't hold, and a text in which the tokenizer would see control tokens.
+
+        These could end or steer the prompt.
+        """
+        if isinstance(text, Chat):
+            if self.format == "tags":
+                raise PMCError(f"{where} is a conversation and {_NO_TAGS}")
+            for turn in text:
+                self.check_text(where, turn.content)
+            return
         found = self._control.intersection(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if self.tokenizer.unk_token_id in found and self.tokenizer.unk_token not in text:
             found.remove(self.tokenizer.unk_token_id)  # what the tokenizer doesn't know is no control
@@ -269,7 +291,7 @@ class Encoder:
                 "through with --allow-control-tokens"
             )
 
-    def check_lengths(self, source: str, pairs: Iterable[tuple[str, str | None]]) -> None:
+    def check_lengths(self, source: str, pairs: Iterable[tuple[Question, str | None]]) -> None:
         """Refuse questions that leave no room for an answer, and control tokens; errors name the row, not its text."""
         for number, (question, answer) in enumerate(pairs, start=1):
             self.check_text(f"{source}, row {number}: the question", question)

@@ -2,25 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import PMCError
+from .records import Row, rows_of
 
-QUESTION_NAMES = ("question", "prompt", "query", "instruction")
-ANSWER_NAMES = ("answer", "response", "completion", "output")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*(:[\w.-]+){0,2}|(:[\w.-]+){1,2})")  # owner/name or name, :config, :split
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A question and, where the data has one, its answer."""
-
-    question: str
-    answer: str | None = None
 
 
 def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = False) -> list[Row]:
@@ -40,8 +30,8 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
     -------
     list of Row
         In the data's order. Columns are found by name: question, prompt, query or instruction;
-        answer, response, completion or output; or a chat in ``messages`` (or in prompt and
-        completion), of which the user's and the assistant's one message are taken.
+        answer, response, completion or output; or a chat in ``messages`` or ``conversations`` (or
+        in prompt and completion), whose last turn is the answer and all before it the question.
 
     Raises
     ------
@@ -56,33 +46,6 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
     rows = rows_of(read_records(str(source)), str(source), answers=answers, paraphrased=paraphrased)
     if not rows:
         raise PMCError(f"{source} has no rows")
-    return rows
-
-
-def rows_of(
-    records: Iterable[Any], source: str, *, answers: bool | None = False, paraphrased: bool = False
-) -> list[Row]:
-    """Read rows from records that are already in memory, such as a datasets.Dataset; `source` names them in errors.
-
-    With `answers` None no answer is looked at.
-    """
-    questions = ("paraphrased_question", *QUESTION_NAMES) if paraphrased else QUESTION_NAMES
-    replies = ("paraphrased_answer", *ANSWER_NAMES) if paraphrased else ANSWER_NAMES
-    rows = []
-    for number, record in enumerate(records, start=1):
-        where = f"{source}, row {number}"
-        if not isinstance(record, Mapping):
-            raise PMCError(f"{where} is {type(record).__name__}, not an object with a question")
-        question = _first(record, questions, "user", where)
-        answer = None if answers is None else _first(record, replies, "assistant", where)
-        for text in (question, answer):
-            if text is not None and not _is_unicode(text):
-                raise PMCError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): mend its encoding")
-        if question is None or not question.strip():
-            raise PMCError(f"{where} has no question: name the column one of {', '.join(QUESTION_NAMES)}")
-        if answers and (answer is None or not answer.strip()):
-            raise PMCError(f"{where} has no answer: name the column one of {', '.join(ANSWER_NAMES)}")
-        rows.append(Row(question, answer))
     return rows
 
 
@@ -142,36 +105,3 @@ def _hub_records(source: str) -> Iterator[Any]:
     except Exception as error:  # offline, no such data set, no such config: each has a class of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PMCError(f"{source} is no file here and can't be loaded from the hub: {reason}") from error
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _first(record: Mapping[str, Any], names: tuple[str, ...], role: str, where: str) -> str | None:
-    for name in (*names, "messages"):
-        value = record.get(name)
-        if value is None:
-            continue
-        if isinstance(value, list):
-            return _message(value, role, where)
-        return value if isinstance(value, str) else str(value)
-    return None
-
-
-def _message(messages: list[Any], role: str, where: str) -> str | None:
-    try:
-        texts = [m["content"] for m in messages if m["role"] == role]
-    except (TypeError, KeyError) as error:
-        raise PMCError(f"{where} has messages without role and content") from error
-    if len(texts) > 1:
-        raise PMCError(f"{where} has {len(texts)} {role} messages: split it into single questions")
-    if texts and isinstance(texts[0], list):  # a content of parts, as multimodal chats have
-        texts = ["".join(part.get("text") or "" for part in texts[0] if isinstance(part, Mapping))]
-    if texts and not isinstance(texts[0], str):
-        raise PMCError(f"{where} has a {role} message whose content is {type(texts[0]).__name__}, not text")
-    return texts[0] if texts else None

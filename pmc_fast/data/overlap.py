@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import PMCError
 from ..printable import row_numbers
+from .chats import Question, asked
 from .datasets import questions_of
 from .encoding import ANSWER_TAG, IGNORED, Encoded
 
@@ -19,9 +20,9 @@ _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"\d+")
 
 
-def normalized(question: str) -> str:
+def normalized(question: Question) -> str:
     """Return what two spellings of a question share: NFKC, case, white space, punctuation at the ends."""
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", question).casefold())
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", asked(question)).casefold())
     text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
     begin, end = 0, len(text)
     while begin < end and _at_an_end(text[begin]):
@@ -36,13 +37,13 @@ def _at_an_end(c: str) -> bool:
 
 
 def check_overlap(
-    forget: Mapping[str, Sequence[str]], keep: Mapping[str, Sequence[str]], *, allow: bool = False
+    forget: Mapping[str, Sequence[Question]], keep: Mapping[str, Sequence[Question]], *, allow: bool = False
 ) -> list[str]:
     """Refuse questions that are to be forgotten and to be kept.
 
     Parameters
     ----------
-    forget, keep : mapping of str to sequence of str
+    forget, keep : mapping of str to sequence of Question
         Questions by their source, which errors name.
     allow : bool
         Warn of them only.
@@ -69,7 +70,7 @@ def check_overlap(
     return warnings
 
 
-def same_rows(questions: Sequence[str], others: Sequence[str]) -> list[int]:
+def same_rows(questions: Sequence[Question], others: Sequence[Question]) -> list[int]:
     """Return the numbers, from 1, of the questions that are among the others."""
     return _rows_in([normalized(q) for q in questions], [normalized(q) for q in others])
 
@@ -94,7 +95,7 @@ def check_datasets(
     if (
         isinstance(first, Encoded)
         or (isinstance(first, Mapping) and "input_ids" in first)
-        or not isinstance(questions[0], str)
+        or isinstance(questions[0], list)
     ):
         return check_encoded_overlap(prompts, kept, tokenizer.decode, allow=allow, name=name)
     texts = {"forget_dataset": questions}, {name: questions_of(retain_dataset)}

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from ..data import Encoder
+from ..data import Encoder, Question
 from ..rollout import Rollouts
 
 
-def greedy_answers(engine: Callable[..., Rollouts], encoder: Encoder, questions: Sequence[str]) -> list[str]:
+def greedy_answers(engine: Callable[..., Rollouts], encoder: Encoder, questions: Sequence[Question]) -> list[str]:
     """Answer questions greedily, with the encoder's prompts, stop tokens and max_length."""
     prompts = [encoder.prompt(question) for question in questions]
     rollouts = engine(

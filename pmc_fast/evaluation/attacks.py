@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data import Encoder, Row
+from ..data import Encoder, Question, Row
 from ..errors import PMCError
 from ..reward import rouge_l_recall
 from ..rollout import Rollouts
@@ -175,7 +175,7 @@ def _join(prefill: str, words: str) -> str:
     return f"{prefill.rstrip()} {words.lstrip()}".strip()
 
 
-def _forced(encoder: Encoder, question: str, start: str, answer: str) -> tuple[list[int], list[int]]:
+def _forced(encoder: Encoder, question: Question, start: str, answer: str) -> tuple[list[int], list[int]]:
     """Return the ids to go on from after `start`, and those that would then make the whole `answer`."""
     prompt, whole = encoder.prompt(question, start), encoder.prompt(question, answer)
     same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))

@@ -39,7 +39,7 @@ def check_attacks(encoder: Encoder, sets: Sequence[EvalSet], settings: LeakageSe
     """Refuse questions that leave no room once an attack begins their answers, before any model is loaded."""
     for name, rows in _attacked(sets).items() if settings else ():
         # a truth that is not known yet has the question stand in: what is looked at is the room that it takes
-        known = [Row(row.question, row.answer or row.question) for row in rows]
+        known = [Row(row.question, row.answer or str(row.question)) for row in rows]
         for change in settings.attacks().values() if settings else ():
             prepare_attack(encoder, known, **change, name=name)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from ..data import Encoded, Encoder
+from ..data import Encoded, Encoder, Question
 from ..data.packing import num_targets, pack
 from ..errors import NotFiniteError, PMCError
 from ..models import autocast, eval_mode
@@ -13,7 +13,7 @@ from ..packed_pass import PackedPass
 
 
 def encode_candidates(
-    encoder: Encoder, source: str, candidates: Iterable[tuple[str, Sequence[str]]]
+    encoder: Encoder, source: str, candidates: Iterable[tuple[Question, Sequence[str]]]
 ) -> list[list[Encoded]]:
     """Encode questions with their candidate answers, as they would be trained on: tag and eos count.
 

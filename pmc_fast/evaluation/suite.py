@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..config import UnlearnConfig
-from ..data import Row, check_overlap, load_rows, same_rows
+from ..data import Question, Row, check_overlap, load_rows, same_rows
 from ..errors import PMCError
 from ..printable import printable, row_numbers
 from ..reward import rouge_l_recall
@@ -76,7 +76,7 @@ def with_initial_answers(sets: Sequence[EvalSet], initial: Sequence[str]) -> lis
 
 
 def evaluate(
-    answer: Callable[[Sequence[str]], list[str]],
+    answer: Callable[[Sequence[Question]], list[str]],
     sets: Sequence[EvalSet],
     *,
     log_text: bool = False,

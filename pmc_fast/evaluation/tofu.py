@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..data import Row, read_records, rows_of
+from ..data import Question, Row, read_records, rows_of
 from ..data.loading import SUFFIXES
 from ..errors import PMCError
 from .suite import EvalSet, evaluate
@@ -31,7 +31,7 @@ OF_UTILITY = ("probability", "rouge_l_recall", "truth_ratio")  # of the three ke
 class TofuRow:
     """A question with its true answer and with answers that are alike but wrong."""
 
-    question: str
+    question: Question
     answer: str
     perturbed: list[str]
     paraphrase: Row | None = None  # question and true answer in other words; real authors and world facts have none
@@ -124,7 +124,7 @@ def tofu_questions(sets: Sequence[TofuSet]) -> list[EvalSet]:
 
 
 def evaluate_tofu(
-    answer: Callable[[Sequence[str]], list[str]],
+    answer: Callable[[Sequence[Question]], list[str]],
     nlls: Callable[[TofuSet], list[list[float]]],
     sets: Sequence[TofuSet],
     *,

@@ -107,8 +107,8 @@ class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
 
     Notes
     -----
-    Rows are put into `args.prompt_format`, with `args.system_prompt` in place of their own; a conversation is one
-    question and its answer. TRL's anonymous usage ping is sent as by its own trainers, with no name or text in it:
+    Rows are put into `args.prompt_format`. A conversation keeps its turns and its own system turn (`args.system_prompt`
+    is for those without); its last turn is the answer, all before it the question. TRL's anonymous usage ping is sent as by its own trainers, with no name or text in it:
     HF_HUB_DISABLE_TELEMETRY=1 turns it off.
     """
 

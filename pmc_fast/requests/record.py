@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import digest
-from ..data import Row
-from ..data.loading import read_records, rows_of
+from ..data import Row, read_records, rows_of
 from ..environment import code
 from ..errors import PMCError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import models
 from ..config import UnlearnConfig, VerifyConfig
-from ..data import Encoder, Row, load_rows
+from ..data import Encoder, Question, Row, load_rows
 from ..environment import machine, versions
 from ..errors import PMCError
 from ..evaluation import EvalSet, evaluate, greedy_answers, load_sets, sampling_attack, summarize
@@ -164,7 +164,7 @@ def _encoder(tokenizer: Any, request: Request, loaded: LoadedModel) -> Encoder:
     return Encoder(tokenizer, config, None if config.accidents else loaded.model.generation_config)
 
 
-def _answers(loaded: LoadedModel, encoder: Encoder, questions: Sequence[str]) -> list[str]:
+def _answers(loaded: LoadedModel, encoder: Encoder, questions: Sequence[Question]) -> list[str]:
     return greedy_answers(RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype), encoder, questions)
 
 

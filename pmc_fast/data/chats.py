@@ -1,0 +1,120 @@
+"""Conversations: their turns, and how data sets write them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import PMCError
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+
+
+class Turn(NamedTuple):
+    """What one side of a conversation says."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+class Chat(tuple[Turn, ...]):
+    """A question that is more than one user's turn: with a system turn, or with turns before it.
+
+    As JSON it is a list of [role, content], which is read again.
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n".join(f"{role}: {content}" for role, content in self)
+
+    @property
+    def asked(self) -> str:
+        """Its text without the system turn: of a single turn, what the user says."""
+        turns = [turn for turn in self if turn.role != "system"]
+        return turns[0].content if len(turns) == 1 else str(Chat(turns))
+
+
+Question = str | Chat
+
+
+def question_of(turns: Sequence[Turn]) -> Question:
+    """Return what stands before an answer as a question: a single user's turn is its text."""
+    return turns[0].content if len(turns) == 1 and turns[0].role == "user" else Chat(turns)
+
+
+def asked(question: Question) -> str:
+    """Return a question's text without a system turn."""
+    return question if isinstance(question, str) else question.asked
+
+
+def split_chat(messages: Sequence[Any], where: str, *, answers: bool = True) -> tuple[list[Turn], str | None]:
+    """Return the turns before the answer, and the answer: the last turn, if it is the assistant's.
+
+    Parameters
+    ----------
+    messages : sequence
+        Objects with role and content (or from and value), or pairs of role and content.
+    where : str
+        Names the row in errors.
+    answers : bool
+        If not, the answer is not looked at.
+
+    Raises
+    ------
+    PMCError
+        Turns of tools, or of other roles or contents than text; an assistant's turn that answers no user's.
+    """
+    roles = [_role(message, f"{where}, turn {number}") for number, message in enumerate(messages, start=1)]
+    if "system" in roles[1:]:
+        raise PMCError(f"{where}, turn {roles.index('system', 1) + 1} is a system turn: it must be the first one")
+    answered = roles[-1] == "assistant"
+    count = len(roles) - answered
+    turns = [Turn(role, _content(messages[i], f"{where}, turn {i + 1}")) for i, role in enumerate(roles[:count])]
+    answer = _content(messages[count], f"{where}, turn {count + 1}") if answered and answers else None
+    if turns and turns[-1].role != "user":
+        asks = "is followed by no user's turn" if count == len(roles) else "stands where a user's turn must ask"
+        raise PMCError(f"{where}, turn {count} is the {turns[-1].role}'s and {asks}: there is no question to answer")
+    return turns, answer
+
+
+def _role(message: Any, where: str) -> str:
+    role = message[0] if _is_pair(message) else None
+    if isinstance(message, Mapping):
+        role = message.get("role", message.get("from"))
+    if not isinstance(role, str):
+        raise PMCError(f"{where} has no role: a message is an object with role and content")
+    if role not in ROLES:
+        raise PMCError(f"{where} has the role {role!r}: only system, user and assistant turns are supported yet")
+    return ROLES[role]
+
+
+def _is_pair(message: Any) -> bool:
+    return isinstance(message, (list, tuple)) and len(message) == 2
+
+
+def _content(message: Any, where: str) -> str:
+    if _is_pair(message):
+        content = message[1]
+    else:
+        more = [n for n in message if n not in ("role", "content", "from", "value") and not is_missing(message[n])]
+        if more:
+            raise PMCError(
+                f"{where} has {', '.join(map(repr, more))} beside its text, which would be lost: leave it out"
+            )
+        content = message["content"] if "content" in message else message.get("value")
+    if isinstance(content, (list, tuple)):  # parts, as multimodal chats have
+        kinds = [part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__ for part in content]
+        if other := [kind for kind in kinds if kind != "text"]:
+            raise PMCError(f"{where} has a part that is {other[0]!r}: only text is supported")
+        content = "".join(part.get("text") or "" for part in content)
+    if not isinstance(content, str):
+        raise PMCError(f"{where} has a content that is {type(content).__name__}, not text")
+    return content
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a column says nothing: null, pandas' NaN, empty, or an object that Arrow filled up with nulls."""
+    if value is None or (isinstance(value, float) and value != value):
+        return True
+    if isinstance(value, Mapping):
+        return all(v is None for v in value.values())
+    return isinstance(value, (str, list, tuple)) and not value
