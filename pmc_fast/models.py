@@ -110,6 +110,33 @@ def check_fit(model: Any, tokenizer: Any, source: str) -> None:
         raise PMCError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
 
 
+def check_placement(model: Any) -> None:
+    """Refuse weights that can't be read where they are: quantised by torch, offloaded, or spread over devices."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao."):
+            raise PMCError(
+                f"{type(model).__name__} is quantised by torch ({name} is a {type(module).__module__} layer): give the "
+                "model as it was before"
+            )
+    devices = {p.device for p in model.parameters()}
+    if unknown := sorted({d.type for d in devices} - {"cpu", "cuda"}):
+        offloaded = " (offloaded, or without weights)" if unknown == ["meta"] else ""
+        raise PMCError(
+            f"{type(model).__name__} has parameters on {', '.join(unknown)}{offloaded}: load it without device_map, as "
+            "a whole on cpu or cuda"
+        )
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise PMCError(f"{type(model).__name__} is spread over {names}: load it without device_map, on one of them")
+
+
+def known_tokens(model: Any) -> int:
+    """Return how many tokens a model both reads and predicts: some embed more than their head knows."""
+    head = model.get_output_embeddings()
+    sizes = [e.weight.shape[0] for e in (model.get_input_embeddings(), head) if getattr(e, "weight", None) is not None]
+    return min(sizes)
+
+
 # mean differences of log-probs (kept in float32): rounding stays well below, another computation goes above
 CLOSE = {torch.float64: 2e-6, torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import AttentionInterface
 
 from .errors import PMCError
@@ -30,6 +31,22 @@ def attention(model: Any, name: str) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+def widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Fill values up with zeros to the size of keys, for kernels that know one size; what they add is cut off after."""
+    missing = key.shape[-1] - value.shape[-1]
+    if missing < 0:
+        raise PMCError(f"attention of values wider ({value.shape[-1]}) than keys ({key.shape[-1]}) is not supported")
+    return torch.nn.functional.pad(value, (0, missing)) if missing else value
+
+
+def check_rows(model: Any, found: int, wanted: int) -> None:
+    """Refuse a model whose head is not called with the rows that `logits_to_keep` asked for."""
+    if found != wanted:
+        raise PMCError(
+            f"{type(model).__name__} does not heed logits_to_keep ({found} rows for {wanted}): this family is not supported"
+        )
 
 
 def check_call(module: Any, state: Any, extras: dict[str, Any]) -> None:

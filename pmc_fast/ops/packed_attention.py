@@ -41,8 +41,10 @@ def packed_attention(
     Parameters
     ----------
     q : Tensor [T, H, D]
-    k, v : Tensor [T, H_kv, D]
+    k : Tensor [T, H_kv, D]
         H_kv divides H.
+    v : Tensor [T, H_kv, E]
+        E is D or, in families of latent attention, less.
     segments : Segments
         Cover all T tokens, in order.
     scale : float
@@ -59,12 +61,14 @@ def packed_attention(
 
     Returns
     -------
-    Tensor [T, H, D]
+    Tensor [T, H, E]
         Differentiable in q, k and v.
     """
     chosen = _resolve(backend, q, softcap, dropout)
     if chosen == "sdpa":
         return _sdpa(q, k, v, segments, scale, softcap, window, dropout)
+    size = v.shape[-1]
+    v = patching.widened(v, k)  # these kernels know one size
     if segments.shared:
         keys = segments.keys(q.device)
         k, v = k[keys], v[keys]
@@ -77,11 +81,13 @@ def packed_attention(
             raise PMCError(
                 "packed_attention: backend is 'flash_attn' but it is not installed: pip install flash-attn"
             )
-        return flash_attn(
+        made = flash_attn(
             q, k, v, cu_q, cu_k, *longest, dropout_p=dropout, softmax_scale=scale, causal=True,
             window_size=(left, -1 if window is None else 0), softcap=softcap or 0.0,
         )  # fmt: skip
-    return _varlen(_varlen_attn(), q, k, v, cu_q, cu_k, longest, scale, left)
+    else:
+        made = _varlen(_varlen_attn(), q, k, v, cu_q, cu_k, longest, scale, left)
+    return made[..., :size]
 
 
 def _resolve(backend: str | None, q: torch.Tensor, softcap: float | None, dropout: float) -> str:

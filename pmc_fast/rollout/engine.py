@@ -11,9 +11,10 @@ import torch
 from .. import native
 from ..capture import CaptureError
 from ..errors import NotFiniteError, PMCError
-from ..models import CLOSE, plain_logps
+from ..models import CLOSE, check_placement, known_tokens, plain_logps
 from ..ops.sample_nucleus import Draws, sample_nucleus
 from ..ranks import Ranks
+from ..recognition import Recognised, own_errors, recognise
 from ..sharding import Lockstep, is_sharded
 from .inputs import StepInputs, StepTensors
 from .model_step import ModelStep
@@ -59,7 +60,8 @@ class RolloutEngine:
     Raises
     ------
     PMCError
-        On first use: a model whose log-probs on a short sample are not those of its own forward pass.
+        A model that is quantised, offloaded or spread over devices. On first use: one whose attention is not
+        recognised, or whose log-probs on short samples are not those of its own forward pass.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class RolloutEngine:
         pad_steps: bool = False,
         process_group: Any = None,
     ) -> None:
+        check_placement(model)
         self.model, self._ranks = model, Ranks(process_group)
         self._step = ModelStep(model, autocast_dtype)
         self._cuda_graphs, self._pads = cuda_graphs, pad_steps
         self._inputs = StepInputs(self._step.device, pads=pad_steps)
-        self._checked = False
+        self._checked, self._recognised = False, Recognised(type(model).__name__)
 
     def __call__(
         self,
@@ -144,7 +147,8 @@ class RolloutEngine:
         Raises
         ------
         PMCError
-            Bad arguments; a model that is not supported, by name; logits that are NaN.
+            Bad arguments; a model that is not supported, by name, also for the length that is asked for; logits
+            that are NaN.
         """
         work = Request.checked(
             self.model, prompts, num_samples, temperature, max_new_tokens, max_length, stream_ids, stop_ids, max_rows,
@@ -153,6 +157,7 @@ class RolloutEngine:
         if not self._checked:
             self._check()
             self._checked = True
+        self._recognised.require(*work.longest())
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         return self._run(work, draw, guesses=guesses, trie=trie)
 
@@ -201,17 +206,19 @@ class RolloutEngine:
             return self._step.logits(step)
 
     def _check(self) -> None:
-        """Compare the log-probs of a short rollout with the plain model's, before anything depends on them."""
-        vocab = self.model.get_input_embeddings().weight.shape[0]
+        """Compare the log-probs of short rollouts with the plain model's, before anything depends on them."""
+        known = self._recognised = recognise(self.model)
+        vocab = known_tokens(self.model)
         generator = np.random.default_rng(0)
-        prompts = [generator.integers(0, vocab, n).tolist() for n in (5, 9)]
-        work = Request.checked(self.model, prompts, 4, 1.0, 4, None, None, (), 8, None, None)
-        ours = self._run(work, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}, guesses=True, trie=True)
-        _check_windows(self.model, self._step.windows)
+        draw = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
         errors = []
-        for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
-            theirs = self._plain_logps(prompt, tokens)
-            errors.append(np.abs(theirs - np.stack(logps)).mean())
+        with own_errors(self.model):
+            for lengths, samples in [((5, 9), 4), *(((n - 4,), 1) for n in known.wide)]:
+                prompts = [generator.integers(0, vocab, n).tolist() for n in lengths]
+                work = Request.checked(self.model, prompts, samples, 1.0, 4, None, None, (), 8, None, None)
+                ours = self._run(work, draw, guesses=True, trie=True)
+                for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
+                    errors.append(np.abs(self._plain_logps(prompt, tokens) - np.stack(logps)).mean())
         error = max(errors)
         dtype = self._step.autocast_dtype or next(self.model.parameters()).dtype
         if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
@@ -237,23 +244,6 @@ def _to_host(drawn: Draws) -> list[np.ndarray]:
     parts = [drawn.tokens, drawn.logps.view(torch.int64), drawn.nucleus_mass.view(torch.int64)]
     tokens, logps, mass = torch.cat(parts).cpu().split([len(p) for p in parts])
     return [tokens.numpy(), logps.view(torch.float64).numpy(), mass.view(torch.float64).numpy()]
-
-
-def _check_windows(model: Any, windows: dict[int, int | None]) -> None:
-    """Refuse layers that see less than all in a way that the short check can't notice."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or []
-    other = set(kinds) - {"full_attention", "sliding_attention"}
-    if other:
-        raise PMCError(f"{type(model).__name__} has layers of {sorted(other)}: this family is not supported")
-    if len(windows) != config.num_hidden_layers:
-        raise PMCError(
-            f"{type(model).__name__}: {len(windows)} of {config.num_hidden_layers} layers went through transformers' "
-            "attention interface: this family is not supported"
-        )
-    sliding = kinds.count("sliding_attention") if kinds else 0
-    if sum(bool(w) for w in windows.values()) < sliding:
-        raise PMCError(f"{type(model).__name__} does not say how far its {sliding} sliding layers see: not supported")
 
 
 def _collect(state: Any, questions: int, groups: int, counters: dict[str, int]) -> Rollouts:

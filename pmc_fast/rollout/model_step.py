@@ -109,6 +109,7 @@ class ModelStep:
             rollout_step=self,
         )
         self._index = None
+        patching.check_rows(self.model, out.logits.shape[1], len(step.logit_rows))
         logits = out.logits[0]
         wide = logits.dtype == torch.float64 and self.device.type == "cpu"  # CUDA's sampler reads no float64
         return logits if wide else logits.float()
@@ -123,19 +124,19 @@ class ModelStep:
         softcap: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """Attend in one layer: q [1, heads, R, dim], k and v [1, kv_heads, R, dim] -> [1, R, heads, dim]."""
+        """Attend in one layer: q [1, heads, R, dim], k and v [1, kv_heads, R, dim] -> [1, R, heads, dim of v]."""
         assert self._index is not None  # only `logits` calls the model
         if self.autocast_dtype is not None:  # as autocast does with torch's own attention: rotary kept float32
             q, k, v = (t.to(self.autocast_dtype) for t in (q, k, v))
         if layer not in self.pool:
             shape = (self._span, k.shape[1], k.shape[3])
             self.pool[layer] = (k.new_empty(shape), v.new_empty(shape))
-            self.windows[layer] = window
-        q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
         k_pool, v_pool = self.pool[layer]
-        return decode_attention(
-            q, k, v, k_pool, v_pool, self._index, scale=scale, softcap=softcap, window=window, backend=self._backend
-        )[None]
+        made = decode_attention(
+            *(t[0].transpose(0, 1) for t in (q, k, patching.widened(v, k))),
+            k_pool, v_pool, self._index, scale=scale, softcap=softcap, window=window, backend=self._backend,
+        )  # fmt: skip
+        return made[None, ..., : v.shape[-1]]
 
     def pool_bytes(self) -> int:
         """Return the memory that the pool takes now."""
@@ -155,7 +156,6 @@ class ModelStep:
         weight = self.model.get_input_embeddings().weight
         self.device, self._dtype = weight.device, weight.dtype
         self.pool: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.windows: dict[int, int | None] = {}
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._layers = FastLayers(self.model)
         self._span = 0

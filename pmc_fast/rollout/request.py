@@ -85,6 +85,13 @@ class Request:
         rows = MAX_ROWS[device] if max_rows is None else max_rows
         return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, guesses, places)
 
+    def longest(self) -> tuple[int, str]:
+        """Return the most tokens that a prompt and its answer may take, masked ones counted, and which prompt it is."""
+        begins = [own[-1] + 1 if own else len(prompt) for prompt, own in zip(self.prompts, self.positions, strict=True)]
+        lengths = [begin + new for begin, new in zip(begins, self.max_new, strict=True)]
+        most = max(lengths, default=0)
+        return most, f"prompt {lengths.index(most)} and its answer" if lengths else ""
+
 
 def _stream_of(prompt: list[int]) -> int:
     digest = hashlib.blake2b(np.array(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
