@@ -133,7 +133,9 @@ def check_placement(model: Any) -> None:
 def known_tokens(model: Any) -> int:
     """Return how many tokens a model both reads and predicts: some embed more than their head knows."""
     head = model.get_output_embeddings()
-    sizes = [e.weight.shape[0] for e in (model.get_input_embeddings(), head) if getattr(e, "weight", None) is not None]
+    sizes = [
+        e.weight.shape[0] for e in (model.get_input_embeddings(), head) if getattr(e, "weight", None) is not None
+    ]
     return min(sizes)
 
 

@@ -104,7 +104,12 @@ def rope_limit(config: Any, name: str) -> tuple[int, str]:
     for ropes in (given, *(r for r in given.values() if isinstance(r, dict))):
         kind = ropes.get("rope_type", "default")
         if kind == "dynamic":
-            limits.append((config.max_position_embeddings, "its dynamic rotary embedding depends on a pass's length beyond a limit"))
+            limits.append(
+                (
+                    config.max_position_embeddings,
+                    "its dynamic rotary embedding depends on a pass's length beyond a limit",
+                )
+            )
         elif kind == "longrope":
             original = ropes.get("original_max_position_embeddings") or config.original_max_position_embeddings
             limits.append((original, "its longrope rotary embedding is another one beyond a limit"))
@@ -150,7 +155,12 @@ def _probed(model: Any) -> dict[int, list[Layer]]:
     weight = model.get_input_embeddings().weight
     ids = torch.zeros((1, 3), dtype=torch.int64, device=weight.device)
     layers: dict[int, list[Layer]] = {}
-    with eval_mode(model), patching.attention(model, PROBE), own_errors(model), torch.compiler.set_stance("force_eager"):
+    with (
+        eval_mode(model),
+        patching.attention(model, PROBE),
+        own_errors(model),
+        torch.compiler.set_stance("force_eager"),
+    ):
         positions = torch.arange(3, device=weight.device)[None]
         model(input_ids=ids, position_ids=positions, use_cache=False, probed_layers=layers)
     return layers
@@ -177,7 +187,9 @@ def _attention(
     else:
         values = attention_mask.unique().tolist() if attention_mask.dtype == torch.int64 else []
         if len(values) != 1:
-            raise PMCError(f"{type(module).__name__} makes or changes its mask by itself: this family is not supported")
+            raise PMCError(
+                f"{type(module).__name__} makes or changes its mask by itself: this family is not supported"
+            )
         told = int(values[0])
     probed_layers.setdefault(module.layer_idx, []).append((told, sliding_window or None))
     heads = query.shape[1] // value.shape[1]
@@ -203,10 +215,15 @@ def _told(mask_function: Callable[..., Any]) -> int:
 
     try:
         window = int(seen(all_[:FAR], zero).long().cumprod(0).sum())  # the first tokens, which see all before them
-        if not (seen(near[:, None], near) <= (near <= near[:, None])).all() or seen(torch.tensor(FAR - 1), all_[FAR:]).any():
+        if (
+            not (seen(near[:, None], near) <= (near <= near[:, None])).all()
+            or seen(torch.tensor(FAR - 1), all_[FAR:]).any()
+        ):
             return 0
         for last in (FAR, FAR + 1, FAR + window // 2):  # of a chunk one of them sees fewer
-            if window < FAR and not torch.equal(seen(torch.tensor(last), all_), (all_ <= last) & (all_ > last - window)):
+            if window < FAR and not torch.equal(
+                seen(torch.tensor(last), all_), (all_ <= last) & (all_ > last - window)
+            ):
                 return -window
     except Exception:  # a function of one batch's numbers, such as where its image tokens are
         return 0

@@ -31,7 +31,6 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / f"sweep-{transformers.__version__}"
 PROMPTS = [[5, 7, 9, 11, 4], [3], [8, 8, 2, 30, 41, 17, 22, 6, 9]]  # and answers: longer than every window
 HOW: dict[str, Any] = {"num_samples": 4, "top_k": 0, "max_new_tokens": 14}
-TOLERANCE = 1e-5  # families round to float32 in norms, routers and rotary embeddings, whatever the model's dtype is
 
 
 def judge(family: str, **changes: Any) -> dict[str, str]:
@@ -39,16 +38,31 @@ def judge(family: str, **changes: Any) -> dict[str, str]:
     try:
         config = tiny(family, **changes)
         config._experts_implementation = "eager"  # the grouped kernels know no float64
-        model = build(config)
+        model = _running(build(config))
     except Exception as error:
-        return dict.fromkeys(("rollouts", "packed"), f"not built: {_brief(error)}")
-    try:
-        with torch.no_grad():
-            if not model(torch.tensor([PROMPTS[2]]), use_cache=False).logits.isfinite().all():
-                raise ValueError("its logits are not finite")
-    except Exception as error:
-        return dict.fromkeys(("rollouts", "packed"), f"not run: {_brief(error)}")
+        return dict.fromkeys(("rollouts", "packed"), f"not tried: {_brief(error)}")
     return {"rollouts": _outcome(_rollouts, model), "packed": _outcome(_packed, model)}
+
+
+@torch.no_grad()
+def _running(model: Any) -> Any:
+    """Return the model in float64, or in float32 where its own code can't do that."""
+    for dtype in (torch.float64, torch.float32):
+        try:
+            logits = model.to(dtype)(torch.tensor([PROMPTS[2]]), use_cache=False).logits
+        except RuntimeError:
+            if dtype == torch.float32:
+                raise
+        else:
+            break
+    if not logits.isfinite().all():
+        raise ValueError("its logits are not finite")
+    return model
+
+
+def _tolerance(model: Any) -> float:
+    """Families round to float32 in norms, routers and rotary embeddings, whatever the model's dtype is."""
+    return 1e-5 if next(model.parameters()).dtype == torch.float64 else 1e-3
 
 
 def _outcome(check: Any, model: Any) -> str:
@@ -86,11 +100,11 @@ def _rollouts(model: Any) -> str | None:
                 plain = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             plain = plain.double().log_softmax(-1)
             if of is None:
-                if (plain.amax(-1) - plain.gather(1, torch.tensor(tokens)[:, None])[:, 0]).max() > TOLERANCE:
+                if (plain.amax(-1) - plain.gather(1, torch.tensor(tokens)[:, None])[:, 0]).max() > _tolerance(model):
                     return "WRONG: a greedy token is not the plain forward's"
                 continue
             off = float((plain.gather(1, torch.tensor(tokens)[:, None])[:, 0] - torch.tensor(of)).abs().max())
-            if not off <= TOLERANCE:
+            if not off <= _tolerance(model):
                 return f"WRONG: log-probs of samples off by {off:.2g}"
     return note
 
@@ -115,12 +129,12 @@ def _packed(model: Any) -> str | None:
     theirs = sum(w * _loss(model, s) for w, s in zip(weights, sequences, strict=True))
     theirs_g = gradients(theirs)
     off = float((ours - theirs).abs())
-    if not off <= TOLERANCE * float(theirs.abs()):
+    if not off <= _tolerance(model) * float(theirs.abs()):
         return f"WRONG: loss off by {off:.2g}"
     if len(ours_g) != len(theirs_g):
         return "WRONG: gradients of other parameters"
     apart = float((ours_g - theirs_g).norm() / theirs_g.norm())
-    return None if apart <= 10 * TOLERANCE else f"WRONG: gradients off by {apart:.2g}"
+    return None if apart <= 10 * _tolerance(model) else f"WRONG: gradients off by {apart:.2g}"
 
 
 def _loss(model: Any, s: Encoded) -> torch.Tensor:

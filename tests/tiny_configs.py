@@ -34,8 +34,20 @@ RULES: list[tuple[str, int]] = [
 LAYERS = re.compile(r"num_hidden_layers|n_layers?$|num_layers$|(en|de)coder_layers$|num_blocks$|layers_per_stack")
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 KEPT = ("model_type", "mamba_expand", "expand", "num_mem_blocks", "n_langs")
-# what the rules can't know of a family
-EXTRA: dict[str, dict[str, Any]] = {}
+NONE = {"head_dim": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4,
+        "n_shared_experts": 1, "sliding_window": WINDOW}  # fmt: skip
+EXTRA: dict[str, dict[str, Any]] = {  # what the rules can't know of a family
+    "cpmant": {"position_bias_num_buckets": 512, "position_bias_max_distance": 2048, "segment_types": 32,
+               "prompt_types": 32},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"]},
+    "xmod": {"default_language": "en_XX"},
+}  # fmt: skip
 
 
 def tiny(family: str, **changes: Any) -> Any:
@@ -47,8 +59,7 @@ def tiny(family: str, **changes: Any) -> Any:
     for name in ("use_sliding_window", "is_decoder"):
         if name in small:
             small[name] = True
-    if small.get("sliding_window", 0) is None:
-        small["sliding_window"] = WINDOW
+    small |= {name: value for name, value in NONE.items() if small.get(name, 0) is None}
     return kind.from_dict(small | EXTRA.get(family, {}) | changes)
 
 
@@ -59,6 +70,9 @@ def _small(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in config.items():
         if name in KEPT or isinstance(value, bool):
             out[name] = value
+        elif name == "per_layer_config":
+            numbers = {old: f"{new:02}" for new, old in enumerate(chosen)}
+            out[name] = {numbers[int(i)]: _small(of) for i, of in (value or {}).items() if int(i) in numbers}
         elif isinstance(value, dict):
             out[name] = _small(value) if name.endswith(("config", "coder", "rope_parameters")) else value
         elif isinstance(value, list) and depths and len(value) == max(depths):

@@ -87,7 +87,9 @@ class Request:
 
     def longest(self) -> tuple[int, str]:
         """Return the most tokens that a prompt and its answer may take, masked ones counted, and which prompt it is."""
-        begins = [own[-1] + 1 if own else len(prompt) for prompt, own in zip(self.prompts, self.positions, strict=True)]
+        begins = [
+            own[-1] + 1 if own else len(prompt) for prompt, own in zip(self.prompts, self.positions, strict=True)
+        ]
         lengths = [begin + new for begin, new in zip(begins, self.max_new, strict=True)]
         most = max(lengths, default=0)
         return most, f"prompt {lengths.index(most)} and its answer" if lengths else ""
