@@ -131,12 +131,13 @@ class ModelStep:
         if layer not in self.pool:
             shape = (self._span, k.shape[1], k.shape[3])
             self.pool[layer] = (k.new_empty(shape), v.new_empty(shape))
+        size = v.shape[-1]
+        q, k, v = (t[0].transpose(0, 1) for t in (q, k, patching.widened(v, k)))
         k_pool, v_pool = self.pool[layer]
         made = decode_attention(
-            *(t[0].transpose(0, 1) for t in (q, k, patching.widened(v, k))),
-            k_pool, v_pool, self._index, scale=scale, softcap=softcap, window=window, backend=self._backend,
-        )  # fmt: skip
-        return made[None, ..., : v.shape[-1]]
+            q, k, v, k_pool, v_pool, self._index, scale=scale, softcap=softcap, window=window, backend=self._backend
+        )
+        return made[None, ..., :size]
 
     def pool_bytes(self) -> int:
         """Return the memory that the pool takes now."""
