@@ -52,9 +52,8 @@ class PackedPass:
         check_placement(base)
         self.base = base
         # the configuration tells one limit, `check` finds the others
-        self._recognised = Recognised(
-            name := type(base).__name__, (), *rope_limit(base.config.get_text_config(), name)
-        )
+        name = type(base).__name__
+        self._recognised = Recognised(name, (), *rope_limit(base.config.get_text_config(), name))
         self._layers = FastLayers(base, training=True)
         self._cuda_graphs = cuda_graphs
         self.graphs: PassGraphs | None = None
