@@ -1,5 +1,6 @@
 """What a model's output head is to `ops.weighted_nll`: weight, bias, softcap and scale."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,23 +84,50 @@ def read_head(model: Any) -> Head:
     )
 
 
-def _effective_weight(layer: Any) -> torch.Tensor:
-    if plain_type(layer) is torch.nn.Linear:
-        return layer.weight
-    name, base = type(layer).__name__, getattr(layer, "base_layer", layer)
-    if plain_type(base) is not torch.nn.Linear or not hasattr(layer, "lora_A"):
-        raise PMCError(f"the head is a {name}: pmc_fast needs torch.nn.Linear, or LoRA on one")
-    if layer.disable_adapters or layer.merged:
-        return base.weight
-    weight = base.weight
+def check_head(layer: Any, *, training: bool | None = None) -> None:
+    """Refuse a layer whose weight can't be formed: anything but torch.nn.Linear, or plain LoRA on one.
+
+    Parameters
+    ----------
+    layer : Module
+    training : bool, optional
+        Whether to judge it as in train mode, where LoRA has dropout; by default as it is.
+    """
+    base = getattr(layer, "base_layer", layer)
+    plain = plain_type(base) is torch.nn.Linear
+    if plain and (layer is base or (is_lora(layer) and (layer.disable_adapters or layer.merged))):
+        return
+    if not plain or not is_lora(layer):
+        raise PMCError(
+            f"the head is a {type(layer).__name__} of {type(layer).__module__}: pmc_fast needs torch.nn.Linear, or "
+            "PEFT's LoRA on one; leave lm_head out of the adapter's target_modules and modules_to_save, and the tied "
+            "embeddings' tokens too"
+        )
     for adapter in layer.active_adapters:
         if adapter not in layer.lora_A:
             continue
         dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
-        if (dropout and layer.training) or adapter in getattr(layer, "lora_variant", {}) or layer.lora_bias[adapter]:
+        drops = dropout and (layer.training if training is None else training)
+        if drops or adapter in getattr(layer, "lora_variant", {}) or layer.lora_bias[adapter]:
             raise PMCError(
                 f"the head's LoRA adapter {adapter!r} has dropout, a bias or is a variant: leave lm_head out"
             )
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        weight = weight + (layer.scaling[adapter] * (b @ a)).to(weight.dtype)
+
+
+def is_lora(layer: Any) -> bool:
+    """Return whether a layer is PEFT's LoRA around a linear one, and no other of its methods."""
+    lora = sys.modules.get("peft.tuners.lora.layer")  # a model that has such layers has imported it
+    return lora is not None and plain_type(layer) is lora.Linear
+
+
+def _effective_weight(layer: Any) -> torch.Tensor:
+    check_head(layer)
+    base = getattr(layer, "base_layer", layer)
+    weight = base.weight
+    if layer is base or layer.disable_adapters or layer.merged:
+        return weight
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_A:
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            weight = weight + (layer.scaling[adapter] * (b @ a)).to(weight.dtype)
     return weight

@@ -21,6 +21,7 @@ from .ops.weighted_nll import weighted_nll
 from .pass_graphs import PassGraphs
 from .recognition import CHECKED, Recognised, own_errors, recognise, rope_limit
 from .sharding import is_sharded
+from .supported import check_adapters, check_pass
 
 GRAPHED = ("cuda",)  # devices whose passes are replayed
 
@@ -81,8 +82,11 @@ class PackedPass:
         """
         if self._recognised.limited:
             self._recognised.require(int(pack.positions.max()) + 1, "a sequence")
+        call = self.base if model is None else model
+        check_pass(self.base, call)
+        check_adapters(call)
         device = self.base.get_input_embeddings().weight.device
-        replayed = self._replayed(pack, row_scale, self.base if model is None else model, device)
+        replayed = self._replayed(pack, row_scale, call, device)
         return replayed or self._compute(pack.to(device), row_scale.to(device), model=model)
 
     def _replayed(

@@ -19,8 +19,10 @@ from .packed_pass import PackedPass, causal_lm
 from .ranks import Ranks
 from .reward import Reward, rouge_l_recall
 from .rollout import RolloutEngine, add_counters
+from .sharding import is_sharded
 from .steps import Loss, Retain, Step
 from .store import BestStore
+from .supported import check_model
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +50,8 @@ class PMC:
     Raises
     ------
     PMCError
-        A question that leaves no room for an answer; a model that is not supported, by name, on first use;
+        A question that leaves no room for an answer; a model or adapter that is not supported, by name, here or on
+        first use;
         processes with different questions or settings.
 
     Notes
@@ -77,6 +80,7 @@ class PMC:
             raise PMCError(
                 f"config is a {type(config).__name__}: it must be a PMCConfig, such as PMCConfig(num_samples=10)"
             )
+        check_model(model)
         self.questions: list[Any] = questions_of(questions, "questions")
         self.model, self.config, self.ranks = model, config, Ranks(process_group)
         self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)
@@ -116,6 +120,8 @@ class PMC:
                 "PMC settings": self.config.algorithm(),
             }
         )
+        if not is_sharded(self.model):  # else at the first loss, which is given what gathers its weights
+            self._pass.check(self.autocast_dtype)
         mine = self.ranks.share(range(len(self.prompts)))
         made = self.engine(
             [self.prompts[i] for i in mine], num_samples=1, temperature=0, max_length=self.config.max_length,

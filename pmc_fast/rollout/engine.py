@@ -16,6 +16,7 @@ from ..ops.sample_nucleus import Draws, sample_nucleus
 from ..ranks import Ranks
 from ..recognition import Recognised, own_errors, recognise
 from ..sharding import Lockstep, is_sharded
+from ..supported import check_adapters
 from .inputs import StepInputs, StepTensors
 from .model_step import ModelStep
 from .request import Request
@@ -154,6 +155,7 @@ class RolloutEngine:
             self.model, prompts, num_samples, temperature, max_new_tokens, max_length, stream_ids, stop_ids, max_rows,
             pool_tokens, drafts, positions,
         )  # fmt: skip
+        check_adapters(self.model)  # each time: another may have been added
         if not self._checked:
             self._check()
             self._checked = True
