@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from .config import PMCConfig
 from .errors import PMCError
-from .master_weights import LOW
+from .master_weights import LOW, MasterWeights
 
 PURE_LOW_LR = 1e-4  # below it, nearly all updates of a bfloat16 weight round to nothing
 
@@ -128,6 +128,11 @@ def check_arguments(args: TrainingArguments, config: PMCConfig) -> list[str]:
             f"args is a {theirs[0].__name__}, whose own settings are another trainer's: use PMCArguments, or PMCConfig of "
             "pmc_fast.integrations.trl"
         )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise PMCError(f"{name} is {getattr(args, name)}: it must be at least 1")
+    if args.learning_rate < 0:
+        raise PMCError(f"learning_rate is {args.learning_rate:g}: it must be 0 or more")
     for name, (refuses, why) in REFUSED.items():
         value = getattr(args, name, None)
         if value is not None and refuses(value):
@@ -153,6 +158,14 @@ def check_arguments(args: TrainingArguments, config: PMCConfig) -> list[str]:
     return warnings
 
 
+def check_optimizer(args: TrainingArguments, model: Any) -> None:
+    """Refuse an optimizer that can't be made, before any work: its package may not be installed."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError) as error:
+        raise PMCError(f"optim is {_shown(args.optim)}: {str(error).splitlines()[0]}") from error
+
+
 def check_overrides(trainer: type) -> None:
     """Refuse a subclass that overrides what PMCTrainer does not call in training."""
     for name, instead in (("compute_loss", "training_step"), ("_get_train_sampler", "get_train_dataloader")):
@@ -169,18 +182,28 @@ def has_low_precision(model: Any) -> bool:
     return any(p.dtype in LOW for p in model.parameters() if p.requires_grad)
 
 
-def check_precision(model: Any, args: TrainingArguments) -> None:
-    """Refuse settings under which most updates of low-precision parameters are lost."""
-    masters = getattr(args, "master_weights", True)
-    if has_low_precision(model) and not masters and args.learning_rate < PURE_LOW_LR:
+def check_precision(model: Any, args: TrainingArguments, optimizer: Any = None) -> None:
+    """Refuse settings under which most updates of low-precision parameters are lost.
+
+    `optimizer` is one that was given: it has masters of its own, or none, and a learning rate of its own.
+    """
+    masters, rate = getattr(args, "master_weights", True), args.learning_rate
+    if optimizer is not None:
+        masters, rate = isinstance(optimizer, MasterWeights), max(group["lr"] for group in optimizer.param_groups)
+    if has_low_precision(model) and not masters and rate < PURE_LOW_LR:
         if getattr(args, "allow_pure_bf16", False):
             return
         raise PMCError(
-            f"learning_rate is {args.learning_rate:g} for bfloat16 parameters without float32 masters: most of their "
-            "updates would round to nothing; keep master_weights on, load the model in float32, or allow_pure_bf16"
+            f"learning_rate is {rate:g} for bfloat16 parameters without float32 masters: most of their updates would "
+            "round to nothing; keep master_weights on (and give no optimizer), load the model in float32, or "
+            "allow_pure_bf16"
         )
 
 
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
-    """Return what a run computes in under autocast."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    """Return what a run computes in under autocast; `accelerate launch --mixed_precision` tells it, too."""
+    name = args.mixed_precision
+    known = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in known:
+        raise PMCError(f"mixed precision is {name!r}: it must be one of {', '.join(known)}")
+    return known[name]

@@ -283,7 +283,7 @@ def _sampled(pmc: PMC) -> list[dict[str, Any]]:
 
 
 def _arguments(c: UnlearnConfig, loaded: models.LoadedModel, outcome: Outcome) -> PMCArguments:
-    return PMCArguments(
+    made = PMCArguments(
         output_dir=str(outcome.checkpoints),
         num_train_epochs=c.num_epochs,
         per_device_train_batch_size=c.batch_size,
@@ -302,6 +302,8 @@ def _arguments(c: UnlearnConfig, loaded: models.LoadedModel, outcome: Outcome) -
         disable_tqdm=True,
         report_to="none",
     )
+    made.mixed_precision = "no" if loaded.autocast_dtype is None else "bf16"  # a launcher's is not: dtype says it
+    return made
 
 
 def _trainer(

@@ -19,6 +19,7 @@ from .arguments import (
     autocast_dtype,
     check_arguments,
     check_inputs,
+    check_optimizer,
     check_overrides,
     check_precision,
     has_low_precision,
@@ -104,7 +105,9 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         for text in check_arguments(args, pmc_config):
             if args.process_index == 0:
                 logger.warning(text)
-        check_precision(model, args)
+        check_precision(model, args, optimizers[0])
+        if optimizers[0] is None and optimizer_cls_and_kwargs is None:
+            check_optimizer(args, model)
         if args.n_gpu > 1:
             args._n_gpu = 1  # the Trainer would wrap the model in DataParallel: use accelerate launch for more GPUs
         questions = questions_of(forget_dataset)
@@ -287,6 +290,12 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the Trainer's estimate counts padded input_ids, which there are none of
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a trial would begin from a model that another has trained."""
+        raise PMCError(
+            "hyperparameter_search is not supported: make a PMCTrainer, with a fresh model, for each trial"
+        )
 
     # --- optimizer
 

@@ -1,6 +1,7 @@
 """Every setting that people bring along to PMCTrainer is honoured, refused by name, or warned about."""
 
 import dataclasses
+import json
 import re
 
 import pandas
@@ -12,8 +13,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 import pmc_fast.pmc
 import pmc_fast.trainer
 from pmc_fast import PMCArguments, PMCConfig, PMCError, PMCTrainer
-from pmc_fast.arguments import ELSEWHERE, REFUSED, WITHOUT_EFFECT, check_arguments, check_overrides
-from tests.test_trainer import QUESTIONS, RETAIN, arguments, flat, fresh, trainer_of  # noqa: F401
+from pmc_fast.arguments import ELSEWHERE, REFUSED, WITHOUT_EFFECT, autocast_dtype, check_arguments, check_overrides
+from tests import jobs
+from tests.test_trainer import QUESTIONS, RETAIN, flat, fresh, trainer_of  # noqa: F401
+from tests.test_trainer import arguments as arguments_of
 
 
 class Given:
@@ -84,10 +87,10 @@ def test_settings_that_depend_on_others():
 
 def test_the_trainer_asks(fresh, tokenizer, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(PMCError, match=r"label_smoothing_factor is 0\.1"):
-        trainer_of(fresh(), tokenizer, arguments(tmp_path, label_smoothing_factor=0.1))
+        trainer_of(fresh(), tokenizer, arguments_of(tmp_path, label_smoothing_factor=0.1))
     said = []
     monkeypatch.setattr(pmc_fast.trainer.logger, "warning", said.append)
-    trainer_of(fresh(), tokenizer, arguments(tmp_path, data_seed=3))
+    trainer_of(fresh(), tokenizer, arguments_of(tmp_path, data_seed=3))
     assert said == ["data_seed is 3 and has no effect: the order of questions is PMCConfig.seed's"]
 
 
@@ -133,13 +136,13 @@ def test_the_documents_classify_every_setting_of_trls_sft(pytestconfig):
 
 
 def test_an_uneven_last_batch_is_dropped(fresh, tokenizer, tmp_path):  # noqa: F811
-    args = arguments(tmp_path, dataloader_drop_last=True, gradient_accumulation_steps=1, num_train_epochs=3)
+    args = arguments_of(tmp_path, dataloader_drop_last=True, gradient_accumulation_steps=1, num_train_epochs=3)
     trainer = trainer_of(fresh(), tokenizer, args)
     trainer.train()
     assert trainer.state.global_step == 6
     rates = [r["learning_rate"] for r in trainer.state.log_history if "learning_rate" in r]
     assert rates == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
-    args = arguments(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=6)
+    args = arguments_of(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=6)
     big = trainer_of(fresh(), tokenizer, args)
     with pytest.raises(PMCError, match="dataloader_drop_last leaves no batch of 5 questions"):
         big.train()
@@ -150,7 +153,7 @@ def test_tokens_are_counted_and_caches_emptied(fresh, tokenizer, tmp_path, monke
     pack = pmc_fast.pmc.pack
     monkeypatch.setattr(pmc_fast.pmc, "pack", lambda *a: packs.append(pack(*a)) or packs[-1])
     monkeypatch.setattr(pmc_fast.trainer, "clear_device_cache", lambda: emptied.append(1))
-    args = arguments(tmp_path, include_num_input_tokens_seen=True, torch_empty_cache_steps=2)
+    args = arguments_of(tmp_path, include_num_input_tokens_seen=True, torch_empty_cache_steps=2)
     trainer = trainer_of(fresh(), tokenizer, args)
     trainer.train()
     assert trainer.state.num_input_tokens_seen == sum(len(p) for of in packs for p in of) > 0
@@ -160,13 +163,13 @@ def test_tokens_are_counted_and_caches_emptied(fresh, tokenizer, tmp_path, monke
 
 def test_the_optimizers_class_is_honoured(fresh, tokenizer, tmp_path):  # noqa: F811
     own = (torch.optim.SGD, {"lr": 0.1})
-    trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path, max_steps=1), optimizer_cls_and_kwargs=own)
+    trainer = trainer_of(fresh(), tokenizer, arguments_of(tmp_path, max_steps=1), optimizer_cls_and_kwargs=own)
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
 
 
 def test_a_checkpoint_of_the_model_alone_is_not_resumed(fresh, tokenizer, tmp_path):  # noqa: F811
-    args = arguments(tmp_path, save_strategy="steps", save_steps=1, save_only_model=True)
+    args = arguments_of(tmp_path, save_strategy="steps", save_steps=1, save_only_model=True)
     trainer_of(fresh(), tokenizer, args).train()
     again = trainer_of(fresh(), tokenizer, args)
     reason = r"checkpoint-2 holds the model alone \(save_only_model\): a run can't go on from it"
@@ -177,19 +180,75 @@ def test_a_checkpoint_of_the_model_alone_is_not_resumed(fresh, tokenizer, tmp_pa
     assert re.search(reason, heard[2])
 
 
+def test_a_launchers_mixed_precision_is_bf16s(fresh, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    """`accelerate launch --mixed_precision bf16` tells it by the environment: rollouts must compute so as well."""
+    ends = []
+    for environment, given in (("no", {"bf16": True}), ("bf16", {}), ("no", {})):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+        trainer = trainer_of(fresh(), tokenizer, arguments_of(tmp_path, **given))
+        trainer.train()
+        ends.append((trainer.pmc.autocast_dtype, trainer.pmc.state_dict(), flat(trainer.model)))
+    ours, launched, single = ends
+    assert launched[:2] == ours[:2]
+    assert torch.equal(launched[2], ours[2])
+    assert not torch.equal(launched[2], single[2])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(PMCError, match="mixed precision is 'fp8': it must be one of no, bf16, fp16"):
+        autocast_dtype(arguments_of(tmp_path))
+
+
+def test_in_the_command_dtype_says_it(arguments, data, monkeypatch):
+    losses = []
+    for environment in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+        assert jobs.run(jobs.replaced([*arguments, "--no-evaluate"], output=str(data / environment))) == 0
+        report = json.loads((data / environment / "report.json").read_text())
+        losses.append([row["loss"] for row in report["history"]])
+    assert losses[0] == losses[1]
+
+
+def test_an_optimizer_of_ones_own_has_no_masters(fresh, tokenizer, tmp_path):  # noqa: F811
+    for rate, message in (
+        (1e-5, "learning_rate is 1e-05 for bfloat16 parameters without float32 masters"),
+        (1e-3, None),
+    ):
+        model = fresh().bfloat16()
+        own = (torch.optim.AdamW(model.parameters(), lr=rate), None)
+        if message is None:
+            trainer_of(model, tokenizer, arguments_of(tmp_path, learning_rate=1e-5), optimizers=own)
+        else:
+            with pytest.raises(PMCError, match=message):
+                trainer_of(model, tokenizer, arguments_of(tmp_path, learning_rate=1e-3), optimizers=own)
+
+
+def test_what_is_not_there_is_said_before_any_work(fresh, tokenizer, tmp_path):  # noqa: F811
+    for change, message in (
+        ({"optim": "schedule_free_adamw"}, "optim is 'schedule_free_adamw': You need to install `schedulefree`"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0: it must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0: it must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate is -1: it must be 0 or more"),
+    ):
+        with pytest.raises(PMCError, match=f"^{re.escape(message)}"):
+            trainer_of(fresh(), tokenizer, arguments_of(tmp_path, **change))
+    with pytest.raises(
+        PMCError, match="hyperparameter_search is not supported: make a PMCTrainer, with a fresh model"
+    ):
+        trainer_of(fresh(), tokenizer, arguments_of(tmp_path)).hyperparameter_search(n_trials=2)
+
+
 # --- what PMCTrainer is given
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_arguments_of_other_trainers(name, fresh, tokenizer, tmp_path):  # noqa: F811
     with pytest.raises(PMCError, match=f"^{name} is not an argument of PMCTrainer: {re.escape(ELSEWHERE[name])}$"):
-        PMCTrainer(fresh(), arguments(tmp_path), QUESTIONS, RETAIN, processing_class=tokenizer, **{name: None})
+        PMCTrainer(fresh(), arguments_of(tmp_path), QUESTIONS, RETAIN, processing_class=tokenizer, **{name: None})
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
-        trainer_of(fresh(), tokenizer, arguments(tmp_path), colour=1)
+        trainer_of(fresh(), tokenizer, arguments_of(tmp_path), colour=1)
 
 
 def test_arguments_of_another_kind(fresh, tokenizer, tiny_dir, tmp_path):  # noqa: F811
-    model, args, config = fresh(), arguments(tmp_path), PMCConfig()
+    model, args, config = fresh(), arguments_of(tmp_path), PMCConfig()
     for change, message in (
         ({"model": str(tiny_dir)}, "model is a str: load it, with AutoModelForCausalLM.from_pretrained"),
         ({"model": None}, "model is a NoneType"),
@@ -239,7 +298,7 @@ def test_overrides_that_training_does_not_call_are_refused(fresh, tokenizer, tmp
     with pytest.raises(
         PMCError, match=r"^Mine overrides compute_loss, which training does not call: override training_st"
     ):
-        Mine(fresh(), arguments(tmp_path), QUESTIONS, RETAIN, processing_class=tokenizer)
+        Mine(fresh(), arguments_of(tmp_path), QUESTIONS, RETAIN, processing_class=tokenizer)
     with pytest.raises(PMCError, match=r"^Ordered overrides _get_train_sampler"):
         check_overrides(Ordered)
     check_overrides(Fine)
@@ -249,7 +308,7 @@ def test_data_without_length(fresh, tokenizer, tmp_path):  # noqa: F811
     """Streams give the run that lists do."""
     ends = []
     for held in (list, iter):
-        trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path), held(QUESTIONS), held(RETAIN))
+        trainer = trainer_of(fresh(), tokenizer, arguments_of(tmp_path), held(QUESTIONS), held(RETAIN))
         trainer.train()
         ends.append(flat(trainer.model))
     assert torch.equal(*ends)
