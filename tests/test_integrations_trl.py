@@ -190,6 +190,27 @@ def test_dataset_forms(trainer_of, form):
     assert ours.retain == plain.retain
 
 
+def test_a_conversation_keeps_its_own_system_message(trainer_of, tokenizer, tmp_path):
+    """Training and rollouts see what TRL's SFTTrainer would: the template of the row's own messages."""
+
+    def said(n):
+        return [{"role": "system", "content": f"Be clerk {n}."}, {"role": "user", "content": f"Is {n} even?"}]
+
+    answer = [{"role": "assistant", "content": "It is."}]
+    forget = [{"prompt": said(n), "completion": answer} for n in range(3)]
+    retain = [{"messages": said(n) + answer} for n in range(3, 6)]
+    trainer = trainer_of(arguments(tmp_path, prompt_format="chat", max_length=100), forget, retain)
+    for n, (prompt, kept) in enumerate(zip(trainer.pmc.prompts, trainer.retain, strict=True)):
+        own = tokenizer.apply_chat_template(said(n), add_generation_prompt=True, return_dict=False)
+        assert prompt == own
+        whole = tokenizer.apply_chat_template(said(n + 3) + answer, return_dict=False)
+        assert kept.input_ids == whole
+        assert "It is." in tokenizer.decode([x for x in kept.labels if x != -100])
+    trainer.train()
+    stored = trainer.pmc._encode(0, trainer.pmc.store.answer(0)[0][0])
+    assert stored.input_ids[: len(trainer.pmc.prompts[0])] == trainer.pmc.prompts[0]
+
+
 def test_models_by_name_and_by_hand(tiny, tiny_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     by_name = PMCTrainer(str(tiny_dir), forget_dataset=rows(FORGET), retain_dataset=rows(RETAIN))
@@ -265,9 +286,12 @@ def test_refusals(trainer_of, tiny, tiny_dir, tmp_path):
         PMCError, match="quantization_config is not an argument of PMCTrainer: quantised weights are not"
     ):
         trainer_of(quantization_config=None)
-    for column, value in (("chat_template_kwargs", {"enable_thinking": False}), ("images", ["a.png"])):
+    tool = {"type": "function", "function": {"name": "look_up"}}
+    for column, value in (
+        ("chat_template_kwargs", {"enable_thinking": False}), ("images", ["a.png"]), ("tools", [tool]),
+    ):  # fmt: skip
         for name, given in (("forget", FORGET), ("retain", RETAIN)):
-            with pytest.raises(PMCError, match=f"{name}_dataset, row 2 has {column}, which are not supported"):
+            with pytest.raises(PMCError, match=f"{name}_dataset, row 2.*{column}"):
                 trainer_of(**{name: [{**given[0], column: None}, {**given[1], column: value}]})
     with pytest.raises(PMCError, match="peft_config is dict: it must be a"):
         trainer_of(peft_config=LORA)
