@@ -103,7 +103,9 @@ class UnlearnConfig(PMCConfig):
     """Settings of one unlearning run: the algorithm's, the optimizer's, and what to read and write."""
 
     model: str = _option("", "directory or hub id of the model (safetensors)")
-    forget: str = _option("", "questions to forget: a .jsonl, .json or .parquet file, or hub id:config")
+    forget: str = _option(
+        "", "questions to forget: a .jsonl, .json, .parquet, .csv or .tsv file, or owner/name:config of the hub"
+    )
     retain: str = _option("", "question-answer pairs to keep, likewise")
     output: str = _option("", "directory to write, new or empty")
     paraphrased: str = _option("", "forget questions in other words with their answers, for the evaluation")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pmc_fast import report
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Encoder, Row, collate
 from pmc_fast.data.packing import pack
@@ -230,6 +231,15 @@ def test_other_files_are_refused(tmp_path, split, change, message):
     assert "SECRET" not in str(refused.value)
     with pytest.raises(PMCError, match=r"tofu directory \./nowhere does not exist"):
         load_tofu("./nowhere", split)
+
+
+def test_breaks_in_logged_texts_do_not_end_lines(tmp_path):
+    """What an evaluation writes with log_text is written as it is, not escaped."""
+    row = {"set": "forget", "question": "A\u2028b\u0085c\x1cd", "nll_answer": 1.0, "nll_perturbed": [1.0]}
+    log = tmp_path / "rows.jsonl"
+    log.write_text(report.jsonl([row, row]), encoding="utf-8")
+    assert "\u2028" in log.read_text(encoding="utf-8")
+    assert read_retain_log(str(log), 2, "geometric").tolist() == [1.0, 1.0]
 
 
 def test_retain_logs(tmp_path):

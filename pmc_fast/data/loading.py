@@ -1,6 +1,9 @@
 """Reading question-answer rows from files and from the Hugging Face hub."""
 
+import csv
+import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +12,10 @@ from typing import Any
 from ..errors import PMCError
 from .records import Row, rows_of
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*(:[\w.-]+){0,2}|(:[\w.-]+){1,2})")  # owner/name or name, :config, :split
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_NO_REPOSITORY = (*SUFFIXES, ".txt", ".ndjson", ".gz", ".zip", ".zst", ".xlsx", ".arrow", ".yaml")  # a file, mistyped
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+){0,2}")  # owner/name, :config, :split
+_BLANK = re.compile(r"[ \t\n\r]*")
 
 
 def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = False) -> list[Row]:
@@ -19,8 +24,8 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
     Parameters
     ----------
     source : str or Path
-        A .jsonl, .json or .parquet file, or a hub id with an optional config and split,
-        ``locuslab/TOFU:forget10`` or ``name:config:split`` (split "train" by default).
+        A .jsonl, .json, .parquet, .csv or .tsv file, or a hub id with an optional config and split,
+        ``locuslab/TOFU:forget10`` or ``owner/name:config:split`` (split "train" by default).
     answers : bool
         Refuse rows without an answer.
     paraphrased : bool
@@ -40,8 +45,8 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
 
     Notes
     -----
-    JSON is read by Python itself: `datasets` would keep a copy of the file in its cache, infer
-    dates from strings, and could not name the row at fault.
+    Files are read by Python itself: `datasets` would keep a copy in its cache, infer dates from strings, and could
+    not name the row at fault. What comes from the hub is not cached either.
     """
     rows = rows_of(read_records(str(source)), str(source), answers=answers, paraphrased=paraphrased)
     if not rows:
@@ -52,48 +57,106 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
 def read_records(source: str) -> Iterator[Any]:
     """Yield the records of a file or hub id as they are, for columns that `load_rows` doesn't know."""
     path = Path(source)
-    if path.is_file():
+    if source and os.path.isdir(path):
+        files = sorted(f.name for f in path.iterdir() if f.suffix.lower() in SUFFIXES)[:3]
+        raise PMCError(
+            f"{source} is a directory: name the file ({', '.join(files) or 'none of a known kind is in it'})"
+        )
+    if source and os.path.exists(path):
         try:
             yield from _file_records(path)
-        except (OSError, ValueError) as error:  # JSON, Unicode and Arrow errors are ValueErrors
+        except (OSError, ValueError, RecursionError, csv.Error) as error:  # JSON's and Arrow's are ValueErrors
             raise PMCError(f"{source} can't be read: {error}") from error
-    elif path.suffix in SUFFIXES or not _HUB_ID.fullmatch(source):
-        raise PMCError(f"{source or '(no file)'} does not exist: give a {', '.join(SUFFIXES)} file or a hub id")
-    else:
-        yield from _hub_records(source)
+        return
+    owner = source.rpartition("/")[0]
+    if path.suffix.lower() in _NO_REPOSITORY or not _HUB_ID.fullmatch(source) or os.path.isdir(owner):
+        raise PMCError(
+            f"{source or '(no file)'} does not exist: give a {', '.join(SUFFIXES)} file, or a hub id as owner/name "
+            "(not looked up where a directory has the owner's name)"
+        )
+    yield from _hub_records(source)
 
 
 def _file_records(path: Path) -> Iterator[Any]:
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         try:
             from pyarrow import parquet
         except ImportError as error:
             raise ValueError("Parquet needs pyarrow: pip install 'pmc_fast[cli]'") from error
         yield from parquet.read_table(path).to_pylist()
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"line {number} is not JSON ({error.msg})") from error
-    elif path.suffix == ".json":
-        text = path.read_text(encoding="utf-8")
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":
-                raise
-            content = [json.loads(line) for line in text.splitlines() if line.strip()]  # as TOFU's files on the hub
-        if not isinstance(content, list):
-            raise ValueError("a .json file must hold a list of rows (one object a line is .jsonl)")
-        yield from content
+    elif suffix == ".jsonl":
+        yield from json_lines(read_text(path))
+    elif suffix == ".json":
+        values = list(_json_values(read_text(path)))
+        yield from values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    elif suffix in (".csv", ".tsv"):
+        yield from _table(read_text(path), "," if suffix == ".csv" else "\t")
     else:
         raise ValueError(f"the ending {path.suffix!r} is none of {', '.join(SUFFIXES)}")
 
 
+def read_text(path: Path) -> str:
+    """Return a file's text: UTF-8, also with a byte order mark, UTF-16 or UTF-32.
+
+    Raises
+    ------
+    ValueError
+        It is none of these; the line is named, not its text.
+    """
+    content = path.read_bytes()
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"line {line} is not {encoding.upper()}: convert the file (iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
+        ) from error
+
+
+def json_lines(text: str) -> Iterator[Any]:
+    """Yield the value of each line that is not blank; lines end at newlines alone, texts may hold other breaks."""
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line, object_pairs_hook=_object)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON ({getattr(error, 'msg', error)})") from error
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """Yield the values that follow each other: a list of rows, or an object a row, as in TOFU's files on the hub."""
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    at = _BLANK.match(text, 0).end()  # type: ignore[union-attr]  # it matches nothing, too
+    while at < len(text):
+        value, at = decoder.raw_decode(text, at)
+        yield value
+        at = _BLANK.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the name {next(n for n in names if names.count(n) > 1)!r} twice")
+    return made
+
+
+def _table(text: str, delimiter: str) -> Iterator[dict[str, str]]:
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names = next(lines, [])
+    if len(set(names)) < len(names):
+        raise ValueError("the first line must name the columns, each once")
+    for fields in lines:
+        if fields and len(fields) != len(names):
+            raise ValueError(f"line {lines.line_num} has {len(fields)} fields and the first {len(names)}")
+        if fields:
+            yield dict(zip(names, fields, strict=True))
+
+
 def _hub_records(source: str) -> Iterator[Any]:
+    """Yield a data set's rows as they come: streamed ones leave no copy of their texts in any cache."""
     try:
         import datasets
     except ImportError as error:
@@ -101,7 +164,7 @@ def _hub_records(source: str) -> Iterator[Any]:
     name, *rest = source.split(":")
     config, split = [*rest, None, None][:2]
     try:
-        yield from datasets.load_dataset(name, config, split=split or "train")
+        yield from datasets.load_dataset(name, config, split=split or "train", streaming=True)
     except Exception as error:  # offline, no such data set, no such config: each has a class of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PMCError(f"{source} is no file here and can't be loaded from the hub: {reason}") from error

@@ -1,5 +1,6 @@
 """What unlearning did to text that has nothing to do with it: perplexity, and words that became rarer."""
 
+import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import torch
 
 from ..data import Encoded
 from ..data.encoding import IGNORED
+from ..data.loading import read_text
 from ..data.packing import Pack, pack
 from ..errors import NotFiniteError, PMCError
 from ..models import autocast, eval_mode
@@ -37,10 +39,10 @@ class TokenMass:
 
 
 def load_text(source: str | Path) -> str:
-    """Read a text file, UTF-8, as one text."""
+    """Read a text file, UTF-8 or UTF-16, as one text."""
     try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = io.StringIO(read_text(Path(source)), newline=None).read()
+    except (OSError, ValueError) as error:
         raise PMCError(f"text {source} can't be read: {error}") from error
     if not text.strip():
         raise PMCError(f"text {source} is empty: give a file of plain text")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..data import Question, Row, read_records, rows_of
-from ..data.loading import SUFFIXES
+from ..data.loading import SUFFIXES, json_lines, read_text
 from ..errors import PMCError
 from .suite import EvalSet, evaluate
 from .tofu_metrics import (
@@ -58,7 +58,7 @@ def load_tofu(source: str, split: str, limit: int = 0) -> list[TofuSet]:
     ----------
     source : str
         A directory with SPLIT_perturbed, retain_perturbed, real_authors_perturbed and world_facts_perturbed
-        (.jsonl, .json or .parquet), or the hub id locuslab/TOFU. SPLIT's own file holds the same pairs.
+        (in any format that `load_rows` reads), or the hub id locuslab/TOFU. SPLIT's own file holds the same pairs.
     split : str
         forget01, forget05 or forget10.
     limit : int
@@ -108,7 +108,7 @@ def _file(source: str, name: str) -> str:
         return f"{source}:{name}"
     files = [f for suffix in SUFFIXES if (f := directory / f"{name}{suffix}").is_file()]
     if not files:
-        raise PMCError(f"tofu {source} has no {name}.jsonl, .json or .parquet: give a directory of TOFU's files")
+        raise PMCError(f"tofu {source} has no {name}{', '.join(SUFFIXES)}: give a directory of TOFU's files")
     return str(files[0])
 
 
@@ -216,11 +216,10 @@ def read_retain_log(file: str, count: int, variant: Variant) -> np.ndarray:
     """
     kolmogorov_smirnov()  # refuse now what could not be tested after hours
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = read_text(Path(file))
         ratios = _open_unlearning_ratios(text, variant)
         if ratios is None:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-            mine = [r for r in records if r.get("set") == "forget" and r.get("model", "after") == "after"]
+            mine = [r for r in json_lines(text) if r.get("set") == "forget" and r.get("model", "after") == "after"]
             ratios = _ratios(mine, variant) if mine else np.zeros(0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PMCError(
