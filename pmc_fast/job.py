@@ -34,7 +34,7 @@ from .evaluation import (
 )
 from .outcome import Outcome, WholeModel
 from .packed_pass import PackedPass, causal_lm
-from .pmc import PMC
+from .pmc import PMC, cut_warning
 from .printable import row_numbers
 from .profiling import NAME as TRACE
 from .profiling import StepProfiler
@@ -60,6 +60,7 @@ class Plan:
     paraphrases: list[Question | None]  # of the forget questions, for skip_known_forgotten
     text: SideEffects | None  # unrelated, for the evaluation
     kept: list[int]  # the forget questions that are trained on, from 0
+    cut: dict[str, list[int]]  # rows whose answers max_length cuts, by their source
     warnings: list[str] = field(default_factory=list)
 
     def keep(self, kept: list[int], monitor: Monitor) -> None:
@@ -100,15 +101,18 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     forget = load_rows(config.forget)
     retain = load_rows(config.retain, answers=True)
     tokenizer = models.load_tokenizer(config.model)
-    encoder = Encoder(tokenizer, config)
+    warnings = models.check_config(config.model, tokenizer, config.max_length)
+    generation_config = None if config.accidents else models.load_generation_config(config.model)
+    encoder = Encoder(tokenizer, config, generation_config)
+    warnings += encoder.warnings
     config = dataclasses.replace(config, prompt_format=encoder.format)
     # the evaluation alone sees the forget answers: training gets the questions
     sets = load_sets(config, forget, retain) if config.evaluate else []
     every = [EvalSet(config.forget, "forget", forget), EvalSet(config.retain, "keep", retain)]
     every += [s for s in sets if s.name not in ("forget", "retain")]
-    for s in every:
-        encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
-    warnings = check_sets(every, allow_overlap=config.allow_overlap)
+    cut = {s.name: rows for s in every if (rows := encoder.check_lengths(s.name, s.pairs))}
+    warnings += [encoder.cut_warning(s.name, cut[s.name], len(s.rows)) for s in every if s.name in cut]
+    warnings += check_sets(every, allow_overlap=config.allow_overlap)
     check_attacks(encoder, sets, leakage_settings(config))
     text = None
     if config.side_effects_text:
@@ -120,7 +124,7 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     schedule = Schedule.plan(config, len(forget), launched()[1])
     everything = list(range(len(forget)))
     warnings += _few_steps(schedule)
-    return Plan(config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, warnings)
+    return Plan(config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, cut, warnings)
 
 
 def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outcome | None = None) -> dict[str, Any]:
@@ -202,7 +206,10 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         rows.extend({"model": when, **row} for row in numbers)
 
     with stages("initial answers"):
-        initial = dict(zip(plan.kept, pmc.prepare(), strict=True))
+        initial = dict(zip(plan.kept, pmc.prepare(warn=lambda text: None), strict=True))  # `check` said the others
+        if cut := [plan.kept[number - 1] + 1 for number in pmc.cut_answers]:
+            plan.warnings.append(cut_warning(cut, len(initial), config.max_length))
+            monitor.warn(plan.warnings[-1])
     said.update((plan.forget[i].question, y) for i, y in initial.items())
     if config.evaluate:
         left_out = [i for i in range(len(plan.forget)) if i not in initial]
@@ -224,6 +231,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         "settings": dataclasses.asdict(config),
         "questions": len(plan.forget),
         "retain_rows": len(plan.retain),
+        "cut": {source: len(rows) for source, rows in plan.cut.items()} | {"initial answers": len(pmc.cut_answers)},
         "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",
         "versions": versions(),
         "machine": machine(),
