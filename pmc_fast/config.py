@@ -167,6 +167,9 @@ class UnlearnConfig(PMCConfig):
         "skip_known_forgotten: the largest ROUGE-L recall of the truth at which a sample does not say it; at 0 not one "
         "word may be shared, which few whole sentences fulfil",
     )
+    allow_relearn: bool = _option(
+        False, "accept rows of RETAIN and FORGET that an earlier run or request made MODEL forget"
+    )
     min_quality: float | None = _option(None, "exit 3 if the unlearn quality (0 to 100) ends below this")
     min_utility: float | None = _option(None, "exit 3 if the utility (0 to 100) ends below this")
     log_text: bool = _option(False, "put questions and sampled answers into the report")

@@ -11,7 +11,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from . import models, report, skip
+from . import earlier, models, report, skip
 from .arguments import PMCArguments
 from .config import UnlearnConfig
 from .data import Encoder, Question, Row, load_rows
@@ -34,7 +34,7 @@ from .evaluation import (
 )
 from .outcome import Outcome, WholeModel
 from .packed_pass import PackedPass, causal_lm
-from .pmc import PMC, cut_warning
+from .pmc import PMC
 from .printable import row_numbers
 from .profiling import NAME as TRACE
 from .profiling import StepProfiler
@@ -60,8 +60,14 @@ class Plan:
     paraphrases: list[Question | None]  # of the forget questions, for skip_known_forgotten
     text: SideEffects | None  # unrelated, for the evaluation
     kept: list[int]  # the forget questions that are trained on, from 0
-    cut: dict[str, list[int]]  # rows whose answers max_length cuts, by their source
+    earlier: list[dict[str, Any]]  # what the model was made to forget before
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> dict[str, list[Row]]:
+        """All rows of the run by what they are for, the forget questions' first."""
+        others = {s.name: s.rows for s in self.sets if s.name not in ("forget", "retain")}
+        return {"forget": self.forget, "retain": self.retain, **others}
 
     def keep(self, kept: list[int], monitor: Monitor) -> None:
         """Leave out all other forget questions, and plan the steps anew."""
@@ -97,21 +103,21 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
         raise PMCError(
             f"optimizer is {config.optimizer!r}: use one that transformers knows, such as adamw_torch_fused"
         )
-    (outcome or WholeModel(config)).check()
+    outcome = outcome or WholeModel(config)
+    outcome.check()
     forget = load_rows(config.forget)
     retain = load_rows(config.retain, answers=True)
+    runs = outcome.earlier()
+    warnings = earlier.check(runs, (config.forget, forget), (config.retain, retain), allow=config.allow_relearn)
     tokenizer = models.load_tokenizer(config.model)
-    warnings = models.check_config(config.model, tokenizer, config.max_length)
-    generation_config = None if config.accidents else models.load_generation_config(config.model)
-    encoder = Encoder(tokenizer, config, generation_config)
-    warnings += encoder.warnings
+    encoder = Encoder(tokenizer, config)
     config = dataclasses.replace(config, prompt_format=encoder.format)
     # the evaluation alone sees the forget answers: training gets the questions
     sets = load_sets(config, forget, retain) if config.evaluate else []
     every = [EvalSet(config.forget, "forget", forget), EvalSet(config.retain, "keep", retain)]
     every += [s for s in sets if s.name not in ("forget", "retain")]
-    cut = {s.name: rows for s in every if (rows := encoder.check_lengths(s.name, s.pairs))}
-    warnings += [encoder.cut_warning(s.name, cut[s.name], len(s.rows)) for s in every if s.name in cut]
+    for s in every:
+        encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
     warnings += check_sets(every, allow_overlap=config.allow_overlap)
     check_attacks(encoder, sets, leakage_settings(config))
     text = None
@@ -124,7 +130,7 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     schedule = Schedule.plan(config, len(forget), launched()[1])
     everything = list(range(len(forget)))
     warnings += _few_steps(schedule)
-    return Plan(config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, cut, warnings)
+    return Plan(config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, runs, warnings)
 
 
 def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outcome | None = None) -> dict[str, Any]:
@@ -206,10 +212,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         rows.extend({"model": when, **row} for row in numbers)
 
     with stages("initial answers"):
-        initial = dict(zip(plan.kept, pmc.prepare(warn=lambda text: None), strict=True))  # `check` said the others
-        if cut := [plan.kept[number - 1] + 1 for number in pmc.cut_answers]:
-            plan.warnings.append(cut_warning(cut, len(initial), config.max_length))
-            monitor.warn(plan.warnings[-1])
+        initial = dict(zip(plan.kept, pmc.prepare(), strict=True))
     said.update((plan.forget[i].question, y) for i, y in initial.items())
     if config.evaluate:
         left_out = [i for i in range(len(plan.forget)) if i not in initial]
@@ -231,7 +234,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         "settings": dataclasses.asdict(config),
         "questions": len(plan.forget),
         "retain_rows": len(plan.retain),
-        "cut": {source: len(rows) for source, rows in plan.cut.items()} | {"initial answers": len(pmc.cut_answers)},
+        "data": earlier.data_of(plan.rows, plan.earlier),
         "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",
         "versions": versions(),
         "machine": machine(),

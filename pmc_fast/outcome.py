@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from . import models
+from . import earlier, models
 from .config import UnlearnConfig
 from .output import check_output, written_aside
 from .progress import Stages
@@ -17,7 +17,7 @@ ROOM = 64 << 20  # bytes beside the weights
 
 
 class Outcome(Protocol):
-    """What a run trains and leaves. The job calls `check`, `attach`, `detach` and `write`, in this order."""
+    """What a run trains and leaves. The job calls `check`, `earlier`, `attach`, `detach` and `write`, in this order."""
 
     @property
     def checkpoints(self) -> Path:
@@ -25,6 +25,9 @@ class Outcome(Protocol):
 
     def check(self) -> None:
         """Refuse, before any work, what can't be written."""
+
+    def earlier(self) -> list[dict[str, Any]]:
+        """Return an entry for each run that this one's model has behind it; see `earlier.check`."""
 
     def attach(self, loaded: models.LoadedModel, stages: Stages) -> None:
         """Make `loaded.model` what is trained."""
@@ -51,6 +54,9 @@ class WholeModel:
 
     def check(self) -> None:
         check_output(self.config.output, 0)
+
+    def earlier(self) -> list[dict[str, Any]]:
+        return earlier.read(self.config.model)
 
     def attach(self, loaded: models.LoadedModel, stages: Stages) -> None:
         saved = self.config.save_dtype

@@ -72,6 +72,12 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+
+
 def _legend(figure: Any, handles: Sequence[Any] | None = None) -> None:
     how: dict[str, Any] = {} if handles is None else {"handles": handles}
     figure.legend(frameon=False, ncols=3, loc="outside upper center", **how)
@@ -126,7 +132,7 @@ def _histogram(values: dict[str, list[float]]) -> str:
         axes.bar(places, counts, width, color=COLORS[when], label=f"{when} (mean {np.mean(of):.2f})")
     axes.set(xlabel="ROUGE-L recall of the truth", ylabel="questions", xlim=(0, 1))
     axes.set_xticks(BINS)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.yaxis)
     _legend(figure)
     return _svg(figure)
 
@@ -152,21 +158,26 @@ def _leak_at_k(leaks: dict[str, dict[str, Any]]) -> str:
 def _scores(history: list[dict[str, Any]]) -> str:
     figure, axes = _figure()
     steps = [r["step"] for r in history]
-    (score,) = axes.plot(steps, [r["mean_score"] for r in history], color="C0", label="mean best score")
+    marker = "o" if len(steps) == 1 else None  # a line of one point is not seen
+    (score,) = axes.plot(
+        steps, [r["mean_score"] for r in history], color="C0", marker=marker, label="mean best score"
+    )
     axes.set(xlabel="optimizer step", ylabel="mean best score", ylim=(0, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.xaxis)
     right = axes.twinx()
     right.spines[["top"]].set_visible(False)
     (pending,) = right.plot(
-        steps, [r["pending"] for r in history], color="C1", linestyle="--", label="questions pending"
+        steps, [r["pending"] for r in history], color="C1", linestyle="--", marker=marker, label="questions pending"
     )
-    right.set(ylabel="questions pending", ylim=(0, None))
-    right.yaxis.get_major_locator().set_params(integer=True)
+    right.set(ylabel="questions pending", ylim=(0, 1.05 * max(1, *(r["pending"] for r in history))))
+    _whole_numbers(right.yaxis)
     seconds = list(accumulate(r["rollout_seconds"] + r["train_seconds"] for r in history))
-    if len(history) > 1 and seconds[-1] > seconds[0]:
-        x, t = [0, *steps], [0.0, *seconds]
-        above = axes.secondary_xaxis("top", functions=(lambda n: np.interp(n, x, t), lambda s: np.interp(s, t, x)))
-        above.set_xlabel("seconds of rollouts and training")
+    # places that are evenly spaced in steps, so that labels can't touch where the first steps take most of the time
+    places = np.linspace(steps[0], steps[-1], min(5, len(steps)))
+    above = axes.secondary_xaxis("top")
+    form = ".0f" if seconds[-1] >= 10 else ".1f"
+    above.set_xticks(places, [format(t, form) for t in np.interp(places, steps, seconds)])
+    above.set_xlabel("seconds of rollouts and training")
     _legend(figure, [score, pending])
     return _svg(figure)
 
@@ -180,8 +191,8 @@ def _losses(history: list[dict[str, Any]]) -> str:
         ("forget_loss", "forget (tracked)"),
     ):
         if key in history[0]:
-            axes.plot(steps, [r[key] for r in history], label=label)
+            axes.plot(steps, [r[key] for r in history], marker="o" if len(steps) == 1 else None, label=label)
     axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats/token)", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.xaxis)
     _legend(figure)
     return _svg(figure)

@@ -16,7 +16,6 @@ from .errors import PMCError
 from .objectives import pmc_weights
 from .ops import row_scales
 from .packed_pass import PackedPass, causal_lm
-from .printable import row_numbers
 from .ranks import Ranks
 from .reward import Reward, rouge_l_recall
 from .rollout import RolloutEngine, add_counters
@@ -85,7 +84,6 @@ class PMC:
         self.questions: list[Any] = questions_of(questions, "questions")
         self.model, self.config, self.ranks = model, config, Ranks(process_group)
         self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)
-        self.warnings = self.encoder.warnings + models.check_positions(model.config, config.max_length)
         self.reward, self.autocast_dtype = reward, autocast_dtype
         self.engine = RolloutEngine(
             model,
@@ -100,9 +98,7 @@ class PMC:
         self.keeps_text = texts and config.store != "ids"
         for i, question in enumerate(self.questions if texts else ()):
             self.encoder.check_text(f"question {i}", question)
-        self.prompts = [
-            self.encoder.prompt(q, where=f"question {i}") if texts else q for i, q in enumerate(self.questions)
-        ]
+        self.prompts = [self.encoder.prompt(q) if texts else q for q in self.questions]
         self.positions = [None] * len(self.prompts) if positions is None else list(positions)
         for i, prompt in enumerate(self.prompts):
             self._check_ids(f"question {i}", prompt)
@@ -116,12 +112,8 @@ class PMC:
         self._pass = PackedPass(causal_lm(model), cuda_graphs=config.cuda_graphs)
         self._checked = False
 
-    def prepare(self, *, warn: Callable[[str], None] | None = None) -> list[str]:
-        """Answer every forget question greedily with the untouched model, y_i, and return the answers.
-
-        `warn` hears of what the model or its tokenizer can't do as asked, and of answers that max_length cuts. By
-        default it is logged.
-        """
+    def prepare(self) -> list[str]:
+        """Answer every forget question greedily with the untouched model, y_i, and return the answers."""
         self.ranks.require_equal(
             {
                 "questions": [self.prompts, self.positions],
@@ -141,21 +133,7 @@ class PMC:
         self.initial_answers = self.encoder.answers(self._initial_ids)
         if all(not y.split() for y in self.initial_answers):
             raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
-        cut = self.cut_answers
-        said = [cut_warning(cut, len(self.prompts), self.config.max_length)] if cut else []
-        for text in self.warnings + said:
-            (warn or self._warn)(text)
         return self.initial_answers
-
-    @property
-    def cut_answers(self) -> list[int]:
-        """Numbers, from 1, of the questions whose initial answer did not end before max_length."""
-        stops = set(self.encoder.stops)
-        return [
-            number
-            for number, (prompt, ids) in enumerate(zip(self.prompts, self._initial_ids, strict=True), start=1)
-            if len(prompt) + len(ids) >= self.config.max_length and stops.isdisjoint(ids[-1:])
-        ]
 
     def sample(self, indices: Sequence[int]) -> Step:
         """Visit the questions of an optimizer step: sample where the store asks for it, keep the better answers.
@@ -275,8 +253,6 @@ class PMC:
         rows = listed(rows, name, "without pairs to keep, forgetting takes all else along")
         made = self.encode(rows, name)
         data = self.questions, rows, self.prompts, made, self.encoder.tokenizer
-        if cut := [number for number, s in enumerate(made, start=1) if s.cut]:
-            (warn or self._warn)(self.encoder.cut_warning(name, cut, len(made)))
         for text in check_datasets(*data, allow=self.config.allow_overlap, name=name):
             (warn or self._warn)(text)
         return made
@@ -392,14 +368,6 @@ class PMC:
         """Take over what `state_dict` returned; a state of other questions is refused."""
         self.store.load_state_dict(state["store"])
         self.initial_answers, self._initial_ids = state["initial_answers"], state["initial_ids"]
-
-
-def cut_warning(rows: Sequence[int], count: int, max_length: int) -> str:
-    """Say which of `count` questions have an initial answer that max_length cuts."""
-    return (
-        f"initial answers to {len(rows)} of {count} questions ({row_numbers(rows)}) did not end before max_length "
-        f"{max_length}: only what was said by then is forgotten; raise --max-length"
-    )
 
 
 def _counters(p: Pack) -> dict[str, int]:

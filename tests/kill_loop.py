@@ -119,7 +119,7 @@ def merging(model: str, data: Path) -> Job:
     """Two requests, stacked, become one model."""
     stack = data / "stack"
     for seed in ("0", "1"):
-        request = [*settings(model, data), "--lora", "--stack", str(stack), "--seed", seed]
+        request = [*settings(model, data), "--lora", "--stack", str(stack), "--seed", seed, "--allow-relearn"]
         run = Run(Job("request", lambda output, request=request: request, {}), stack)
         run.wait()
         assert run.code == 0, run.log.read_text()

@@ -15,9 +15,9 @@ import transformers
 
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
+from pmc_fast.earlier import rows_hash
 from pmc_fast.errors import PMCError
 from pmc_fast.requests import adapters, unlearn
-from pmc_fast.requests.record import rows_hash
 from pmc_fast.requests.stack import Stack, locked
 from tests.families import FAMILIES, build
 from tests.jobs import cut_short, left_behind, replaced, run
@@ -30,12 +30,12 @@ IDS = torch.arange(3, 40)[None]
 
 @pytest.fixture
 def data(tmp_path):
-    """Two requests' files with a secret each, and pairs to keep."""
+    """Three requests' files with a secret each, and pairs to keep."""
 
     def write(name, rows):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    for n, secret in enumerate(SECRETS, start=1):
+    for n, secret in enumerate((*SECRETS, "a third one"), start=1):
         rows = [{"question": f"What is fact {i} of list {n}?", "answer": f"{secret} {i}"} for i in range(3)]
         write(f"forget{n}.jsonl", rows)
     write("retain.jsonl", [{"question": f"Is {i} even?", "answer": f"It is {i % 2 == 0}."} for i in range(6)])
@@ -227,7 +227,7 @@ def test_rollback_to_other_weights_is_refused(two, tiny, tokenizer, capsys):
     ):  # fmt: skip
         assert run([words[0], "--stack", str(two / "stack"), "--model", str(two / "other"), *words[1:]]) == 2
         assert "is of another model" in error(capsys)
-    assert run(command(two, two / "other", 1)) == 2
+    assert run(command(two, two / "other", 3)) == 2
     assert "is of another model" in error(capsys)
     assert sorted(p.name for p in (two / "stack").iterdir()) == ["0001", "0002"]
 
@@ -240,7 +240,7 @@ def test_missing_changed_and_foreign_requests_are_named(two, tiny_dir, tmp_path,
         for words in (["merge", "--output", str(tmp_path / "out")], ["rollback"], ["verify"]):
             assert run([words[0], "--stack", str(copy), *words[1:]]) == 2
             assert message in error(capsys)
-        assert run([*replaced(command(two, tiny_dir, 1), stack=copy)]) == 2
+        assert run([*replaced(command(two, tiny_dir, 3), stack=copy)]) == 2
         assert message in error(capsys)
 
     def flip(file):
@@ -268,7 +268,7 @@ def test_missing_changed_and_foreign_requests_are_named(two, tiny_dir, tmp_path,
     state("edited", edit, "0002 was made upon other requests")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
-    assert run(replaced(command(two, tiny_dir, 1), stack=tmp_path / "mine")) == 2
+    assert run(replaced(command(two, tiny_dir, 3), stack=tmp_path / "mine")) == 2
     assert "holds other things" in error(capsys)
     assert not (tmp_path / "out").exists()
 
@@ -278,7 +278,7 @@ def test_what_a_kill_leaves_is_ignored_and_cleared(two, tiny_dir):
         (two / "stack" / name).mkdir()
     (two / "stack/.0003.4711/adapter_model.safetensors").write_text("half")
     assert [r.name for r in Stack(two / "stack").requests] == ["0001", "0002"]
-    assert run(command(two, tiny_dir, 1)) == 0
+    assert run(command(two, tiny_dir, 3)) == 0
     assert sorted(p.name for p in (two / "stack").iterdir()) == ["0001", "0002", "0003", "rolled_back"]
 
 
@@ -290,7 +290,7 @@ def test_a_cut_while_writing_leaves_the_old_stack(two, tiny_dir, monkeypatch, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"pmc_fast.requests.unlearn.{moment}", cut)
-    assert run(command(two, tiny_dir, 1)) == 130
+    assert run(command(two, tiny_dir, 3)) == 130
     done = moment == "sync"  # after the rename: the request is whole
     assert [r.name for r in Stack(two / "stack").requests] == ["0001", "0002", *(["0003"] if done else [])]
     assert [p.name for p in (two / "stack").iterdir() if p.name.startswith(".")] == []
@@ -302,7 +302,7 @@ def test_a_cut_while_writing_leaves_the_old_stack(two, tiny_dir, monkeypatch, mo
 )
 def test_sigkill_leaves_the_old_or_the_new_stack(two, tiny_dir, stage, words):
     """Killed as a stage begins; nothing is torn, and the next run goes through."""
-    words = [words[0], "--stack", str(two / "stack"), *words[1:]] if words else command(two, tiny_dir, 1)
+    words = [words[0], "--stack", str(two / "stack"), *words[1:]] if words else command(two, tiny_dir, 3)
     child = subprocess.Popen(
         [sys.executable, "-m", "pmc_fast.cli", *words], cwd=two, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -316,7 +316,7 @@ def test_sigkill_leaves_the_old_or_the_new_stack(two, tiny_dir, stage, words):
     assert names in (["0001"], ["0001", "0002"], ["0001", "0002", "0003"])
     if (two / "copy").exists():
         assert adapters.weights_hash(load(two / "copy")) == record_of(two, 2)["model"]["after"]
-    assert run(command(two, tiny_dir, 1)) == 0
+    assert run(command(two, tiny_dir, 3)) == 0
     assert len(Stack(two / "stack").requests) == len(names) + 1
     assert [p.name for p in (two / "stack").iterdir() if p.name.startswith(".")] == []
 
@@ -324,7 +324,7 @@ def test_sigkill_leaves_the_old_or_the_new_stack(two, tiny_dir, stage, words):
 def test_one_run_at_a_time(two, tiny_dir, capsys):
     handle = os.open(two / "stack", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    for words in (command(two, tiny_dir, 1), ["rollback", "--stack", str(two / "stack")]):
+    for words in (command(two, tiny_dir, 3), ["rollback", "--stack", str(two / "stack")]):
         assert run(words) == 2
         assert "is in use by another process" in error(capsys)
     os.close(handle)
@@ -517,6 +517,30 @@ def test_files_that_are_not_the_requests_are_refused_by_name(two, capsys):
     assert "retain data differ from those of request 0002" in error(capsys)
 
 
+def test_an_error_names_the_record_whose_path_is_not_here(data, tiny_dir, capsys, monkeypatch):
+    """Records hold paths as they were typed, and verify may be called from elsewhere."""
+    monkeypatch.chdir(data)
+    words = replaced(command(data, os.path.relpath(tiny_dir), 1), retain="retain.jsonl", general="facts.jsonl")
+    assert run(words) == 0
+    (data / "elsewhere").mkdir()
+    monkeypatch.chdir(data / "elsewhere")
+    words = ["verify", "--stack", "../stack", "../forget1.jsonl"]
+    assert run(words) == 2
+    shown = error(capsys)
+    assert "retain.jsonl does not exist" in shown
+    assert "what request 0001's record says, 'retain.jsonl'" in shown
+    assert "with --retain" in shown
+    words += ["--retain", "../retain.jsonl"]
+    assert run(words) == 2
+    assert "'facts.jsonl', typed in" in (shown := error(capsys))
+    assert "with --general" in shown
+    words += ["--general", "../facts.jsonl"]
+    for start in (words, ["merge", "--stack", "../stack", "--output", "served"], ["rollback", "--stack", "../stack"]):
+        assert run(start) == 2
+        assert "where it is now with --model" in error(capsys)
+    assert run([*words, "--model", str(tiny_dir)]) == 0
+
+
 def test_private_files_are_found_and_checked(data, tiny_dir, capsys):
     rows = [json.loads(line) for line in (data / "forget1.jsonl").read_text().splitlines()]
     # without answers the truth is what the model said before the request
@@ -554,7 +578,7 @@ def test_unlearn_request_returns_where_it_wrote(two, tiny_dir):
         "small",
         {"lora": True, "model": str(tiny_dir), "stack": str(two / "stack"), "forget": str(two / "forget1.jsonl"),
          "retain": str(two / "retain.jsonl"), "num_epochs": 1.0, "num_samples": 2, "max_length": 40,
-         "evaluate": False, "device": "cpu"},
+         "evaluate": False, "device": "cpu", "allow_relearn": True},
     )  # fmt: skip
     assert unlearn.unlearn_request(config)["request"].endswith("stack/0003")
     assert "after" not in record_of(two, 3)["metrics"]

@@ -8,8 +8,7 @@ from typing import Any
 from ..errors import PMCError
 from ..printable import row_numbers
 from .chats import Chat
-from .encoder import Encoder
-from .encoding import IGNORED, Encoded
+from .encoding import IGNORED, Encoded, Encoder
 from .packing import num_targets, unpadded
 from .records import Row, rows_of
 
@@ -59,10 +58,7 @@ def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "r
         for number, row in enumerate(rows, start=1):
             encoder.check_text(f"{name}, row {number}", row.question)
             encoder.check_text(f"{name}, row {number}", row.answer or "")
-        made = [
-            encoder.pair(row.question, row.answer or "", where=f"{name}, row {number}")
-            for number, row in enumerate(rows, start=1)
-        ]
+        made = [encoder.pair(row.question, row.answer or "") for row in rows]
     if untrained := [number for number, sequence in enumerate(made, start=1) if not num_targets(sequence)]:
         which = "all rows" if len(untrained) == len(made) else row_numbers(untrained)
         raise PMCError(

@@ -25,11 +25,6 @@ class EvalSet:
     role: Literal["forget", "keep"]
     rows: list[Row]
 
-    @property
-    def pairs(self) -> list[tuple[Question, str | None]]:
-        """Each question with its answer."""
-        return [(row.question, row.answer) for row in self.rows]
-
 
 def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row]) -> list[EvalSet]:
     """Return what `config` has evaluated, reading the files that only the evaluation needs.

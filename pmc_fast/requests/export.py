@@ -41,9 +41,10 @@ def merge(
     """
     check_output(output, 0)
     of = _existing(stack)
-    source = model or of.source
-    loaded = models.load_model(source, device=torch.device("cpu"))
+    with of.model(model) as source:
+        loaded = models.load_model(source, device=torch.device("cpu"))
     contents = {"claim": CLAIM, "base": adapters.weights_hash(loaded.model), "requests": of.links()}
+    contents["data"] = {"earlier": of.earlier()}  # for runs that start from what is written here
     contents["weights"] = of.apply(loaded.model)
     if adapter:
         return _write_adapter(of, output, source, contents)
@@ -88,7 +89,8 @@ def roll_back(stack: str, request: str = "", *, model: str = "") -> dict[str, st
         last = of.check_last(request)
         remaining = Stack(stack)
         remaining.requests.pop()
-        loaded = models.load_model(model or of.source, device=torch.device("cpu"))
+        with of.model(model) as source:
+            loaded = models.load_model(source, device=torch.device("cpu"))
         weights, recorded = remaining.apply(loaded.model), last.record["model"]["before"]
         if weights != recorded:
             raise PMCError(

@@ -1,10 +1,8 @@
 """What is written down of a request: hashes, numbers and settings, never a text of it."""
 
-import hashlib
 import json
 import os
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,11 @@ from ..data import Row, read_records, rows_of
 from ..environment import code
 from ..errors import PMCError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hash of each forgotten question
 CLAIM = (
     "output-level evidence: what the model answers was measured as stated here; this is no proof that its weights hold "
     "nothing of the data"
 )
-
-
-def rows_hash(rows: Iterable[Row], salt: str) -> str:
-    """Return a hash of questions and answers in their order, whatever file they come in.
-
-    The salt keeps records of the same data from being matched with each other, and lists of hashes made elsewhere from
-    being tried on them; it does not hide rows from someone who guesses all of them.
-    """
-    content = json.dumps([[row.question, row.answer] for row in rows], ensure_ascii=False)
-    return hashlib.sha256(f"{salt}\0{content}".encode()).hexdigest()
-
-
-def data_of(sets: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """Return the salted hash and the number of rows of each set."""
-    salt = secrets.token_hex(16)
-    hashes = {name: {"rows": len(rows), "sha256": rows_hash(rows, salt)} for name, rows in sets.items()}
-    return {"salt": salt, **hashes}
 
 
 def record_of(made: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
@@ -46,7 +27,7 @@ def record_of(made: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
     made : mapping
         What `job.unlearn` returns.
     **parts
-        ``request``, ``model``, ``stack``, ``adapter``, ``data``, ``files``.
+        ``request``, ``model``, ``stack``, ``adapter``, ``files``.
     """
     settings = made["settings"]
     return {
@@ -54,6 +35,7 @@ def record_of(made: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
         "claim": CLAIM,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **parts,
+        "data": made["data"],
         "metrics": {when: _numbers(made[when]) for when in ("before", "after") if when in made},
         "truth_of_forget": made["truth_of_forget"],
         "gates": {name: settings[name] for name in ("min_quality", "min_utility")},

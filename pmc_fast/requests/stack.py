@@ -16,12 +16,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import file_sha256
+from ..earlier import entry
 from ..errors import PMCError
 from ..output import sync
 from . import adapters
@@ -96,6 +97,15 @@ class Stack:
         """Return what the next record says of the requests before it."""
         return [request.link() for request in self.requests]
 
+    def earlier(self) -> list[dict[str, Any]]:
+        """Return an entry for each request and for each run that the base model came from; see `earlier.check`."""
+        entries: list[dict[str, Any]] = []
+        for request in self.requests:
+            data = request.record["data"]
+            # a record holds those before it; one of an older format none
+            entries = [*data.get("earlier", entries), entry(f"request {request.name}", data)]
+        return entries
+
     def _read(self, name: str) -> Request:
         directory = self.directory / name
         try:
@@ -114,10 +124,13 @@ class Stack:
             )
         return Request(directory, record, file_sha256(directory / RECORD))
 
-    @property
-    def source(self) -> str:
-        """Where the model was when the last request was answered."""
-        return self.requests[-1].record["model"]["source"]
+    @contextmanager
+    def model(self, given: str) -> Iterator[str]:
+        """Yield where the base model is: as given, else as the last record says, which errors then name."""
+        last = self.requests[-1]
+        recorded = last.record["model"]["source"]
+        with nullcontext() if given else as_recorded(last, "the model", recorded, "--model"):
+            yield given or recorded
 
     @property
     def weights(self) -> str:
@@ -181,6 +194,18 @@ class Stack:
         sync(self.directory)
         self.requests.pop()
         return target
+
+
+@contextmanager
+def as_recorded(request: Request, name: str, value: str, flag: str) -> Iterator[None]:
+    """Add to an error about a path that nobody typed just now whose record names it, and how to name another."""
+    try:
+        yield
+    except PMCError as error:
+        raise PMCError(
+            f"{error} ({name} is what request {request.name}'s record says, {value!r}, typed in the directory that it was "
+            f"made from: say where it is now with {flag})"
+        ) from error
 
 
 @contextmanager

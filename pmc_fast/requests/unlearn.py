@@ -2,22 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import job
+from .. import earlier, job
 from ..checkpoint import file_sha256
 from ..config import UnlearnConfig
+from ..earlier import FORGET_SETS
 from ..errors import PMCError
-from ..evaluation import EvalSet
 from ..models import LoadedModel
 from ..output import sync, written_aside
 from ..progress import Monitor, Stages
 from ..ranks import launched
 from . import adapters, record
 from .stack import PRIVATE, RECORD, Stack, locked
-
-if TYPE_CHECKING:
-    from ..data import Row
 
 
 def unlearn_request(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
@@ -70,6 +67,9 @@ class StackedAdapter:
     def check(self) -> None:
         """A stack was checked when it was read."""
 
+    def earlier(self) -> list[dict[str, Any]]:
+        return self.stack.earlier() or earlier.read(self.config.model)
+
     def attach(self, loaded: LoadedModel, stages: Stages) -> None:
         c = self.config
         with stages("stacking"):
@@ -94,13 +94,12 @@ class StackedAdapter:
 
     def write(self, made: dict[str, Any], files: dict[str, bytes], plan: job.Plan) -> None:
         assert self.adapter is not None
-        sets = _sets(plan)
         with written_aside(self.directory) as directory:
             adapters.write(self.adapter, directory, self.config.model)
             for name, content in files.items():
                 (directory / name).write_bytes(content)
             if self.config.keep_private:
-                record.write_private(directory / PRIVATE, {n: r for n, r in sets.items() if n.startswith("forget")})
+                record.write_private(directory / PRIVATE, {n: r for n, r in plan.rows.items() if n in FORGET_SETS})
             hashed = (adapters.WEIGHTS, adapters.CONFIG, "report.json")
             made_record = record.record_of(
                 made,
@@ -113,14 +112,7 @@ class StackedAdapter:
                     "targets": self.adapter.targets,
                     "parameters": sum(f.a.numel() + f.b.numel() for f in self.adapter.factors.values()),
                 },
-                data=record.data_of(sets),
                 files={name: file_sha256(directory / name) for name in hashed},
             )
             (directory / RECORD).write_text(json.dumps(made_record, indent=1), encoding="utf-8")
         sync(self.stack.directory)
-
-
-def _sets(plan: job.Plan) -> "dict[str, list[Row]]":
-    """Return all rows of the run by what they are for; the forget questions' first."""
-    others: list[EvalSet] = [s for s in plan.sets if s.name not in ("forget", "retain")]
-    return {"forget": plan.forget, "retain": plan.retain, **{s.name: s.rows for s in others}}

@@ -2,22 +2,22 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from .. import models
 from ..config import UnlearnConfig, VerifyConfig
 from ..data import Encoder, Question, Row, load_rows
+from ..earlier import FORGET_SETS, rows_hash
 from ..environment import machine, versions
 from ..errors import PMCError
 from ..evaluation import EvalSet, evaluate, greedy_answers, load_sets, sampling_attack, summarize
 from ..models import LoadedModel
 from ..progress import Monitor, Silent, Stages
 from ..rollout import RolloutEngine
-from .record import CLAIM, read_private, rows_hash
-from .stack import PRIVATE, Request, Stack
-
-FORGET = ("forget", "forget_paraphrased")
+from .record import CLAIM, read_private
+from .stack import PRIVATE, Request, Stack, as_recorded
 
 
 @dataclass(slots=True)
@@ -62,8 +62,8 @@ def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, An
                 "requests is not given: name forget files of this stack's requests (none was kept private)"
             )
         kept = _kept(stack.requests[-1], config)
-        source = config.model or stack.source
-        tokenizer = models.load_tokenizer(source)
+        with stack.model(config.model) as source:
+            tokenizer = models.load_tokenizer(source)
     for name in missing:
         monitor.warn(f"request {name} is not verified: its forget file is not among --requests and was not kept")
     with stages("loading the model"):
@@ -138,16 +138,17 @@ def _kept(last: Request, config: VerifyConfig) -> list[EvalSet]:
     if "after" not in last.record["metrics"]:
         return []
     retain, general = config.retain or settings["retain"], config.general or settings["general"]
-    rows = load_rows(retain, answers=True)
-    where = UnlearnConfig(general=list(general))
-    sets = [s for s in load_sets(where, [], rows) if s.role == "keep"]
+    with nullcontext() if config.retain else as_recorded(last, "the retain set", retain, "--retain"):
+        rows = load_rows(retain, answers=True)
+    with nullcontext() if config.general else as_recorded(last, "general data", ", ".join(general), "--general"):
+        sets = [s for s in load_sets(UnlearnConfig(general=list(general)), [], rows) if s.role == "keep"]
     for name, of in {"retain": rows, **{s.name: s.rows for s in sets if s.name != "retain"}}.items():
         if not _is(of, name, last):
             raise PMCError(
                 f"{name} data differ from those of request {last.name}: utility can't be compared; name the same data "
                 "with --retain and --general"
             )
-    missing = set(last.record["metrics"]["after"]["sets"]) - {s.name for s in sets} - set(FORGET)
+    missing = set(last.record["metrics"]["after"]["sets"]) - {s.name for s in sets} - set(FORGET_SETS)
     if missing:
         raise PMCError(f"{', '.join(sorted(missing))} data are not given: name them with --general")
     return sets
