@@ -43,7 +43,7 @@ def merge(
     of = _existing(stack)
     with of.model(model) as source:
         loaded = models.load_model(source, device=torch.device("cpu"))
-    contents = {"claim": CLAIM, "base": adapters.weights_hash(loaded.model), "requests": of.links()}
+    contents: dict[str, Any] = {"claim": CLAIM, "base": adapters.weights_hash(loaded.model), "requests": of.links()}
     contents["data"] = {"earlier": of.earlier()}  # for runs that start from what is written here
     contents["weights"] = of.apply(loaded.model)
     if adapter:
