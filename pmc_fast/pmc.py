@@ -10,6 +10,7 @@ from transformers.utils import logging
 from . import models, selection
 from .config import PMCConfig
 from .data import Encoded, Encoder, check_datasets, listed, questions_of, sequences_of
+from .data.datasets import check_padding
 from .data.encoding import IGNORED
 from .data.packing import Pack, num_targets, pack, unpad
 from .errors import PMCError
@@ -101,6 +102,8 @@ class PMC:
         self.prompts = [self.encoder.prompt(q) if texts else q for q in self.questions]
         self.positions = [None] * len(self.prompts) if positions is None else list(positions)
         for i, prompt in enumerate(self.prompts):
+            if not texts:
+                check_padding(prompt, tokenizer, f"question {i}", prompt=True)
             self._check_ids(f"question {i}", prompt)
             if len(prompt) >= config.max_length:
                 raise PMCError(
@@ -147,6 +150,8 @@ class PMC:
         if not self.initial_answers:
             raise PMCError("there are no initial answers: call prepare() before the first step")
         indices = [int(i) for i in indices]
+        if unknown := [i for i in indices if not 0 <= i < len(self.questions)]:
+            raise PMCError(f"index {unknown[0]} is none of {len(self.questions)} questions: they are counted from 0")
         everyones = self.ranks.gather(indices)
         asked = self.store.pending(list(dict.fromkeys(i for of in everyones for i in of)))
         counters: dict[str, float] = {"questions_sampled": len(asked)}
@@ -304,6 +309,10 @@ class PMC:
             self._pass.check(self.autocast_dtype, model=model)
             self._checked = True
         kept = unpad(retain) if isinstance(retain, Mapping) else list(retain)
+        if other := next((s for s in kept if not isinstance(s, Encoded)), None):
+            raise PMCError(
+                f"retain holds {type(other).__name__}: give a padded batch, or what encode_retain(rows) returns"
+            )
         if not part.indices and self.config.normalization == "micro_batch":
             kept = []  # retain pairs come with questions, in their group
         collapse = [a for of in part.answers for a in of]

@@ -119,7 +119,10 @@ def test_what_holds_no_questions_is_refused_in_one_line(name, tiny, tokenizer):
 
 
 NOT_PAIRS = {
-    "texts": (["Who?"], "row 1 is a str: it must have a question and an answer"),
+    "texts": (["Who?"], "row 1 is a str: give a dict of question and answer, a Row, or a tokenised row"),
+    "tuples": ([("Who?", "I.")], "row 1 is a tuple: give a dict of question and answer"),
+    "shifted": ([{"input_ids": [5, 6, 7], "labels": [-100, 7, -100]}], "row 1 has labels that are one place ahead"),
+    "encoded": ([Encoded([5, 6], [5, 6]), Encoded([5, 6], [5])], "row 2 has 2 input_ids but 1 in labels"),
     "no answer": ([{"question": "Who?"}], "row 1 has no answer"),
     "no labels": ([{"input_ids": [5, 6]}], "row 1 has no labels: a tokenised row needs input_ids and labels"),
     "no ids": ([{"input_ids": [5, 6], "labels": [5, 6]}, {"labels": [5]}], "row 2 has no input_ids"),
@@ -168,6 +171,32 @@ def test_padded_rows_are_unpadded(side, as_, encoder):
             for i, y, m in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
         ]
         assert sequences_of(rows, encoder) == plain
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>", "<file_sep>"])
+def test_padding_without_a_mask_is_refused(pad, tokenizer, tiny):
+    """As tokenizer(texts, padding=True)["input_ids"] has it; one token alone may be bos, eos or unk."""
+    import transformers
+
+    names = transformers.AutoTokenizer.from_pretrained(tokenizer.name_or_path, pad_token=pad)
+    own = pad not in (names.bos_token, names.eos_token, names.unk_token)
+    p = names.pad_token_id
+    encoder = Encoder(names, PMCConfig(prompt_format="tags"))
+
+    def refused(made):
+        with pytest.raises(PMCError, match=rf" has padding, token {p}: leave it out| has labels on its padding"):
+            made()
+
+    def row(ids, labels):
+        return sequences_of([{"input_ids": ids, "labels": labels}], encoder)
+
+    for ids in ([p, p, 50, 60], [50, 60, p, p], *([[p, 50, 60], [50, 60, p]] if own else [])):
+        refused(lambda ids=ids: PMC(tiny, names, PMCConfig(), [[50, 60], ids]))
+    refused(lambda: row([p, p, 50, 60], [-100, -100, -100, 60]))
+    refused(lambda: row([50, 60, p, p], [50, 60, p, p]))
+    if not own:
+        PMC(tiny, names, PMCConfig(), [[p, 50, 60], [50, 60, p]])
+    assert row([50, 60, p, p], [-100, 60, -100, -100])  # nothing of it is trained or read
 
 
 def test_a_hole_in_a_mask_is_the_cores(encoder):

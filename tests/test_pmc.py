@@ -320,6 +320,17 @@ def test_refusals(tiny, tokenizer):
     pmc.prepare()
     with pytest.raises(PMCError, match="size of a micro-batch is 0"):
         pmc.sample([0]).split(0)
+    for wrong in (4, -1):  # none is counted from behind
+        with pytest.raises(PMCError, match=f"index {wrong} is none of 4 questions: they are counted from 0"):
+            pmc.sample([0, wrong])
+    step = pmc.sample([0])
+    for retain, message in (
+        ([Row("a", "b")], "retain holds Row: give a padded batch, or what encode_retain"),
+        ({"input_ids": torch.tensor([[5]])}, r"a padded batch needs labels, a tensor \[B, T\]: collate gives one"),
+        ({"input_ids": [[5]], "labels": [[5]]}, "a padded batch needs input_ids, a tensor"),
+    ):
+        with pytest.raises(PMCError, match=message):
+            pmc.loss(step, retain)
     with pytest.raises(PMCError, match="questions is empty: it needs the questions to forget"):
         core(tiny, tokenizer, [])
 

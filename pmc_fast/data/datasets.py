@@ -48,9 +48,12 @@ def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "r
     items = listed(dataset, name, "without pairs to keep, forgetting takes all else along")
     kind = _kind_of(items, name)
     if kind in ("str", "list"):
-        raise PMCError(f"{name}, row 1 is a {kind}: it must have a question and an answer")
+        what = type(items[0]).__name__
+        raise PMCError(f"{name}, row 1 is a {what}: give a dict of question and answer, a Row, or a tokenised row")
     if kind == "Encoded":
         made = items
+        for number, s in enumerate(items, start=1):
+            _same_length(f"{name}, row {number}", s.input_ids, labels=s.labels)
     elif kind == "dict" and "input_ids" in items[0]:
         made = [_tokenised(row, f"{name}, row {number}") for number, row in enumerate(items, start=1)]
     else:
@@ -59,6 +62,9 @@ def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "r
             encoder.check_text(f"{name}, row {number}", row.question)
             encoder.check_text(f"{name}, row {number}", row.answer or "")
         made = [encoder.pair(row.question, row.answer or "") for row in rows]
+    if kind == "Encoded" or (kind == "dict" and "input_ids" in items[0]):
+        for number, s in enumerate(made, start=1):
+            _check_labels(s, encoder.tokenizer, f"{name}, row {number}")
     if untrained := [number for number, sequence in enumerate(made, start=1) if not num_targets(sequence)]:
         which = "all rows" if len(untrained) == len(made) else row_numbers(untrained)
         raise PMCError(
@@ -142,9 +148,7 @@ def _tokenised(row: Mapping[str, Any], where: str) -> Encoded:
     seen = [1] * len(ids)
     if row.get("attention_mask") is not None:
         seen = _ids(row["attention_mask"], f"{where}: attention_mask", bools=True)
-    for name, of in (("labels", labels), ("attention_mask", seen)):
-        if len(of) != len(ids):
-            raise PMCError(f"{where} has {len(ids)} input_ids but {len(of)} in {name}: both must be as long")
+    _same_length(where, ids, labels=labels, attention_mask=seen)
     if any(x not in (0, 1) for x in seen):
         raise PMCError(
             f"{where} has an attention_mask that is not of 0 and 1: several sequences go into several rows"
@@ -158,6 +162,34 @@ def _tokenised(row: Mapping[str, Any], where: str) -> Encoded:
                 f"{where} has position_ids that don't count from 0: put packed sequences into several rows"
             )
     return sequence
+
+
+def _same_length(where: str, ids: Sequence[int], **others: Sequence[int]) -> None:
+    for name, of in others.items():
+        if len(of) != len(ids):
+            raise PMCError(f"{where} has {len(ids)} input_ids but {len(of)} in {name}: both must be as long")
+
+
+def _check_labels(s: Encoded, tokenizer: Any, where: str) -> None:
+    """Refuse labels that can't be meant: of padding, or moved to where they are predicted."""
+    check_padding(s.input_ids, tokenizer, where)
+    pad = tokenizer.pad_token_id
+    if pad is not None and s.labels[-2:] == [pad, pad]:
+        raise PMCError(f"{where} has labels on its padding, token {pad}: set them to {IGNORED}")
+    trained = [t for t, label in enumerate(s.labels[:-1]) if label != IGNORED]
+    moved = all(s.labels[t] == s.input_ids[t + 1] for t in trained)
+    if moved and any(s.labels[t] != s.input_ids[t] for t in trained):
+        raise PMCError(f"{where} has labels that are one place ahead of input_ids: the loss alone shifts them")
+
+
+def check_padding(ids: Sequence[int], tokenizer: Any, where: str, *, prompt: bool = False) -> None:
+    """Refuse token ids that begin with padding or, of a prompt, end with it: it would be read as text."""
+    pad = tokenizer.pad_token_id
+    two = [pad, pad]  # one alone may have another meaning
+    alone = pad not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    ends = [list(ids[:2]), *([list(ids[-2:])] if prompt else [])]
+    if pad is not None and (two in ends or (alone and pad in (ids[0], *(ids[-1:] if prompt else ())))):
+        raise PMCError(f"{where} has padding, token {pad}: leave it out, or give tokenised rows an attention_mask")
 
 
 def _ids(values: Any, where: str, *, bools: bool = False) -> list[int]:

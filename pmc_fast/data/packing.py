@@ -227,6 +227,9 @@ def unpad(batch: Any) -> list[Encoded]:
     Positions count from the first token that is seen. A sliding window reaches over the tokens that are left: further
     than in the padded pass, where a sequence is longer than the window.
     """
+    for name in ("input_ids", "labels"):
+        if getattr(batch.get(name), "ndim", 0) != 2:
+            raise PMCError(f"a padded batch needs {name}, a tensor [B, T]: collate gives one")
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     mask = batch.get("attention_mask")
     masks = [[1] * len(row) for row in ids] if mask is None else mask.tolist()
