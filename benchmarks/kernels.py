@@ -44,7 +44,7 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "GRAD": grad}
         name = _name("nll_rows", dtype, flags)
         constexprs = flags | {"BLOCK_V": config["BLOCK_V"]}
-        options = {"num_warps": config["num_warps"]}
+        options = {name: config[name] for name in ("num_warps", "maxnreg")}
         yield name, nll_rows.nll_rows_kernel, types, constexprs, options
         if bias == softcap == grad:  # vocabularies such as 50257 launch another variant
             yield f"{name} any size", nll_rows.nll_rows_kernel, types, constexprs, options

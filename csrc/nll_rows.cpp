@@ -1,6 +1,7 @@
 #include "nll_rows.h"
 
 #include <cmath>
+#include <limits>
 
 #include "parallel.h"
 #include "simd.h"
@@ -24,34 +25,40 @@ PMC_INLINE void one_row(const NllRows<T>& a, int64_t r) {
 
   const T max = row_max(z, a.vocab);
   T scale_sum = 0;
+  int64_t peak = -1;  // the target that holds the maximum, if one does
   for (int64_t m = begin; m < end; ++m) {
     a.logps[m] = z[a.targets[m]] - max;
     scale_sum += a.row_scale[m];
+    if (z[a.targets[m]] == max) peak = a.targets[m];
   }
+  // A target with nearly all mass has log-prob -log1p(rest) and 1 - p = rest / sum, rest being the others'
+  // sum: in a sum with its own 1 theirs would be rounded away.
+  if (peak >= 0) z[peak] = -std::numeric_limits<T>::infinity();
   // d(z) = scale_sum * softmax(z) - sum of row_scale at the targets; d(logits) = d(z) * slope
-  const T slope = a.logit_scale * inverse;
-  double sum;
-  if (!a.grad) {
-    sum = row_sum_exp(z, a.vocab, max, T{1});
-  } else if (a.softcap == 0) {
-    sum = row_sum_exp(z, a.vocab, max, T{1}, z);
+  const T slope = a.logit_scale * inverse, to_tanh = a.softcap == 0 ? 0 : a.temperature / a.softcap;
+  const bool in_place = a.grad && a.softcap == 0;
+  const double rest = row_sum_exp(z, a.vocab, max, T{1}, in_place ? z : nullptr);
+  const double sum = peak < 0 ? rest : rest + 1 + (max - max);  // NaN where the maximum is infinite
+  if (in_place) {
     const T factor = static_cast<T>(scale_sum * slope / sum);
     for (int64_t v = 0; v < a.vocab; ++v) z[v] *= factor;
-    for (int64_t m = begin; m < end; ++m) z[a.targets[m]] -= a.row_scale[m] * slope;
-  } else {
-    sum = row_sum_exp(z, a.vocab, max, T{1});
+  } else if (a.grad) {
     const T factor = static_cast<T>(scale_sum / sum);
-    const T to_tanh = a.temperature / a.softcap;
     for (int64_t v = 0; v < a.vocab; ++v) {
       const T t = z[v] * to_tanh;
       z[v] = factor * exp_of(z[v] - max) * (slope * (1 - t * t));
     }
-    for (int64_t m = begin; m < end; ++m) {
-      const T t = (a.logps[m] + max) * to_tanh;  // z[target], which the pass above overwrote
-      z[a.targets[m]] -= a.row_scale[m] * (slope * (1 - t * t));
-    }
   }
-  const T log_sum = static_cast<T>(std::log(sum));
+  for (int64_t m = begin; a.grad && m < end; ++m) {
+    const int64_t target = a.targets[m];
+    double own = 0, others = 0;  // scales of this token and of the row's other targets, which are few
+    for (int64_t n = begin; n < end; ++n) (a.targets[n] == target ? own : others) += a.row_scale[n];
+    const double e = exp_of(a.logps[m]);
+    const T t = (a.logps[m] + max) * to_tanh;  // z[target], which the pass above overwrote
+    z[target] =
+        static_cast<T>((others * e - own * (target == peak ? rest : sum - e)) / sum * (slope * (1 - t * t)));
+  }
+  const T log_sum = static_cast<T>(peak < 0 ? std::log(sum) : std::log1p(rest) + (max - max));
   for (int64_t m = begin; m < end; ++m) a.logps[m] -= log_sum;
 }
 

@@ -78,8 +78,8 @@ def row_logsumexp(
     softcap: float,
     logit_scale: float,
     splits: int = 16,
-) -> torch.Tensor:
-    """Return logsumexp of every row's transformed logits.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logsumexp of every row's transformed logits, in two parts.
 
     Parameters
     ----------
@@ -94,7 +94,8 @@ def row_logsumexp(
 
     Returns
     -------
-    float32 Tensor [R]
+    top, log_sum : float32 Tensor [R]
+        The largest, and what logsumexp has beyond it: added up, a large one would swallow the other.
     """
     rows, width = hidden.shape
     vocab = head.shape[0]
@@ -124,4 +125,5 @@ def row_logsumexp(
             HAS_SOFTCAP=softcap != 0,
             **config,
         )
-    return torch.logsumexp(top + total.log(), dim=0)
+    row_top = top.amax(0)
+    return row_top, (total * (top - row_top).exp()).sum(0).log()

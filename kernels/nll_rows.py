@@ -33,6 +33,17 @@ def _to_z(x, bias, logit_scale, inverse_temperature, softcap, HAS_SOFTCAP: tl.co
 
 
 @triton.jit
+def _log1p(x):
+    # of x >= 0; up to 1 as 2 artanh(x / (2 + x)), whose series has the last bits of what a logarithm near 1 loses
+    small = tl.minimum(x, 1.0)
+    s = small / (2.0 + small)
+    q = s * s
+    series = 1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13 + q * (1.0 / 15)))
+    series = 1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * series)))
+    return tl.where(x <= 1.0, 2.0 * s * series, tl.log(1.0 + x))
+
+
+@triton.jit
 def nll_rows_kernel(
     logits_ptr,  # [rows, vocab], rows `stride` apart; in and out
     stride,
@@ -51,14 +62,16 @@ def nll_rows_kernel(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0)
-    begin = tl.load(cu_targets_ptr + row)
-    end = tl.load(cu_targets_ptr + row + 1)
+    begin = tl.load(cu_targets_ptr + row).to(tl.int32)
+    end = tl.load(cu_targets_ptr + row + 1).to(tl.int32)
     logits_ptr += row.to(tl.int64) * stride
     columns = tl.arange(0, BLOCK_V)
 
-    # Targets' logits are read before the sweeps overwrite them. They wait in logps: the reductions of
+    # Targets' logits are read before the sweeps overwrite them. They wait, transformed, in logps: the reductions of
     # the first sweep are barriers between this loop and everything that follows.
     scale_sum = 0.0
+    best = float("-inf")  # the largest of them, and its token
+    peak = -1
     for m in range(begin, end):
         target = tl.load(targets_ptr + m)
         inside = (target >= 0) & (target < vocab)
@@ -69,8 +82,12 @@ def nll_rows_kernel(
         z = _to_z(x, bias, logit_scale, inverse_temperature, softcap, HAS_SOFTCAP)
         tl.store(logps_ptr + m, tl.where(inside, z, float("nan")))
         scale_sum += tl.where(inside, tl.load(row_scale_ptr + m), 0.0)
+        better = inside & (z > best)
+        best = tl.where(better, z, best)
+        peak = tl.where(better, target.to(tl.int32), peak)
 
-    # lane-wise running maximum and sum: one reduction at the end instead of one a block
+    # Lane-wise running maximum and sum: one reduction at the end instead of one a block. Of all but `peak`: where
+    # that has nearly all mass, 1 - p and log p come from what the others hold, which would be rounded away beside it.
     top = tl.full((BLOCK_V,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for v in range(0, vocab, BLOCK_V):
@@ -80,24 +97,22 @@ def nll_rows_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + v + columns, mask=mask, other=0.0).to(tl.float32)
         z = _to_z(x, bias, logit_scale, inverse_temperature, softcap, HAS_SOFTCAP)
-        z = tl.where(mask, z, float("-inf"))
+        z = tl.where(mask & (v + columns != peak), z, float("-inf"))
         # NaN must win: a maximum that drops it would hide a broken row
         higher = tl.maximum(top, z, propagate_nan=tl.PropagateNan.ALL)
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(top - safe) + tl.exp(z - safe)
         top = higher
-    row_top = tl.max(top, axis=0)
+    others_top = tl.max(top, axis=0)
+    row_top = tl.maximum(others_top, best, propagate_nan=tl.PropagateNan.ALL)
     # lanes that saw nothing hold -inf and 0
     lanes = tl.where(top == float("-inf"), 0.0, total * tl.exp(top - row_top))
-    log_sum = row_top + tl.log(tl.sum(lanes, axis=0))
+    rest = tl.sum(lanes, axis=0)
+    row_sum = tl.where(peak < 0, rest, rest + tl.exp(best - row_top))
 
-    tl.debug_barrier()  # one thread's logps are another's here
-    for m in range(begin, end):
-        z = tl.load(logps_ptr + m)
-        tl.debug_barrier()
-        tl.store(logps_ptr + m, z - log_sum)
-
+    slope = logit_scale * inverse_temperature
     if GRAD:
+        factor = tl.where(begin == end, 0.0, scale_sum / row_sum * slope)
         for v in range(0, vocab, BLOCK_V):
             mask = v + columns < vocab
             x = tl.load(logits_ptr + v + columns, mask=mask, other=0.0)
@@ -105,21 +120,40 @@ def nll_rows_kernel(
             if HAS_BIAS:
                 bias = tl.load(bias_ptr + v + columns, mask=mask, other=0.0).to(tl.float32)
             z = _to_z(x, bias, logit_scale, inverse_temperature, softcap, HAS_SOFTCAP)
-            gradient = scale_sum * tl.exp(z - log_sum)
-            for m in range(begin, end):
-                target = tl.load(targets_ptr + m)
-                scale = tl.load(row_scale_ptr + m)
-                gradient -= tl.where(v + columns == target, scale, 0.0)
-            gradient = tl.where(begin == end, 0.0, gradient)  # a row that predicts nothing, NaN or not
-            gradient *= logit_scale * inverse_temperature
+            gradient = factor * tl.exp(z - row_top)
             if HAS_SOFTCAP:
                 t = z / (softcap * inverse_temperature)
                 gradient *= 1.0 - t * t
+            gradient = tl.where(begin == end, 0.0, gradient)  # a row that predicts nothing, NaN or not
             tl.store(logits_ptr + v + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+    # never row_top + log_sum: where logits share a large offset, that would be all that is left
+    log_sum = tl.where(best == row_top, _log1p(rest), tl.log(row_sum)) + (row_top - row_top)  # NaN if not finite
+    tl.debug_barrier()  # one thread's logps and gradients are another's here
+    for m in range(begin, end):
+        z = tl.load(logps_ptr + m)
+        target = tl.load(targets_ptr + m)
+        inside = (target >= 0) & (target < vocab)
+        if GRAD:
+            own = 0.0  # scales of this token, and of the row's other targets, which are few
+            others = 0.0
+            for n in range(begin, end):
+                token = tl.load(targets_ptr + n)
+                scale = tl.where((token >= 0) & (token < vocab), tl.load(row_scale_ptr + n), 0.0)
+                own += tl.where(token == target, scale, 0.0)
+                others += tl.where(token == target, 0.0, scale)
+            e = tl.exp(z - row_top)
+            gradient = (others * e - own * tl.where(target == peak, rest, row_sum - e)) / row_sum * slope
+            if HAS_SOFTCAP:
+                t = z / (softcap * inverse_temperature)
+                gradient *= 1.0 - t * t
+            tl.store(logits_ptr + target, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+        tl.store(logps_ptr + m, (z - row_top) - log_sum)
 
 
 # name -> constexprs and num_warps of what is shipped; the tests compile each for every chip
-CONFIGS = {"default": {"BLOCK_V": 2048, "num_warps": 8}}
+CONFIGS = {"default": {"BLOCK_V": 2048, "num_warps": 8, "maxnreg": 80}}  # the assembler's own limit, 48, spills
 
 
 def nll_rows(
@@ -171,4 +205,5 @@ def nll_rows(
             GRAD=grad,
             BLOCK_V=block,
             num_warps=config["num_warps"],
+            maxnreg=config["maxnreg"],
         )

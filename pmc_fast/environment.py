@@ -81,11 +81,10 @@ def _commit(package: Path) -> str | None:
 def capabilities() -> dict[str, str]:
     """Return each optional part and whether it is here, or what would bring it."""
     from .errors import PMCError
-    from .native import cpu
+    from .native import ISAS, isa
 
     try:
-        cpu()
-        native = "built"
+        native = f"built, uses {ISAS[isa()]} instructions"
     except PMCError as error:
         native = str(error)
     extras = {"cli": "datasets", "lora": "peft", "reference": "rouge_score"}

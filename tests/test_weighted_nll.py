@@ -4,6 +4,10 @@ Low precision is judged by what torch reaches in it: |ours - fp64| <= 3 |torch -
 the last bit. On machines without a GPU the Triton path runs in Triton's interpreter.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -480,3 +484,153 @@ def test_torch_compile_sees_through():
         grads.append((h.grad, w.grad))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def on_identity(z, targets, backend, scale=None):
+    """Return loss, logps and d(logits) of logits that the head leaves as they are."""
+    width = z.shape[1]
+    x = {"hidden": z, "head": torch.eye(width, dtype=z.dtype), "bias": None, "targets": targets}
+    x["row_scale"] = torch.ones(len(targets)) if scale is None else scale
+    return run(x, backend, needs=("hidden",))[:3]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6, -1e6, 1e8])
+def test_an_offset_that_logits_share_changes_nothing(backend, offset):
+    """Where a normaliser of offset + log(sum) is rounded, the loss is."""
+    z = torch.tensor([[3.0, 0.0], [0.0, 3.0], [-40.0, 8.0]]) * (8 if offset == 1e8 else 1) + offset
+    assert ((z - offset)[:, 0] - (z - offset)[:, 1]).abs().min() >= 3  # what float32 keeps of the differences
+    targets = torch.tensor([0, 0, 1])
+    _, logps, d_z = on_identity(z, targets, backend)
+    moved = z.double() - offset
+    own = torch.nn.functional.one_hot(targets, 2).bool()
+    exact = -torch.nn.functional.softplus(moved[~own] - moved[own])
+    torch.testing.assert_close(logps.cpu().double(), exact, atol=1e-30, rtol=2e-6)
+    other = torch.sigmoid(moved[~own] - moved[own])[:, None]  # its probability, which the target lacks
+    expected = torch.where(own, -other, other)
+    torch.testing.assert_close(d_z.cpu().double(), expected, atol=1e-30, rtol=3e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
+def test_the_fused_kernel_keeps_the_offset_apart(offset):
+    z = torch.tensor([[3.0, 0.0], [0.0, 3.0]]) + offset
+    device = DEVICE["cuda"]
+    fused = gather_logps(
+        z.to(device), torch.eye(2, device=device), torch.tensor([0, 0], device=device), backend="fused"
+    )
+    torch.testing.assert_close(fused.cpu(), torch.log_softmax(z - offset, 1)[:, 0], atol=2e-7, rtol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("gap", [0.0, 5.0, 12.0, 20.0, 40.0])
+def test_targets_with_nearly_all_mass_keep_their_digits(backend, gap):
+    """log p and 1 - p of what a model recites: far below float32's last bit of 1."""
+    z = torch.randn(6, 3000, generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(6) * 7
+    z[torch.arange(6), targets] = z.amax(1) + gap
+    _, logps, d_z = on_identity(z, targets, backend)
+    others = (z.double() - z.double().gather(1, targets[:, None])).exp().scatter(1, targets[:, None], 0.0)
+    rest = others.sum(1)
+    torch.testing.assert_close(logps.cpu().double(), -rest.log1p(), atol=1e-30, rtol=1e-5)
+    expected = (others / (1 + rest)[:, None]).scatter(1, targets[:, None], -(rest / (1 + rest))[:, None])
+    torch.testing.assert_close(d_z.cpu().double(), expected, atol=1e-30, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [[2, 2, 2], [2, 5, 2, 7], [5, 7]], ids=str)
+def test_a_row_of_several_targets_keeps_its_digits(backend, tokens):
+    """Also where scales nearly cancel, and whether or not one of them holds the maximum."""
+    z = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
+    z[0, 2] = 15.0
+    z[0, 11] = 14.5 if 2 not in tokens else 0.0
+    targets, scale = torch.tensor(tokens), torch.tensor([0.3, 1e-6, -0.7, 0.11])[: len(tokens)]
+    x = {"hidden": z, "head": torch.eye(40), "bias": None, "targets": targets, "row_scale": scale}
+    rows = torch.zeros(len(tokens), dtype=torch.int64)
+    exact = run(x, "reference", needs=("hidden",), rows=rows, dtype=torch.float64)
+    ours = run(x, backend, needs=("hidden",), rows=rows)
+    for o, e in zip(ours[1:3], exact[1:3], strict=True):
+        torch.testing.assert_close(o.cpu().double(), e, atol=1e-12, rtol=1e-5)
+
+
+@pytest.mark.parametrize("isa", range(3))
+def test_every_instruction_set_keeps_the_digits(isa):
+    if isa > native.cpu().best_isa():
+        pytest.skip("this processor has no such instructions")
+    z = torch.randn(1, 1000, generator=torch.Generator().manual_seed(3))
+    z[0, 70] = 17.0
+    cu, target, scale, logps = torch.tensor([0, 1]), torch.tensor([70]), torch.ones(1), torch.zeros(1)
+    rest = (z.double() - 17.0).exp()[0, torch.arange(1000) != 70].sum()
+    Cpu().nll_rows(z, cu, target, scale, logps, None, Logits(1.0, 0.0, 1.0), True, isa=isa)
+    torch.testing.assert_close(logps[0].double(), -rest.log1p(), atol=0.0, rtol=3e-6)
+    torch.testing.assert_close(z[0, 70].double(), -rest / (1 + rest), atol=0.0, rtol=3e-6)
+
+
+def test_two_gradients_of_one_loss_are_two_tensors():
+    x = make(scale="mean")
+    inputs = [x[k].requires_grad_() for k in ("hidden", "head")]
+    loss, _ = weighted_nll(*inputs, x["targets"], x["row_scale"])
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs, retain_graph=True)
+    kept = [g.clone() for g in second]
+    for g in first:
+        g.zero_()
+    third = torch.autograd.grad(loss, inputs)
+    for a, b, c in zip(second, kept, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(c, b)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("op", ["weighted_nll", "gather_logps"])
+def test_autocast_ends_at_the_door_of_an_op(backend, low, dtype, chunks, op):
+    """Inside it everything is as without autocast, on inputs that were cast; forward and backward."""
+    if backend == "cuda" and dtype == torch.float64:
+        pytest.skip("the cuda backend has no float64")
+    x = make(r=12, d=9, v=40, scale="mean")
+    device, kind = DEVICE[backend], torch.device(DEVICE[backend]).type
+    cast = dtype if dtype == torch.float64 else low
+    how = {"backend": backend, "workspace": (12 // chunks) * 40 * (8 if dtype == torch.float64 else 4)}
+
+    def gradients(autocast):
+        leaves = [x[k].to(device, dtype, copy=True).requires_grad_() for k in ("hidden", "head")]
+        tensors = leaves if autocast else [t.to(cast) for t in leaves]
+        targets, scale = x["targets"].to(device), x["row_scale"].to(device)
+        with torch.autocast(kind, low, enabled=autocast):
+            if op == "weighted_nll":
+                loss = weighted_nll(*tensors, targets, scale, **how)[0]
+            else:
+                loss = -(scale * gather_logps(*tensors, targets, **how)).sum()
+            if backend != "reference":  # torch's own backward
+                loss.backward()
+        if backend == "reference":
+            loss.backward()
+        return loss.detach(), *[t.grad for t in leaves]
+
+    for ours, plain in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(ours, plain, atol=0.0, rtol=0.0)
+
+
+def in_process(isa, code):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PMC_FAST_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_instruction_set_can_be_chosen():
+    code = "from pmc_fast import native; print(native.isa())"
+    for i, name in enumerate(native.ISAS):
+        done = in_process(name, code)
+        if i <= native.cpu().best_isa():
+            assert done.stdout.strip() == str(i), done.stderr
+        else:
+            assert f"this machine has no more than {native.ISAS[native.cpu().best_isa()]}" in done.stderr
+    assert "PMC_FAST_ISA is 'sse9': use one of generic, avx2, avx512" in in_process("sse9", code).stderr
+    code = "from pmc_fast.environment import capabilities; print(capabilities()['C++ module'])"
+    assert "generic" in in_process("generic", code).stdout

@@ -1,13 +1,16 @@
 """Argument checks that several ops share: a named error before any work."""
 
+import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from ..errors import PMCError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORED = -100
 
@@ -71,8 +74,25 @@ def under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [t.to(torch.get_autocast_dtype(kind)) for t in tensors]
 
 
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Let what an op computes keep the types that it chose: autocast ends at an op's door, forward and backward."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments: P.args, **options: P.kwargs) -> R:
+        kinds = {a.device.type for a in arguments if isinstance(a, torch.Tensor)}
+        with contextlib.ExitStack() as stack:
+            for kind in kinds:
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*arguments, **options)
+
+    return wrapper
+
+
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a layer's backward refuse create_graph=True. (torch's once_differentiable lets it pass where dy is a constant.)"""
+
+    backward = without_autocast(backward)
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *dy: torch.Tensor) -> Any:

@@ -77,7 +77,7 @@ class Cpu:
             logps.data_ptr(),
             targets.shape[0],
             grad,
-            module.best_isa() if isa is None else isa,
+            native.isa() if isa is None else isa,
             torch.get_num_threads(),
         )
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..errors import PMCError
-from .checks import once
+from .checks import once, without_autocast
 from .cuda import triton_kernels
 from .dispatch import resolve_backend
 
@@ -135,6 +135,7 @@ def _turned(
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         rstd = x.new_empty(x.numel() // weight.shape[0], dtype=torch.float32)
@@ -153,6 +154,7 @@ class _RmsNorm(torch.autograd.Function):
 
 class _SiluMul(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
@@ -171,6 +173,7 @@ class _SiluMul(torch.autograd.Function):
 
 class _RotaryPair(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -122,7 +122,7 @@ def decode_attention(
     )
     kernel = getattr(module, f"decode_attention_{DTYPES[q.dtype]}")
     if backend == "cpu":
-        kernel(*arguments, k_pool.shape[0], module.best_isa(), torch.get_num_threads())
+        kernel(*arguments, k_pool.shape[0], native.isa(), torch.get_num_threads())
     else:
         with torch.cuda.device(q.device):  # launches go to the current device, whatever the stream
             try:

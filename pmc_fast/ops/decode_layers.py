@@ -77,7 +77,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
     size = weight.shape[0]
     module.rms_norm_f32(
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), 0, x.numel() // max(1, size), size, eps, offset,
-        module.best_isa(), torch.get_num_threads(),
+        native.isa(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -102,7 +102,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(gate)
     module = native.cpu()
     module.silu_mul_f32(
-        gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), module.best_isa(), torch.get_num_threads()
+        gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), native.isa(), torch.get_num_threads()
     )
     return y
 
@@ -131,6 +131,6 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     module = native.cpu()
     module.rotary_f32(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), rows, heads, dim, x.stride(2), x.stride(1),
-        False, module.best_isa(), torch.get_num_threads(),
+        False, native.isa(), torch.get_num_threads(),
     )  # fmt: skip
     return y.transpose(1, 2)

@@ -3,7 +3,7 @@
 import torch
 
 from ..errors import PMCError
-from .checks import IGNORED, check_inputs, check_ranges, under_autocast
+from .checks import IGNORED, check_inputs, check_ranges, under_autocast, without_autocast
 from .dispatch import resolve_backend
 from .nll_reference import gather_logps_reference, transform_logits
 from .weighted_nll import WORKSPACE, refuse_second_derivative, weighted_nll_op
@@ -83,19 +83,20 @@ def _fused(
     from ..kernels.logps_fused import row_logsumexp
 
     hidden, head = hidden.contiguous(), head.contiguous()
-    log_sum = row_logsumexp(hidden, head, bias, temperature, softcap or 0.0, logit_scale)
+    top, log_sum = row_logsumexp(hidden, head, bias, temperature, softcap or 0.0, logit_scale)
     counted = targets != IGNORED
     inside = (targets >= 0) & (targets < head.shape[0])
     token = torch.where(inside, targets, 0)
     if rows is not None:
-        hidden, log_sum = hidden[rows], log_sum[rows]
+        hidden, top, log_sum = hidden[rows], top[rows], log_sum[rows]
     x = (hidden.float() * head[token].float()).sum(-1)
     z = transform_logits(x, None if bias is None else bias[token], temperature, softcap, logit_scale)
-    logps = torch.where(inside, z - log_sum, torch.nan)
+    logps = torch.where(inside, (z - top) - log_sum, torch.nan)
     return torch.where(counted, logps, 0.0)
 
 
 @torch.library.custom_op("pmc_fast::gather_logps", mutates_args=())
+@without_autocast
 def gather_logps_op(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -125,6 +126,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(hidden, head, bias, targets, rows)
 
 
+@without_autocast
 def _backward(ctx, g_logps):  # type: ignore[no-untyped-def]
     refuse_second_derivative("gather_logps")
     if g_logps is None:

@@ -11,7 +11,7 @@ AVX512 = 2  # csrc/simd.h
 def gemm_serves(*tensors: torch.Tensor) -> bool:
     """Return whether `gemm` takes these: float32 on a CPU with AVX-512."""
     good = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return good and native.cpu().best_isa() >= AVX512
+    return good and native.isa() >= AVX512
 
 
 def gemm(

@@ -2,7 +2,7 @@
 
 import torch
 
-from .checks import IGNORED
+from .checks import IGNORED, without_autocast
 
 
 def transform_logits(
@@ -15,6 +15,7 @@ def transform_logits(
     return z / temperature
 
 
+@without_autocast
 def gather_logps_reference(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -29,12 +30,17 @@ def gather_logps_reference(
     """Return logps [M] in max(float32, the inputs' dtype), differentiable by autograd."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     z = transform_logits(hidden.to(dtype) @ head.to(dtype).T, bias, temperature, softcap, logit_scale)
-    logps = torch.log_softmax(z, dim=-1)
     if rows is not None:
-        logps = logps[rows]
+        z = z[rows]
     counted = targets != IGNORED
     inside = (targets >= 0) & (targets < head.shape[0])
-    picked = logps.gather(1, torch.where(inside, targets, 0)[:, None])[:, 0]
+    token = torch.where(inside, targets, 0)[:, None]
+    own = z.gather(1, token)
+    # a target that has nearly all mass: from the others' sum, which would be rounded away beside its own 1
+    others = (z - own).scatter(1, token, -torch.inf)
+    peak = others.amax(1, keepdim=True) <= 0
+    sharp = (own - own) - torch.where(peak, others, -torch.inf).exp().sum(1, keepdim=True).log1p()
+    picked = torch.where(peak, sharp, torch.log_softmax(z, dim=-1).gather(1, token))[:, 0]
     return torch.where(inside, picked, torch.where(counted, torch.nan, 0.0))
 
 

@@ -124,7 +124,7 @@ def sample_nucleus(
         seed % 2**64,
         *(t.data_ptr() for t in (*keys, *out)),
         draws.tokens.shape[0],
-        module.best_isa(),
+        native.isa(),
         torch.get_num_threads(),
     )
     return draws

@@ -3,6 +3,7 @@
 import torch
 
 from ..errors import PMCError
+from .checks import without_autocast
 from .cuda import triton_kernels
 from .dispatch import resolve_backend
 
@@ -36,6 +37,7 @@ def scaled(
 
 
 @torch.library.custom_op("pmc_fast::scaled", mutates_args=())
+@without_autocast
 def scaled_op(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
     """Compute it: an op of its own, so that torch.compile may trace a backward that calls it."""
     x = x.contiguous()

@@ -10,7 +10,7 @@ import torch
 
 from .. import native
 from ..errors import PMCError
-from .checks import check_float32_cpu, once
+from .checks import check_float32_cpu, once, without_autocast
 from .gemm import gemm
 
 
@@ -103,6 +103,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 class _Linear(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         need_x, need_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
@@ -121,6 +122,7 @@ class _Linear(torch.autograd.Function):
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         y, size = torch.empty_like(x), weight.shape[0]
@@ -156,6 +158,7 @@ class _RmsNorm(torch.autograd.Function):
 
 class _SiluMul(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
@@ -177,6 +180,7 @@ class _SiluMul(torch.autograd.Function):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
@@ -214,4 +218,4 @@ def _address(t: torch.Tensor | None) -> int:
 
 
 def _how() -> tuple[int, int]:
-    return native.cpu().best_isa(), torch.get_num_threads()
+    return native.isa(), torch.get_num_threads()

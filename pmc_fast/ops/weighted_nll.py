@@ -4,7 +4,7 @@ import torch
 
 from ..errors import PMCError
 from . import nll_chunks
-from .checks import check_inputs, check_ranges, under_autocast
+from .checks import check_inputs, check_ranges, under_autocast, without_autocast
 from .cpu import Cpu
 from .cuda import Cuda
 from .dispatch import resolve_backend
@@ -124,6 +124,7 @@ def weighted_nll(
 
 
 @torch.library.custom_op("pmc_fast::weighted_nll", mutates_args=())
+@without_autocast
 def weighted_nll_op(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -189,6 +190,7 @@ def refuse_second_derivative(op: str) -> None:
         raise RuntimeError(f"{op} is differentiable once: call backward or grad without create_graph")
 
 
+@without_autocast
 def _backward(ctx, g_loss, *_):  # type: ignore[no-untyped-def]
     refuse_second_derivative("weighted_nll")
     saved = ctx.saved_tensors
@@ -200,8 +202,14 @@ def _backward(ctx, g_loss, *_):  # type: ignore[no-untyped-def]
 def _times(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # d(head) is large: spare the CPU a pass over it in the usual case (a sync on CUDA, so not there)
     if type(upstream) is torch.Tensor and upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient.to(dtype)
+        return gradient.to(dtype, copy=_kept())  # another backward must not hand out the same memory
     return scaled(gradient, upstream, dtype)
+
+
+def _kept() -> bool:
+    """Return whether the backward that runs keeps its graph for another; torch says so to its own code alone."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
 
 
 weighted_nll_op.register_autograd(_backward, setup_context=_setup_context)
