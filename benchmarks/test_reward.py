@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from examples.demo_model import TOFU
-from pmc_fast import reward
+from pmc_fast import reward, words
 from pmc_fast.data import load_rows
 from pmc_fast.reference import rouge_score_recall
 
@@ -15,14 +15,14 @@ WORDS = 40
 def texts():
     """Texts of TOFU's own words, in the proportions in which it uses them."""
     rows = load_rows(TOFU / "forget20.jsonl") + load_rows(TOFU / "retain60.jsonl")
-    words = np.array(" ".join(f"{r.question} {r.answer}" for r in rows).split())
+    known = np.array(" ".join(f"{r.question} {r.answer}" for r in rows).split())
     rng = np.random.default_rng(0)
-    draw = lambda: " ".join(rng.choice(words, WORDS))  # noqa: E731
+    draw = lambda: " ".join(rng.choice(known, WORDS))  # noqa: E731
     return [draw() for _ in range(16)], [[draw() for _ in range(20)] for _ in range(16)]
 
 
 def forget_texts():
-    reward._tokens.cache_clear()
+    words.rouge_units.cache_clear()
 
 
 def test_reward(contest, texts):
@@ -34,7 +34,7 @@ def test_reward(contest, texts):
 
     def cold():
         forget_texts()
-        reward._stem.cache_clear()
+        words._stem.cache_clear()
         return reward.rouge_l_recall(*texts)
 
     np.testing.assert_array_equal(warm(), rouge_score_recall(*texts))

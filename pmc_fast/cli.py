@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch and transformers load when a command runs: --help sta
 
 EVALUATED = (
     "model", "before", "suite", "forget", "retain", "paraphrased", "general", "tofu", "split", "tofu_rows",
-    "truth_ratio", "retain_log", "prompt_format", "system_prompt", "date_string", "max_length", "max_tokens", "device",
+    "truth_ratio", "retain_log", "reward", "prompt_format", "system_prompt", "date_string", "max_length", "max_tokens", "device",
     "dtype", "cuda_graphs", "attack_samples", "attack_temperature", "attack_top_k", "attack_top_p", "attack_prefill",
     "attack_first_words", "leak_threshold", "confidence", "side_effects_text", "seed", "min_quality", "min_utility",
     "log_text", "allow_control_tokens",

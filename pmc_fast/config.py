@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from .errors import PMCError
 
 PromptFormat = Literal["tags", "chat"]
+RewardName = Literal["auto", "rouge", "unicode"]
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -26,6 +27,11 @@ class PMCConfig:
     top_k: int = _option(50, "sample among the k likeliest tokens (0: all); the published runs use 50")
     top_p: float = _option(0.95, "then among the likeliest of these that hold this probability mass")
     retain_weight: float = _option(1.25, "the paper's lambda: weight of the retain loss", aliases=["--lambda"])
+    reward: RewardName = _option(
+        "auto",
+        "how answers are compared, in training and evaluation: the published ROUGE-L, which sees a to z and 0 to 9 alone, "
+        "or by the words of any script (auto: unicode where rouge would not see over 1 % of the letters)",
+    )
     min_len: int = _option(0, "answers of fewer words than this score worse (0: off)")
     max_length: int = _option(200, "tokens of prompt and answer together")
     prompt_format: Literal["auto", "tags", "chat"] = _option(

@@ -1,6 +1,7 @@
 """The evaluation's job: check everything, then load, ask and score one model or two."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from .evaluation import (
     attack,
     check_attacks,
     check_sets,
+    check_truths,
     encode_candidates,
     evaluate,
     evaluate_tofu,
@@ -29,12 +31,16 @@ from .evaluation import (
     mean_nlls,
     read_retain_log,
     tofu_questions,
+    truths_of,
     with_side_effects,
 )
 from .packed_pass import PackedPass
 from .progress import Monitor, Silent, Stages
 from .ranks import launched
+from .reward import choose_scorer
 from .rollout import RolloutEngine
+
+SIGNIFICANT = 0.05  # a p-value under this says that two models differ
 
 
 @dataclass(slots=True)
@@ -90,11 +96,13 @@ def evaluate_model(
     sources = ({"before": config.before} if config.before else {}) | {"after": config.model}
     with stages("checking"):
         asked = _read(config)
+        scorer = choose_scorer(config.reward, truths_of(asked.sets))
+        check_truths(scorer, asked.sets)
+        config = dataclasses.replace(config, reward=scorer.name)
         if config.min_utility is not None and not any(s.role == "keep" for s in asked.sets):
             raise PMCError("min_utility needs --retain or --general to measure utility on")
-        warnings = check_sets(
-            asked.sets, allow_overlap=True
-        )  # nothing is trained: the scores are to be read with care
+        # nothing is trained, so sets may overlap: the scores are to be read with care
+        warnings = check_sets(asked.sets, allow_overlap=True) + _few_rows(config, len(asked.sets[0].rows))
         for text in warnings:
             stages.monitor.warn(text)
         candidates = {when: _check(source, config, asked) for when, source in sources.items()}
@@ -146,6 +154,18 @@ def _read(config: EvaluateConfig) -> _Asked:
     forget = load_rows(config.forget, answers=True)
     retain = load_rows(config.retain, answers=True) if config.retain else []
     return _Asked(load_sets(config, forget, retain), [])
+
+
+def _few_rows(config: EvaluateConfig, rows: int) -> list[str]:
+    """Say what a shortened benchmark is not."""
+    if not config.tofu_rows:
+        return []
+    said = [f"tofu_rows is {config.tofu_rows}: all metrics are of no more than the first {rows} rows of each set"]
+    # of a two-sample Kolmogorov-Smirnov test, where all of one sample are below all of the other
+    least = 2 / math.comb(2 * rows, rows)
+    if config.retain_log and least > SIGNIFICANT:
+        said.append(f"forget quality of {rows} rows is at least {least:.2g}, whatever the model knows: it needs more")
+    return said
 
 
 def _check(source: str, config: EvaluateConfig, asked: _Asked) -> _Candidate:
@@ -204,7 +224,12 @@ def _answers(
     stages: Stages,
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    how: dict[str, Any] = {"log_text": config.log_text, "on_set": stages.on_set, "rows": rows}
+    how: dict[str, Any] = {
+        "reward": config.reward,
+        "log_text": config.log_text,
+        "on_set": stages.on_set,
+        "rows": rows,
+    }
     if not asked.tofu:
         return evaluate(lambda questions: greedy_answers(engine, encoder, questions), asked.sets, **how)
     packed = PackedPass(loaded.model)

@@ -6,12 +6,16 @@ from typing import Any
 import torch
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from .data import Encoded, collate
 from .data.encoding import IGNORED
 from .errors import PMCError
 from .pmc import PMC
+from .reward import Scorer, choose_scorer
 from .rollout import SharedEngine
+
+logger = logging.get_logger(__name__)
 
 
 class EvaluatingTrainer(Trainer):
@@ -21,7 +25,7 @@ class EvaluatingTrainer(Trainer):
     -----
     Beside what the Trainer's own evaluation gives (eval_loss, and compute_metrics' of padded batches) its metrics are
 
-    - eval_recall: the reward of greedy answers to the rows' questions against the rows' answers, ROUGE-L recall by default;
+    - eval_recall: the reward of greedy answers to the rows' questions against the rows' answers;
     - eval_forget_score: that of greedy answers to the forget questions against the initial answers; 0: nothing is left.
 
     With prediction_loss_only both are left out: they take a rollout of greedy answers.
@@ -87,10 +91,20 @@ class EvaluatingTrainer(Trainer):
                 prompts.append(s.input_ids[:begin])
                 positions.append(None if s.positions is None else s.positions[:begin])
                 truths.append(s.labels[begin:end])
+        texts = self.pmc.encoder.answers(truths)
+        blind = 0 if self.pmc.reward else sum(not self._scorer(texts).has_words(text) for text in texts)
+        if blind and self.is_world_process_zero():
+            logger.warning(
+                f"of {blind} of {len(texts)} answers of eval_dataset the reward sees nothing: eval_recall is 0 there"
+            )
         if not prompts:
             return None
         room = max(len(p) + len(t) for p, t in zip(prompts, truths, strict=True))
-        return self._mean_reward(self.pmc.encoder.answers(truths), prompts, positions, room)
+        return self._mean_reward(texts, prompts, positions, room)
+
+    def _scorer(self, wanted: Sequence[str]) -> Scorer:
+        """Return how answers are compared: truths may be in a script that no initial answer is in."""
+        return choose_scorer(self.pmc.config.reward, [*self.pmc.initial_answers, *wanted])
 
     def _forget_score(self) -> float:
         if not self.pmc.initial_answers:
@@ -110,7 +124,8 @@ class EvaluatingTrainer(Trainer):
             stop_ids=pmc.encoder.stops, positions=positions,
         )  # fmt: skip
         answers = pmc.encoder.answers([tokens for [tokens] in made.tokens])
-        scores = pmc.reward(wanted, [[answer] for answer in answers], 0)
+        reward = pmc.reward or self._scorer(wanted).recall
+        scores = reward(wanted, [[answer] for answer in answers], 0)
         return sum(float(score) for [score] in scores) / len(answers)
 
 

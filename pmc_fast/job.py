@@ -25,10 +25,12 @@ from .evaluation import (
     attack,
     check_attacks,
     check_sets,
+    check_truths,
     evaluate,
     greedy_answers,
     leakage_settings,
     load_sets,
+    truths_of,
     with_initial_answers,
     with_side_effects,
 )
@@ -40,6 +42,7 @@ from .profiling import NAME as TRACE
 from .profiling import StepProfiler
 from .progress import Monitor, Silent, Stages
 from .ranks import Ranks, launched
+from .reward import choose_scorer
 from .rollout import RolloutEngine, SharedEngine
 from .schedule import Schedule
 from .trainer import PMCTrainer
@@ -119,6 +122,8 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     for s in every:
         encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
     warnings += check_sets(every, allow_overlap=config.allow_overlap)
+    judged = sets or ([EvalSet("forget", "forget", forget)] if config.skip_known_forgotten else [])
+    check_truths(choose_scorer(config.reward, truths_of(judged)), judged, known=True)
     check_attacks(encoder, sets, leakage_settings(config))
     text = None
     if config.side_effects_text:
@@ -200,7 +205,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         numbers: list[dict[str, Any]] = []
         how: dict[str, Any] = {"log_text": config.log_text, "rows": numbers}
         with stages(f"evaluation {when}"):
-            result[when] = evaluate(answer, sets, on_set=stages.on_set, **how)
+            result[when] = evaluate(answer, sets, reward=config.reward, on_set=stages.on_set, **how)
         if settings := leakage_settings(config):
             with stages(f"leak attacks {when}"):
                 result[when]["leakage"] = attack(
@@ -212,12 +217,21 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         rows.extend({"model": when, **row} for row in numbers)
 
     with stages("initial answers"):
-        initial = dict(zip(plan.kept, pmc.prepare(), strict=True))
+        left_out = [i for i in range(len(plan.forget)) if i not in plan.kept] if config.evaluate else []
+        initial = dict(zip(left_out, answer([plan.forget[i].question for i in left_out]), strict=True))
+        pmc.source, pmc.rows = f"initial answers to {config.forget}", [i + 1 for i in plan.kept]
+        # one reward for training and evaluation
+        pmc.prepare([*truths_of(plan.sets), *(y for i, y in initial.items() if not plan.forget[i].answer)])
+        if resumed is not None:
+            pmc.load_state_dict(resumed[1]["pmc"])
+        initial |= dict(zip(plan.kept, pmc.initial_answers, strict=True))
+    for text in pmc.warnings:
+        monitor.warn(text)
+    plan.warnings += pmc.warnings
+    config = dataclasses.replace(config, reward=pmc.scorer.name)
+    monitor.stage(f"  reward: {config.reward}")
     said.update((plan.forget[i].question, y) for i, y in initial.items())
     if config.evaluate:
-        left_out = [i for i in range(len(plan.forget)) if i not in initial]
-        if left_out:
-            initial |= dict(zip(left_out, answer([plan.forget[i].question for i in left_out]), strict=True))
         sets = with_initial_answers(plan.sets, [initial[i] for i in range(len(plan.forget))])
         measure("before")
     with stages("unlearning" if resumed is None else f"unlearning, from {resumed[0].name} on"):
@@ -272,7 +286,10 @@ def _known_forgotten(plan: Plan, loaded: models.LoadedModel, outcome: Outcome) -
     if found is None:
         engine = SharedEngine(_engine(loaded.model, loaded, c), ranks)
         encoder = Encoder(plan.tokenizer, c, None if c.accidents else loaded.model.generation_config)
-        found = skip.judge(engine, encoder, *about, PackedPass(causal_lm(loaded.model)), loaded.autocast_dtype)
+        found = skip.judge(
+            engine, encoder, *about, PackedPass(causal_lm(loaded.model)), loaded.autocast_dtype,
+            truths=truths_of(plan.sets),
+        )  # fmt: skip
     found = ranks.gather(found)[0]  # one list, whatever another process's rounding
     if c.checkpoint_steps and found.kept and ranks.rank == 0:
         skip.remember(outcome.checkpoints, found, *about)

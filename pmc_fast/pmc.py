@@ -17,8 +17,9 @@ from .errors import PMCError
 from .objectives import pmc_weights
 from .ops import row_scales
 from .packed_pass import PackedPass, causal_lm
+from .printable import row_numbers
 from .ranks import Ranks
-from .reward import Reward, rouge_l_recall
+from .reward import ROUGE, Reward, Scorer, choose_scorer
 from .rollout import RolloutEngine, add_counters
 from .sharding import is_sharded
 from .steps import Loss, Retain, Step
@@ -42,7 +43,7 @@ class PMC:
     positions : sequence of int list or None, optional
         Of each prompt's ids, where they are not 0, 1, ...; see `pmc_fast.data.packing.unpad`.
     reward : callable, optional
-        (initial [Q], candidates [Q][N], min_len) -> [Q, N] in [0, 1]; 0: fully unlike.
+        (initial [Q], candidates [Q][N], min_len) -> [Q, N] in [0, 1]; 0: fully unlike. By default `config.reward`.
     autocast_dtype : torch.dtype, optional
         What the model computes in under torch.autocast; rollouts and losses then enter it themselves.
     process_group : torch.distributed.ProcessGroup, optional
@@ -73,7 +74,7 @@ class PMC:
         questions: Iterable[Any],
         *,
         positions: Sequence[list[int] | None] | None = None,
-        reward: Reward = rouge_l_recall,
+        reward: Reward | None = None,
         autocast_dtype: torch.dtype | None = None,
         process_group: Any = None,
     ) -> None:
@@ -85,7 +86,10 @@ class PMC:
         self.questions: list[Any] = questions_of(questions, "questions")
         self.model, self.config, self.ranks = model, config, Ranks(process_group)
         self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)
+        if reward is not None and config.reward != "auto":
+            raise PMCError(f"reward is given, and config.reward is {config.reward!r}: leave one of them out")
         self.reward, self.autocast_dtype = reward, autocast_dtype
+        self.scorer: Scorer = ROUGE  # what `config.reward` is, known with the initial answers
         self.engine = RolloutEngine(
             model,
             autocast_dtype=autocast_dtype,
@@ -110,13 +114,27 @@ class PMC:
                     f"question {i} takes {len(prompt)} tokens and leaves none of max_length {config.max_length} for an "
                     "answer: raise max_length or shorten it"
                 )
+        self.source = "initial answers"  # what errors and warnings call them
+        self.rows = list(range(1, len(self.prompts) + 1))
+        self.warnings: list[str] = []  # of `prepare`
         self.initial_answers: list[str] = []
         self._initial_ids: list[list[int]] = []
         self._pass = PackedPass(causal_lm(model), cuda_graphs=config.cuda_graphs)
         self._checked = False
 
-    def prepare(self) -> list[str]:
-        """Answer every forget question greedily with the untouched model, y_i, and return the answers."""
+    def prepare(self, truths: Iterable[str] = ()) -> list[str]:
+        """Answer every forget question greedily with the untouched model, y_i, and return the answers.
+
+        Parameters
+        ----------
+        truths : iterable of str, optional
+            What else will be compared with answers, so that reward "auto" is the same for training and evaluation.
+
+        Raises
+        ------
+        PMCError
+            An initial answer that the reward sees nothing of: any sample would be unlike it.
+        """
         self.ranks.require_equal(
             {
                 "questions": [self.prompts, self.positions],
@@ -136,6 +154,15 @@ class PMC:
         self.initial_answers = self.encoder.answers(self._initial_ids)
         if all(not y.split() for y in self.initial_answers):
             raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
+        self.scorer = choose_scorer(self.config.reward, [*truths, *self.initial_answers])
+        numbered = list(zip(self.rows, self.initial_answers, strict=True))
+        if silent := [row for row, y in numbered if not y.strip()]:
+            self.warnings = [
+                f"{self.source}, {row_numbers(silent)}: the model says nothing, so whatever it says when sampled counts "
+                "as forgotten and is trained on: leave the questions out, or check prompt_format"
+            ]
+        if self.reward is None:
+            self.scorer.require_words(self.source, [(row, y) for row, y in numbered if y.strip()])
         return self.initial_answers
 
     def sample(self, indices: Sequence[int]) -> Step:
@@ -201,9 +228,8 @@ class PMC:
         candidates: list[Any] = texts if self.keeps_text else made.tokens
         picks = {}
         if asked:
-            scores = np.asarray(
-                self.reward([self.initial_answers[i] for i in asked], texts, c.min_len), dtype=np.float64
-            )
+            reward = self.reward or self.scorer.recall
+            scores = np.asarray(reward([self.initial_answers[i] for i in asked], texts, c.min_len), dtype=np.float64)
             for row, (i, visit) in enumerate(zip(asked, visits, strict=True)):
                 picks[i] = self._select(candidates[row], scores[row], (c.seed, i, visit))
         return picks, {name: float(n) for name, n in made.counters.items()}
@@ -371,12 +397,14 @@ class PMC:
             "store": self.store.state_dict(),
             "initial_answers": self.initial_answers,
             "initial_ids": self._initial_ids,
+            "reward": self.scorer.name,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned; a state of other questions is refused."""
         self.store.load_state_dict(state["store"])
         self.initial_answers, self._initial_ids = state["initial_answers"], state["initial_ids"]
+        self.scorer = choose_scorer(state.get("reward", self.config.reward), self.initial_answers)
 
 
 def _counters(p: Pack) -> dict[str, int]:

@@ -18,6 +18,10 @@ SUMMARY = (
     ("answer_token_mass", "unrelated text: probability of forget-answer tokens", ".2g"),
 )
 ATTACKS = {"sampling": "sampling", "prefill": "prefill", "first_words": "first words given"}
+REWARDS = {
+    "rouge": "ROUGE-L of rouge_score, which sees a to z and 0 to 9",
+    "unicode": "words of any script; where one is written without spaces, its characters are counted as words",
+}
 OF_A_SET = (
     ("rouge_l_recall", "ROUGE-L recall", ".3f"),
     ("mean_words", "words an answer", ".1f"),
@@ -70,7 +74,7 @@ def html(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
     from .plots import plots
 
     values: dict[str, Any] = {"made": made, "plots": plots(made, rows), "rows": metric_rows(made)}
-    return _render("report.html.jinja", **values, leaks=leak_rows(made), texts=_texts(made))
+    return _render("report.html.jinja", **values, leaks=leak_rows(made), texts=_texts(made), rewards=REWARDS)
 
 
 def model_card(made: dict[str, Any]) -> str:
@@ -88,16 +92,20 @@ def metric_rows(made: dict[str, Any]) -> list[tuple[str, str, str]]:
         for key, label, form in SUMMARY
         if key in after
     ]
+    if "forget_quality" in after:  # a p-value says little without the size of its sample
+        count = str(after["sets"]["forget"]["rows"])
+        rows.append(("TOFU forget quality: rows of each model", count, count))
     rows += [
         (
             f"{of['set']}, {of['attack']} attack: largest recall of {of['samples']}",
             of["before"]["worst"],
-            of["after"]["worst"],
+            of["after"]["worst"] if of["questions"] else f"- ({of['left_out']} rows with nothing left to find)",
         )
         for of in leak_rows(made)
     ]
     for name, scores in after.get("sets", {}).items():
         old = before.get("sets", {}).get(name, {})
+        rows.append((f"{name}: rows", str(old.get("rows", "-")), str(scores["rows"])))
         for key, label, form in OF_A_SET:
             if key in scores:
                 rows.append((f"{name}: {label}", _number(old.get(key), form), _number(scores[key], form)))
@@ -109,8 +117,6 @@ def leak_rows(made: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for name, attacks in _leaks(made, "after").items():
         for kind, after in attacks.items():
-            if not after["questions"]:
-                continue
             old = _leaks(made, "before").get(name, {}).get(kind)
             found.append(
                 {"set": name, "attack": ATTACKS.get(kind, kind), "samples": after["samples"],
@@ -125,7 +131,7 @@ def _leaks(made: dict[str, Any], when: str) -> dict[str, Any]:
 
 
 def _leak_texts(of: dict[str, Any] | None) -> dict[str, str]:
-    if of is None:
+    if of is None or not of["questions"]:
         return dict.fromkeys(("worst", "leak_at_1", "leak_at_n", "degenerate"), "-")
     most = of["leak_at_k"][str(of["samples"])]
     return {

@@ -37,6 +37,8 @@ class ResumableTrainer(Trainer):
             self._load_own_state(found[1])
         elif not self.pmc.initial_answers:
             self.pmc.prepare()
+            for text in self.pmc.warnings:
+                logger.warning(text)
         try:
             with self.pmc.ranks.told():
                 return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)

@@ -23,6 +23,7 @@ from .evaluation import (
 )
 from .output import one_error
 from .packed_pass import PackedPass
+from .reward import choose_scorer
 from .rollout import Rollouts
 
 FILE = "known_forgotten.json"
@@ -81,6 +82,8 @@ def judge(
     paraphrases: Sequence[Question | None],
     packed: PackedPass,
     autocast_dtype: Any = None,
+    *,
+    truths: Sequence[str] = (),
 ) -> KnownForgotten:
     """Sample every question once, as the run would, and find those that need no unlearning.
 
@@ -97,6 +100,8 @@ def judge(
         Of the same model.
     autocast_dtype : torch.dtype, optional
         What it computes in under torch.autocast, if it does.
+    truths : sequence of str, optional
+        All that the run compares answers with, for the choice of its reward.
 
     Notes
     -----
@@ -110,7 +115,9 @@ def judge(
     said = greedy_answers(engine, encoder, [forget[i].question for i in without]) if without else []
     initial = dict(zip(without, said, strict=True))
     rows = [Row(row.question, row.answer or initial[i]) for i, row in enumerate(forget)]
+    reward = choose_scorer(c.reward, [*truths, *(row.answer or "" for row in rows)]).name
     how: dict[str, Any] = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "seed": c.seed}
+    how["reward"] = reward
     result = sampling_attack(engine, encoder, rows, num_samples=c.num_samples, **how)
     scores = np.full((len(rows), c.num_samples), np.nan)
     scores[result.rows] = result.scores
@@ -137,16 +144,16 @@ def judge(
             bool(np.isnan(scores[i]).any() or (i in initial and paraphrases[i] is None)) for i in range(len(rows))
         ),
         samples=c.num_samples,
-        criterion=_criterion(c, len(without), len(forget)),
-        degenerate=degenerate_share([text for i in skipped for text in texts[i]]) if skipped else None,
+        criterion=_criterion(c, reward, len(without), len(forget)),
+        degenerate=degenerate_share([text for i in skipped for text in texts[i]], reward) if skipped else None,
         seconds=result.seconds,
     )
 
 
-def _criterion(config: UnlearnConfig, without: int, count: int) -> str:
+def _criterion(config: UnlearnConfig, reward: str, without: int, count: int) -> str:
     lines = []
     if without < count:
-        lines.append(f"every sample's ROUGE-L recall of the truth is at most {config.skip_threshold:g}")
+        lines.append(f"every sample's recall of the truth ({reward}) is at most {config.skip_threshold:g}")
     if without:
         lines.append(
             f"without a truth: the greedy answer is not more likely than under the paraphrase, and every sample's "

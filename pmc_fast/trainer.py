@@ -33,7 +33,7 @@ from .master_weights import MasterWeights
 from .pmc import PMC
 from .printable import printable
 from .resumable import ResumableTrainer
-from .reward import Reward, rouge_l_recall
+from .reward import Reward
 from .schedule import EpochOrder
 from .stopping import StopRule
 
@@ -90,7 +90,7 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         *,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        reward: Reward = rouge_l_recall,
+        reward: Reward | None = None,
         eval_dataset: Iterable[Any] | dict[str, Any] | None = None,
         compute_metrics: Callable[..., Any] | None = None,
         preprocess_logits_for_metrics: Callable[..., Any] | None = None,

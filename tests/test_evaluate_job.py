@@ -1,6 +1,7 @@
 """What `evaluate` shows beyond greedy answers: leak attacks, side effects, the page; on a tiny model."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -104,6 +105,29 @@ def test_texts_of_attacks_on_demand_and_escaped(command, data):
     assert attacks["sampling"]["texts"][0]["truth"] == f"{SECRET} 0"
 
 
+def test_few_rows_and_a_models_own_log_are_told(data, tiny_dir, capsys):
+    write_tofu(data)
+    command = ["evaluate", "--suite", "tofu", "--tofu", str(data), "--split", "forget01", "--max-length", "40",
+               "--tofu-rows", "1", "--model", str(tiny_dir), "--device", "cpu"]  # fmt: skip
+    log, page = data / "rows.jsonl", data / "page.html"
+    assert run([*command, "--rows", str(log), "--report", str(page), "--json", str(data / "made.json")]) == 0
+    shown = capsys.readouterr()
+    assert "tofu_rows is 1: all metrics are of no more than the first 1 rows of each set" in shown.err
+    assert "tofu_rows is 1" in page.read_text()
+    assert re.search(r"forget: rows +│ +1", shown.out)
+    assert json.loads((data / "made.json").read_text())["warnings"]
+    assert run([*command, "--retain-log", str(log)]) == 2
+    assert "its 1 truth ratios are this model's own" in capsys.readouterr().err
+    other = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in other:
+        row["nll_perturbed"] = [nll + 1 for nll in row.get("nll_perturbed", [])]
+    log.write_text("".join(json.dumps(row) + "\n" for row in other))
+    assert run([*command, "--retain-log", str(log)]) == 0
+    shown = capsys.readouterr()
+    assert "forget quality of 1 rows is at least 1, whatever the model knows" in shown.err
+    assert re.search(r"TOFU forget quality: rows of each model +│ +1", shown.out)
+
+
 def test_tofu_is_attacked_likewise(data, tiny_dir):
     write_tofu(data)
     command = ["evaluate", "--suite", "tofu", "--tofu", str(data), "--split", "forget01", "--max-length", "40",
@@ -166,7 +190,7 @@ def made_up(**change):
     interval = {"value": 0.5, "interval": [0.25, 0.75]}
     leak = {"questions": 2, "left_out": 0, "samples": 100, "worst": interval, "degenerate": 0.0,
             "leak_at_k": {str(k): interval for k in (1, 2, 64, 100)}}  # fmt: skip
-    scores = {"sets": {"forget": {"role": "forget", "rouge_l_recall": 0.5}}, "unlearn_quality": 50.0, "utility": 60.0,
+    scores = {"sets": {"forget": {"role": "forget", "rouge_l_recall": 0.5, "rows": 2}}, "unlearn_quality": 50.0, "utility": 60.0,
               "leakage": {"sets": {"forget": {"sampling": leak}}}}  # fmt: skip
     return {"before": scores, "after": scores, **change}
 
@@ -183,10 +207,16 @@ def test_plots_show_what_there_is():
     assert len(plots.plots({"history": history})) == 2
     assert len(plots.plots({"history": history[:1]})) == 2
     assert plots.plots({"history": []}) == {}
-    nothing = {"questions": 0, "left_out": 2, "criterion": ""}
+    nothing = {"questions": 0, "left_out": 2, "samples": 100, "criterion": ""}
     empty = made_up()
     empty["after"] = empty["after"] | {"leakage": {"sets": {"forget": {"sampling": nothing}}}}
-    assert report.leak_rows(empty) == []
+    ((row,), nothing) = report.leak_rows(empty), dict.fromkeys(("worst", "leak_at_1", "leak_at_n", "degenerate"), "-")
+    assert (row["questions"], row["left_out"], row["after"]) == (0, 2, nothing)
+    assert (
+        "forget, sampling attack: largest recall of 100",
+        "0.500 (0.250 to 0.750)",
+        "- (2 rows with nothing left to find)",
+    ) in (report.metric_rows(empty))
     plots.plots(empty)
 
 

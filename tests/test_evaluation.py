@@ -171,7 +171,7 @@ def test_tofu_by_hand():
     rows = []
     result = evaluate_tofu(
         lambda asked: [said[q] for q in asked], lambda s: nlls[s.name], tofu_sets(), rows=rows,
-        retain_ratios=np.array([0.5]),
+        retain_ratios=np.array([0.9]),
     )  # fmt: skip
     of = result["sets"]
     assert (result["unlearn_quality"], result["utility"]) == (50, pytest.approx(100 / 3 * 2.5))
@@ -186,6 +186,28 @@ def test_tofu_by_hand():
         "set": "forget", "row": 1, "rouge_l_recall": 1.0, "words": 3, "nll_answer": 0.0, "nll_paraphrased": half,
         "nll_perturbed": [2 * half], "probability": 1.0, "truth_ratio": pytest.approx(0.5),
     }  # fmt: skip
+
+
+def test_a_models_own_retain_log_is_refused():
+    """Before anything is answered, and where another machine rounded differently too."""
+
+    def refuse(ratio):
+        evaluate_tofu(
+            lambda asked: pytest.fail("asked"), lambda s: [[0.0, np.log(2), 2 * np.log(2)]], tofu_sets(),
+            retain_ratios=np.array([ratio]),
+        )  # fmt: skip
+
+    for ratio in (0.5, 0.5001):
+        with pytest.raises(PMCError, match="its 1 truth ratios are this model's own, so forget quality would be 1"):
+            refuse(ratio)
+    with pytest.raises(pytest.fail.Exception, match="asked"):
+        refuse(0.51)
+
+
+def test_rows_without_a_truth_are_refused():
+    for missing in (Row("a"), Row("a", "..."), Row("a", "🐝")):
+        with pytest.raises(PMCError, match="kept, row 2: the rouge reward sees under half"):
+            evaluate(lambda asked: pytest.fail("asked"), [EvalSet("kept", "keep", [Row("b", "one"), missing])])
 
 
 def write_tofu(directory, change=None, rows=2):

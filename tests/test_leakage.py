@@ -189,7 +189,7 @@ def test_given_words_do_not_count_as_leaked(tokenizer):
 def test_nothing_left_to_find(tokenizer):
     result = sampling_attack(Script(tokenizer), encoder_of(tokenizer), ROWS, num_samples=2, first_words=9)
     assert result.scores.shape == (0, 2)
-    assert summarize(result) == {"questions": 0, "left_out": 2, "criterion": "rouge_l_recall >= 0.5"}
+    assert summarize(result) == {"questions": 0, "left_out": 2, "samples": 2, "criterion": "rouge_l_recall >= 0.5"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmc_fast import native, reward
+from pmc_fast import native, words
 from pmc_fast.errors import PMCError
 from pmc_fast.reference import rouge_score_recall
 from pmc_fast.reward import rouge_l_recall
@@ -83,8 +83,8 @@ def test_first_of_equal_scores_is_picked():
 
 
 def test_caches_are_bounded():
-    assert reward._stem.cache_info().maxsize is not None
-    assert reward._tokens.cache_info().maxsize is not None
+    assert words._stem.cache_info().maxsize is not None
+    assert words.rouge_units.cache_info().maxsize is not None
 
 
 def test_ragged_candidates_are_refused():

@@ -16,7 +16,7 @@ from .side_effects import (
     token_shift,
 )
 from .statistics import bootstrap_interval, leak_at_k, worst_of_k
-from .suite import EvalSet, check_sets, evaluate, load_sets, with_initial_answers
+from .suite import EvalSet, check_sets, check_truths, evaluate, load_sets, truths_of, with_initial_answers
 from .tofu import TofuRow, TofuSet, evaluate_tofu, load_tofu, read_retain_log, tofu_questions
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "bootstrap_interval",
     "check_attacks",
     "check_sets",
+    "check_truths",
     "degenerate_share",
     "encode_candidates",
     "evaluate",
@@ -54,6 +55,7 @@ __all__ = [
     "summarize",
     "tofu_questions",
     "token_shift",
+    "truths_of",
     "unlearn_quality",
     "utility",
     "with_initial_answers",

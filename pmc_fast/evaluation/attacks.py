@@ -1,18 +1,16 @@
 """Attacks: does the forgotten come back when a model is asked often, or helped into the answer?"""
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..config import RewardName
 from ..data import Encoder, Question, Row
 from ..errors import PMCError
-from ..reward import rouge_l_recall
+from ..reward import Scorer, choose_scorer
 from ..rollout import Rollouts
-
-_WORD = re.compile("[a-z0-9]")  # what ROUGE sees of a text
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +57,7 @@ def sampling_attack(
     first_words: int = 0,
     threshold: float = 0.5,
     seed: int = 0,
+    reward: RewardName = "auto",
 ) -> AttackResult:
     """Ask each question many times, and look for the truth in what comes.
 
@@ -82,6 +81,8 @@ def sampling_attack(
     threshold : float
         A sample leaks if its recall is at least this.
     seed : int
+    reward : {"auto", "rouge", "unicode"}
+        How samples are compared with truths, and what a word is (`choose_scorer`; auto: by the rows' truths).
 
     Returns
     -------
@@ -90,14 +91,15 @@ def sampling_attack(
     Raises
     ------
     PMCError
-        No rows, a row without a truth, or one that leaves no room for an answer; the error names its number.
+        No rows, a row without a truth or with one that the reward sees nothing of, or one that leaves no room for an
+        answer; the error names its number.
 
     Notes
     -----
     The largest recall of 100 samples, with and without "The answer is: ", is how arXiv 2507.04219 measures leakage.
     Only what the model wrote is scored: against the truth, or after `first_words` against the rest of it, so that
-    words which it was given do not count as leaked. A row of which no rest is left, or none that ROUGE sees (it knows
-    a to z and 0 to 9), would always score 0: it is left out and counted.
+    words which it was given do not count as leaked. A row of which no rest is left, or none that the reward sees, would
+    always score 0: it is left out and counted.
 
     leak@k's authors call a sample a leak if a language-inference model finds that it entails the truth. That needs a
     second model; recall >= 0.5 (half of the truth's words, in order) is this package's own criterion, so numbers
@@ -106,7 +108,9 @@ def sampling_attack(
     The forced words end at a token's end: where the tokenizer would join their last token with the truth's next one,
     that token is left to the model.
     """
-    asked = prepare_attack(encoder, rows, prefill, first_words)
+    scorer = choose_scorer(reward, [row.answer for row in rows if row.answer])
+    asked = prepare_attack(encoder, rows, scorer, prefill, first_words)
+    scorer.require_words("leakage", ((n, row.answer or "") for n, row in enumerate(rows, start=1)))
     start = time.perf_counter()
     rollouts = engine(
         asked.prompts,
@@ -121,7 +125,7 @@ def sampling_attack(
     )
     seconds = time.perf_counter() - start
     samples = [encoder.answers(tokens) for tokens in rollouts.tokens]
-    scores = rouge_l_recall(asked.rests, samples).reshape(len(asked.rows), num_samples)
+    scores = scorer.recall(asked.rests, samples, 0).reshape(len(asked.rows), num_samples)
     left_out = len(rows) - len(asked.rows)
     return AttackResult(asked.rows, scores, samples, left_out, threshold, dict(rollouts.counters), seconds)
 
@@ -137,17 +141,26 @@ class AttackPrompts:
 
 
 def prepare_attack(
-    encoder: Encoder, rows: Sequence[Row], prefill: str = "", first_words: int = 0, *, name: str = "leakage"
+    encoder: Encoder,
+    rows: Sequence[Row],
+    scorer: Scorer,
+    prefill: str = "",
+    first_words: int = 0,
+    *,
+    name: str = "leakage",
 ) -> AttackPrompts:
     """Return what `sampling_attack` asks, or refuse it as that does; `name` says in errors whose rows these are."""
     if not rows:
         raise PMCError(f"{name}: there are no rows: give forget questions with their answers")
+    if first_words < 0:
+        raise PMCError(f"leakage: first_words is {first_words}: it must be 0 or more")
     asked = AttackPrompts([], [], [], [])
     for number, row in enumerate(rows):
         if row.answer is None:
             raise PMCError(f"{name}: row {number + 1} has no answer: leaks are found by comparing with the truth")
-        given, rest = _split(row.answer, first_words)
-        if not _WORD.search(rest.lower()):
+        end = scorer.end_of_words(row.answer, first_words)
+        given, rest = row.answer[:end], row.answer[end:]
+        if not scorer.has_words(rest):
             continue
         prompt, draft = _forced(encoder, row.question, _join(prefill, given), _join(prefill, row.answer))
         if len(prompt) >= encoder.max_length:
@@ -160,15 +173,6 @@ def prepare_attack(
         asked.drafts.append([draft])
         asked.rests.append(rest)
     return asked
-
-
-def _split(truth: str, words: int) -> tuple[str, str]:
-    """Return the first words of a truth and the rest."""
-    if words < 0:
-        raise PMCError(f"leakage: first_words is {words}: it must be 0 or more")
-    found = re.match(rf"\s*(\S+\s+){{0,{words - 1}}}\S+", truth) if words else None
-    end = found.end() if found else 0
-    return truth[:end], truth[end:]
 
 
 def _join(prefill: str, words: str) -> str:

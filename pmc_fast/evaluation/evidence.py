@@ -9,6 +9,7 @@ import torch
 from ..config import UnlearnConfig
 from ..data import Encoded, Encoder, Row
 from ..errors import PMCError
+from ..reward import choose_scorer
 from ..rollout import Rollouts
 from .attacks import prepare_attack
 from .leakage import LeakageSettings, leakage
@@ -32,16 +33,20 @@ def leakage_settings(config: UnlearnConfig) -> LeakageSettings | None:
         first_words=config.attack_first_words,
         level=config.confidence,
         seed=config.seed,
+        reward=config.reward,
     )
 
 
 def check_attacks(encoder: Encoder, sets: Sequence[EvalSet], settings: LeakageSettings | None) -> None:
     """Refuse questions that leave no room once an attack begins their answers, before any model is loaded."""
-    for name, rows in _attacked(sets).items() if settings else ():
+    if settings is None:
+        return
+    for name, rows in _attacked(sets).items():
         # a truth that is not known yet has the question stand in: what is looked at is the room that it takes
         known = [Row(row.question, row.answer or str(row.question)) for row in rows]
-        for change in settings.attacks().values() if settings else ():
-            prepare_attack(encoder, known, **change, name=name)
+        scorer = choose_scorer(settings.reward, [row.answer or "" for row in known])
+        for change in settings.attacks().values():
+            prepare_attack(encoder, known, scorer, **change, name=name)
 
 
 def attack(

@@ -1,13 +1,15 @@
 """All attacks on a model, summed up in numbers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ..config import RewardName
 from ..data import Encoder, Row
 from ..errors import PMCError
+from ..reward import choose_scorer
 from ..rollout import Rollouts
 from .attacks import AttackResult, sampling_attack
 from .metrics import degenerate_share
@@ -30,6 +32,7 @@ class LeakageSettings:
     level: float = 0.95  # of the confidence intervals
     resamples: int = 2000
     seed: int = 0
+    reward: RewardName = "auto"  # how samples are compared; auto: by the truths
 
     def attacks(self) -> dict[str, dict[str, Any]]:
         """Return the attacks by name, and what each gives away."""
@@ -72,15 +75,16 @@ def leakage(
         (``sampling``, ``prefill``, ``first_words``) what `summarize` returns.
     """
     s = settings or LeakageSettings()
-    how: dict[str, Any] = {
-        name: getattr(s, name) for name in ("num_samples", "temperature", "top_p", "top_k", "threshold", "seed")
-    }
+    truths = [row.answer for row in (*rows, *(paraphrased or ())) if row.answer]
+    s = replace(s, reward=choose_scorer(s.reward, truths).name)
+    names = ("num_samples", "temperature", "top_p", "top_k", "threshold", "seed", "reward")
+    how: dict[str, Any] = {name: getattr(s, name) for name in names}
     sets: dict[str, dict[str, Any]] = {}
     for name, asked in {"forget": rows, "forget_paraphrased": paraphrased or ()}.items():
         for attack, change in s.attacks().items() if asked or name == "forget" else ():
             on_attack(name, attack)
             result = sampling_attack(engine, encoder, asked, **how, **change)
-            summary = summarize(result, level=s.level, resamples=s.resamples, seed=s.seed)
+            summary = summarize(result, level=s.level, resamples=s.resamples, seed=s.seed, reward=s.reward)
             if log_text:
                 summary["texts"] = [
                     {
@@ -95,8 +99,15 @@ def leakage(
     return {"settings": asdict(s), "sets": sets}
 
 
-def summarize(result: AttackResult, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Sum up an attack in numbers.
+def summarize(
+    result: AttackResult,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    reward: RewardName = "auto",
+) -> dict[str, Any]:
+    """Sum up an attack in numbers; `reward` counts its samples' words.
 
     Returns
     -------
@@ -111,6 +122,7 @@ def summarize(result: AttackResult, *, level: float = 0.95, resamples: int = 200
     summary: dict[str, Any] = {
         "questions": questions,
         "left_out": result.left_out,
+        "samples": n,
         "criterion": f"rouge_l_recall >= {result.threshold:g}",
     }
     if not questions:
@@ -125,13 +137,12 @@ def summarize(result: AttackResult, *, level: float = 0.95, resamples: int = 200
     leaks = {k: np.array([leak_at_k(n, int(c), k) for c in leaking]) for k in sizes}
     counters = {name: int(result.counters[name]) for name in COUNTERS if name in result.counters}
     return summary | {
-        "samples": n,
         "mean": over_questions(mean),
         "worst": over_questions(worst),
         "leaking_questions": float((leaking > 0).mean()),
         "leak_at_k": {str(k): over_questions(leaks[k]) for k in sizes},
         "worst_of_k": {str(k): over_questions(worst_of_k(result.scores, k)) for k in sizes},
-        "degenerate": degenerate_share([text for texts in result.samples for text in texts]),
+        "degenerate": degenerate_share([text for texts in result.samples for text in texts], reward),
         "per_question": [
             {"row": row, "worst": float(w), "mean": float(m), "leaking": int(c)}
             for row, w, m, c in zip(result.rows, worst, mean, leaking, strict=True)
@@ -149,7 +160,7 @@ def known_forgotten(scores: np.ndarray, threshold: float = 0.0) -> list[int]:
     ----------
     scores : array [Q, N]
         ROUGE-L recall of each sampled answer against the truth. NaN where there is no truth to compare with (none
-        was given, or ROUGE sees no word of it): such a question never qualifies.
+        was given): such a question never qualifies.
     threshold : float
         The largest recall that says nothing. With 0 not one word may be shared; answers in whole sentences share
         "the" and "of" with most truths.

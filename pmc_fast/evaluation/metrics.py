@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from ..config import RewardName
+from ..reward import choose_scorer
+
 SHORT_ANSWER = 3  # words; an answer of fewer says nothing
 
 
@@ -21,11 +24,13 @@ def utility(*kept_recalls: float) -> float:
     return 100.0 * sum(kept_recalls) / len(kept_recalls)
 
 
-def mean_words(answers: Sequence[str]) -> float:
-    """Return the answers' mean number of words."""
-    return sum(len(a.split()) for a in answers) / len(answers)
+def mean_words(answers: Sequence[str], reward: RewardName = "auto") -> float:
+    """Return the answers' mean number of words, as the reward counts them."""
+    count = choose_scorer(reward, answers).count_words
+    return sum(map(count, answers)) / len(answers)
 
 
-def degenerate_share(answers: Sequence[str]) -> float:
+def degenerate_share(answers: Sequence[str], reward: RewardName = "auto") -> float:
     """Return the share of answers of under 3 words: they have recall 0 and so feign forgetting."""
-    return sum(len(a.split()) < SHORT_ANSWER for a in answers) / len(answers)
+    count = choose_scorer(reward, answers).count_words
+    return sum(count(a) < SHORT_ANSWER for a in answers) / len(answers)

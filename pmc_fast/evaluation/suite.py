@@ -1,17 +1,17 @@
 """Greedy answers to the forget and the kept questions, scored as the paper does."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..config import UnlearnConfig
+from ..config import RewardName, UnlearnConfig
 from ..data import Question, Row, check_overlap, load_rows, same_rows
 from ..errors import PMCError
 from ..printable import printable, row_numbers
-from ..reward import rouge_l_recall
+from ..reward import Scorer, choose_scorer
 from .metrics import degenerate_share, mean_words, unlearn_quality, utility
 
 RETAIN_ROWS = 400
@@ -24,6 +24,7 @@ class EvalSet:
     name: str
     role: Literal["forget", "keep"]
     rows: list[Row]
+    numbers: Sequence[int] | None = None  # of the rows in their file, from 1, where they are not 1, 2, ...
 
 
 def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row]) -> list[EvalSet]:
@@ -36,11 +37,10 @@ def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row
         rows = load_rows(config.paraphrased, answers=True, paraphrased=True)
         sets.append(EvalSet("forget_paraphrased", "forget", rows))
     if retain:
-        drawn = list(retain)
-        if len(drawn) > RETAIN_ROWS:
-            chosen = np.random.default_rng(12345).integers(0, len(retain), RETAIN_ROWS)
-            drawn = [retain[i] for i in chosen]
-        sets.append(EvalSet("retain", "keep", drawn))
+        chosen = list(range(len(retain)))
+        if len(retain) > RETAIN_ROWS:
+            chosen = np.random.default_rng(12345).integers(0, len(retain), RETAIN_ROWS).tolist()
+        sets.append(EvalSet("retain", "keep", [retain[i] for i in chosen], [i + 1 for i in chosen]))
     for source in config.general:
         name = printable(Path(source).stem)
         if name in {s.name for s in sets}:
@@ -72,13 +72,27 @@ def with_initial_answers(sets: Sequence[EvalSet], initial: Sequence[str]) -> lis
     """Give forget questions that came without an answer the model's initial one for a truth."""
     forget, *others = sets
     rows = [Row(r.question, r.answer or y) for r, y in zip(forget.rows, initial, strict=True)]
-    return [EvalSet(forget.name, forget.role, rows), *others]
+    return [replace(forget, rows=rows), *others]
+
+
+def truths_of(sets: Sequence[EvalSet]) -> list[str]:
+    """Return the true answers of sets, of the rows that have one."""
+    return [row.answer for s in sets for row in s.rows if row.answer]
+
+
+def check_truths(scorer: Scorer, sets: Iterable[EvalSet], *, known: bool = False) -> None:
+    """Refuse truths that the scorer can't compare anything with, by their rows' numbers; with `known` those there are."""
+    for s in sets:
+        numbers = s.numbers or range(1, len(s.rows) + 1)
+        truths = {n: row.answer or "" for n, row in zip(numbers, s.rows, strict=True) if row.answer or not known}
+        scorer.require_words(s.name, sorted(truths.items()))
 
 
 def evaluate(
     answer: Callable[[Sequence[Question]], list[str]],
     sets: Sequence[EvalSet],
     *,
+    reward: RewardName = "auto",
     log_text: bool = False,
     on_set: Callable[[EvalSet], None] = lambda s: None,
     rows: list[dict[str, Any]] | None = None,
@@ -92,6 +106,8 @@ def evaluate(
         depends on the question alone, and one long call keeps the engine busier than one a set.
     sets : Sequence[EvalSet]
         What to ask.
+    reward : {"auto", "rouge", "unicode"}
+        How answers are compared with truths (`choose_scorer`; auto: by the truths of all sets).
     on_set : callable
         Is told of each set before they are asked.
     log_text : bool
@@ -102,23 +118,30 @@ def evaluate(
     Returns
     -------
     dict
-        ``sets``: per set its role, rows, mean ROUGE-L recall against the truth, mean_words and
-        degenerate share; ``unlearn_quality`` and ``utility`` (0 to 100) where a set speaks to them.
+        ``reward``: the one that was used; ``sets``: per set its role, rows, mean ROUGE-L recall against the truth,
+        mean_words and degenerate share; ``unlearn_quality`` and ``utility`` (0 to 100) where a set speaks to them.
+
+    Raises
+    ------
+    PMCError
+        A truth that the reward sees nothing of; the error names its row.
     """
-    result: dict[str, Any] = {"sets": {}}
+    scorer = choose_scorer(reward, truths_of(sets))
+    check_truths(scorer, sets)
+    result: dict[str, Any] = {"reward": scorer.name, "sets": {}}
     for s in sets:
         on_set(s)
     questions = list(dict.fromkeys(row.question for s in sets for row in s.rows))
     said = dict(zip(questions, answer(questions), strict=True))
     for s in sets:
         answers = [said[row.question] for row in s.rows]
-        recalls = rouge_l_recall([row.answer or "" for row in s.rows], [[a] for a in answers])[:, 0]
+        recalls = scorer.recall([row.answer or "" for row in s.rows], [[a] for a in answers], 0)[:, 0]
         scored: dict[str, Any] = {
             "role": s.role,
             "rows": len(s.rows),
             "rouge_l_recall": float(recalls.mean()),
-            "mean_words": mean_words(answers),
-            "degenerate": degenerate_share(answers),
+            "mean_words": mean_words(answers, scorer.name),
+            "degenerate": degenerate_share(answers, scorer.name),
         }
         texts = [
             {"question": row.question, "truth": row.answer, "answer": a} if log_text else {}
@@ -129,7 +152,7 @@ def evaluate(
             scored["texts"] = [text | number for text, number in zip(texts, numbers, strict=True)]
         if rows is not None:
             for i, (text, number, a) in enumerate(zip(texts, numbers, answers, strict=True), start=1):
-                rows.append({"set": s.name, "row": i, **number, "words": len(a.split()), **text})
+                rows.append({"set": s.name, "row": i, **number, "words": scorer.count_words(a), **text})
         result["sets"][s.name] = scored
     for key, role, metric in (("unlearn_quality", "forget", unlearn_quality), ("utility", "keep", utility)):
         recalls_of_role = [s["rouge_l_recall"] for s in result["sets"].values() if s["role"] == role]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..config import RewardName
 from ..data import Question, Row, read_records, rows_of
 from ..data.loading import SUFFIXES, json_lines, read_text
 from ..errors import PMCError
@@ -24,6 +25,7 @@ from .tofu_metrics import (
     truth_ratio,
 )
 
+SAME = 1e-3  # truth ratios as near as this, in every row, are one model's: machines round differently
 OF_UTILITY = ("probability", "rouge_l_recall", "truth_ratio")  # of the three kept sets: nine numbers
 
 
@@ -130,6 +132,7 @@ def evaluate_tofu(
     *,
     variant: Variant = "geometric",
     retain_ratios: np.ndarray | None = None,
+    reward: RewardName = "auto",
     log_text: bool = False,
     on_set: Callable[[EvalSet], None] = lambda s: None,
     rows: list[dict[str, Any]] | None = None,
@@ -147,8 +150,9 @@ def evaluate_tofu(
     variant : {"geometric", "arithmetic"}
         Of the truth ratio (`tofu_metrics.truth_ratio`).
     retain_ratios : array, optional
-        Truth ratios on the forget set of a model that never saw it, for ``forget_quality``.
-    log_text, on_set, rows
+        Truth ratios on the forget set of a model that never saw it, for ``forget_quality``. This model's own are
+        refused.
+    reward, log_text, on_set, rows
         As in `evaluate`. A row of the four sets has also ``nll_answer``, ``nll_paraphrased`` (where there is one),
         ``nll_perturbed``, ``probability`` and ``truth_ratio`` (false over true).
 
@@ -163,11 +167,21 @@ def evaluate_tofu(
     Retain is retain_perturbed throughout, as in TOFU and OpenUnlearning; PMC's paper measures its utility on 400 rows
     drawn from the whole retain split, as `--suite questions` does.
     """
+    found: dict[str, list[dict[str, Any]]] = {}  # each set's losses, of the rows by name
+
+    def losses_of(s: TofuSet) -> list[dict[str, Any]]:
+        if s.name not in found:
+            found[s.name] = [_named(row, of) for row, of in zip(s.rows, nlls(s), strict=True)]
+        return found[s.name]
+
+    for s in sets:
+        if s.role == "forget" and retain_ratios is not None:  # now: the answers take longer
+            _require_another(_ratios(losses_of(s), variant), retain_ratios)
     every: list[dict[str, Any]] = []
-    result = evaluate(answer, tofu_questions(sets), log_text=log_text, on_set=on_set, rows=every)
+    result = evaluate(answer, tofu_questions(sets), reward=reward, log_text=log_text, on_set=on_set, rows=every)
     for s in sets:
         scored = result["sets"][s.name]
-        losses = [_named(row, of) for row, of in zip(s.rows, nlls(s), strict=True)]
+        losses = losses_of(s)
         true = [of["nll_answer"] for of in losses]
         false = [of["nll_perturbed"] for of in losses]
         options = s.rows[0].paraphrase is None
@@ -196,6 +210,14 @@ def _named(row: TofuRow, losses: list[float]) -> dict[str, Any]:
 def _ratios(losses: Sequence[dict[str, Any]], variant: Variant) -> np.ndarray:
     true = [of.get("nll_paraphrased", of["nll_answer"]) for of in losses]
     return truth_ratio(true, [of["nll_perturbed"] for of in losses], variant)
+
+
+def _require_another(ratios: np.ndarray, retain_ratios: np.ndarray) -> None:
+    if np.allclose(ratios, retain_ratios, rtol=SAME, atol=0):
+        raise PMCError(
+            f"retain_log: its {len(ratios)} truth ratios are this model's own, so forget quality would be 1 whatever it "
+            "knows: give the log of a model that never saw the forget set"
+        )
 
 
 def read_retain_log(file: str, count: int, variant: Variant) -> np.ndarray:

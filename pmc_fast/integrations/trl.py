@@ -20,7 +20,7 @@ except ImportError as error:  # absent, or of a version whose base classes are e
 from .. import config, trainer
 from ..arguments import PublishedDefaults
 from ..errors import PMCError
-from ..reward import Reward, rouge_l_recall
+from ..reward import Reward
 
 logger = logging.get_logger(__name__)
 
@@ -131,7 +131,7 @@ class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
-        reward: Reward = rouge_l_recall,
+        reward: Reward | None = None,
         **more: Any,
     ) -> None:
         model = os.fspath(model) if isinstance(model, os.PathLike) else model

@@ -172,8 +172,9 @@ def _answers(loaded: LoadedModel, encoder: Encoder, questions: Sequence[Question
 def _forgotten(
     a: _Asked, config: VerifyConfig, engine: RolloutEngine, encoder: Encoder, failed: list[str]
 ) -> dict[str, Any]:
+    own = _settings(a.request)
     sets = [EvalSet(name, "forget", rows) for name, rows in a.sets.items()]
-    made = evaluate(lambda questions: greedy_answers(engine, encoder, questions), sets)
+    made = evaluate(lambda questions: greedy_answers(engine, encoder, questions), sets, reward=own.reward)
     then = a.request.record["metrics"].get("after", {}).get("sets", {})
     recorded = None
     if all(name in then for name in a.sets):  # of the same sets, which may be fewer than the request's
@@ -197,7 +198,9 @@ def _leaks(
         "top_p": own.attack_top_p,
     }
     how |= {"threshold": own.leak_threshold, "seed": own.seed, "num_samples": config.attack_samples}
-    made = summarize(sampling_attack(engine, encoder, a.sets["forget"], **how), level=own.confidence)
+    how["reward"] = own.reward
+    result = sampling_attack(engine, encoder, a.sets["forget"], **how)
+    made = summarize(result, level=own.confidence, reward=own.reward)
     share = made.get("leaking_questions", 0.0)
     if config.max_leak is not None and share > config.max_leak:
         failed.append(
@@ -219,7 +222,8 @@ def _still_known(
         if config.min_utility is not None:
             raise PMCError(f"min_utility is given but request {last.name} was made without an evaluation")
         return {}
-    made = evaluate(lambda questions: greedy_answers(engine, encoder, questions), sets)
+    reward = _settings(last).reward
+    made = evaluate(lambda questions: greedy_answers(engine, encoder, questions), sets, reward=reward)
     recorded = last.record["metrics"]["after"]["utility"]
     made["recorded_utility"] = recorded
     made["bound"] = _bound(config.min_utility, last, "min_utility", recorded, config.slack)

@@ -133,6 +133,8 @@ class PMC(GradDiff):
     def _ready(self) -> Core:
         if not self.pmc.initial_answers:
             self.pmc.prepare()
+            for text in self.pmc.warnings:
+                logger.warning(text)
         return self.pmc
 
     def _sampled(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
