@@ -30,7 +30,7 @@ class PMCConfig:
     reward: RewardName = _option(
         "auto",
         "how answers are compared, in training and evaluation: the published ROUGE-L, which sees a to z and 0 to 9 alone, "
-        "or by the words of any script (auto: unicode where rouge would not see over 1 % of the letters)",
+        "or by the words of any script (auto: unicode where rouge would not see more than 1 in 100 letters)",
     )
     min_len: int = _option(0, "answers of fewer words than this score worse (0: off)")
     max_length: int = _option(200, "tokens of prompt and answer together")

@@ -25,6 +25,7 @@ from .sharding import is_sharded
 from .steps import Loss, Retain, Step
 from .store import BestStore
 from .supported import check_model
+from .words import says_nothing
 
 logger = logging.get_logger(__name__)
 
@@ -156,13 +157,13 @@ class PMC:
             raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
         self.scorer = choose_scorer(self.config.reward, [*truths, *self.initial_answers])
         numbered = list(zip(self.rows, self.initial_answers, strict=True))
-        if silent := [row for row, y in numbered if not y.strip()]:
+        if silent := [row for row, y in numbered if says_nothing(y)]:
             self.warnings = [
                 f"{self.source}, {row_numbers(silent)}: the model says nothing, so whatever it says when sampled counts "
                 "as forgotten and is trained on: leave the questions out, or check prompt_format"
             ]
         if self.reward is None:
-            self.scorer.require_words(self.source, [(row, y) for row, y in numbered if y.strip()])
+            self.scorer.require_words(self.source, [(row, y) for row, y in numbered if not says_nothing(y)])
         return self.initial_answers
 
     def sample(self, indices: Sequence[int]) -> Step:

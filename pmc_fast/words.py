@@ -45,8 +45,14 @@ def hidden_from_rouge(text: str) -> tuple[int, int]:
     return max(0, count - seen), count
 
 
+def says_nothing(text: str) -> bool:
+    """Return whether a text is punctuation and white space alone: no letter, digit or symbol, such as an emoji."""
+    return not _SAID.search(text)
+
+
 # --- of any script
 
+_SAID = regex.compile(r"[\p{L}\p{N}\p{S}]")
 _LETTER = regex.compile(r"[\p{L}\p{N}]")
 # written without spaces between words, or (Korean) with particles joined to them: a character is a word
 _CHARACTERS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{Yi}ー"

@@ -322,7 +322,7 @@ def test_evaluate_scores_a_model(arguments, data, tiny_dir, capsys):
 
 
 def test_evaluate_compares_two_models_on_tofu(data, tiny_dir, tiny, tokenizer, capsys):
-    """The second model has other weights; its rows, as a retain model's log, are the first run's forget quality."""
+    """The second model has other weights; a retain model's log is a third's, which finds false answers unlikelier."""
     write_tofu(data)
     with torch.no_grad():
         tiny.model.norm.weight.mul_(3)
@@ -333,10 +333,13 @@ def test_evaluate_compares_two_models_on_tofu(data, tiny_dir, tiny, tokenizer, c
         str(data / "other"), "--prompt-format", "tags",
     ]  # fmt: skip
     assert run([*command, "--rows", str(data / "other.rows.jsonl")]) == 0
-    assert run([*command, "--before", str(tiny_dir), "--retain-log", str(data / "other.rows.jsonl"), "--rows",
+    log = [json.loads(line) for line in (data / "other.rows.jsonl").read_text().splitlines()]
+    log = [row | {"nll_perturbed": [nll + 9 for nll in row.get("nll_perturbed", ())]} for row in log]
+    (data / "third.rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    assert run([*command, "--before", str(tiny_dir), "--retain-log", str(data / "third.rows.jsonl"), "--rows",
                 str(data / "both.jsonl"), "--json", str(data / "scores.json")]) == 0  # fmt: skip
     made = json.loads((data / "scores.json").read_text())
-    assert made["after"]["forget_quality"] == 1
+    assert made["after"]["forget_quality"] == pytest.approx(1 / 3)  # all ratios of one above the other's: 2 of 6
     assert set(made["after"]["sets"]) == {
         "forget", "forget_paraphrased", "retain", "real_authors", "world_facts"
     }  # fmt: skip

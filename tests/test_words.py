@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pmc_fast.errors import PMCError
 from pmc_fast.evaluation import degenerate_share, mean_words
 from pmc_fast.reward import ROUGE, UNICODE, choose_scorer, rouge_l_recall, unicode_recall
-from pmc_fast.words import count_words, end_of_words, is_english, rouge_units, unicode_units
+from pmc_fast.words import count_words, end_of_words, is_english, rouge_units, says_nothing, unicode_units
 from tests.conftest import DATA
 
 LANGUAGES = json.loads((DATA / "cases/languages.json").read_text(encoding="utf-8"))
@@ -154,6 +154,11 @@ def test_texts_that_cannot_be_compared_are_refused_by_row():
     UNICODE.require_words("here", [(1, "На крыше"), (2, "书")])
     with pytest.raises(PMCError, match=r"^here, row 3: the answer has no letter or digit"):
         UNICODE.require_words("here", [(1, "На крыше"), (3, "🐝❤️!")])
+
+
+def test_what_says_nothing():
+    assert all(map(says_nothing, ("", " \n", "...", ":::", "。")))
+    assert not any(map(says_nothing, ("a", "7", "+", "🐝", "书")))
 
 
 def test_caches_are_bounded():
