@@ -113,7 +113,7 @@ def test_shared_rollouts_are_the_whole_ones():
             self.told[self.rank] = item
             return [self.told.get(0, item), self.told.get(1, item)]
 
-    def engine(prompts, *, drafts, num_samples):
+    def engine(prompts, *, drafts, num_samples, positions):
         assert drafts == [[p] for p in prompts]
         return Rollouts(
             [[[*p, n] for n in range(num_samples)] for p in prompts],
