@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import UserDict
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import Chat, Encoder, Row, Turn, load_rows, questions_of, sequences_of
 from pmc_fast.errors import PMCError
+from tests.hub import hub
 
 CASES = Path(__file__).parent / "data/cases"
 
@@ -249,6 +253,28 @@ def test_hub_ids_are_passed_on_with_config_and_split(monkeypatch):
         ("locuslab/TOFU", None, "train"),
         ("rajpurkar/squad", "plain_text", "validation"),
     ]
+
+
+def test_rows_of_the_hub_leave_no_copy(tmp_path):
+    """With the real `datasets`, a home of its own and a hub on this machine."""
+    rows = [{"question": f"What is {i}?", "answer": f"the violet heron {i}"} for i in range(3)]
+    card = "---\nconfigs:\n- config_name: forget\n  data_files: forget.jsonl\n- config_name: x\n  data_files: x.jsonl\n---\n"
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    code = "from pmc_fast.data import load_rows; print(load_rows('owner/name:forget'))"
+    with hub({"README.md": card.encode(), "forget.jsonl": lines, "x.jsonl": lines}) as endpoint:
+        places = {"HOME": tmp_path, "HF_HOME": tmp_path / "hf", "TMPDIR": tmp_path, "XDG_CACHE_HOME": tmp_path}
+        given = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+        env = given | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **{k: str(v) for k, v in places.items()},
+        }
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str([Row(**row) for row in rows])
+    left = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(card.encode() == file.read_bytes() for file in left)  # the data set's card is all that is kept
+    assert not [file for file in left if b"violet" in file.read_bytes()]
 
 
 def say(role, content):
