@@ -158,7 +158,12 @@ def test_paraphrases_are_read_where_they_are(tmp_path):
         ("a.csv", "question,answer\na\n", "line 2 has 1 fields and the first 2"),
         ("a.csv", "question,question\na,b\n", "must name the columns, each once"),
         ("a.csv", 'question,answer\n"a"b,c\n', "can't be read"),
-        ("a.csv", "question;answer\na;b\n", "has no question: .*it has 'question;answer'"),
+        ("a.csv", "question;answer\na;b\n", "separated by ',', one of them question"),
+        ("a.csv", "Who is SECRET?,SECRET\n", "separated by ',', one of them question"),
+        ("a.jsonl", '{"Who is SECRET?": "SECRET", "id": 1}', "it has 'id', 1 not shown"),
+        ("a.jsonl", '{"Who is SECRET?": 1, "Who is SECRET?": 2}', "a name twice: 1 not shown"),
+        ("a.jsonl", '{"messages": [["Who is SECRET?", "SECRET"]]}', "turn 1 has no role"),
+        ("a.jsonl", '{"messages": [{"role": "Who is SECRET?", "content": ""}]}', "has the role 1 not shown"),
         ("a.csv", "question,answer\n" + 200_000 * "a" + ",b\n", "field larger than field limit"),
         ("a.json", '{"data": [{"question": "a"}]}', "row 1 has no question: .*it has 'data'"),
         (
@@ -174,9 +179,9 @@ def test_paraphrases_are_read_where_they_are(tmp_path):
         (
             "a.jsonl",
             '{"question": "a"}\n{"question": "b", "answer": "c", "answer": "d"}',
-            "line 2 .* the name 'answer' twice",
+            "line 2 .* a name twice: 'answer'",
         ),
-        ("a.json", '{"question": "b", "question": "c"}', "the name 'question' twice"),
+        ("a.json", '{"question": "b", "question": "c"}', "a name twice: 'question'"),
         ("a.jsonl", '{"question": NaN}', "row 1 has no question"),
         ("a.jsonl", '{"question": "a", "answer": Infinity}', "answer is float, not text"),
         ("a.parquet", "no parquet", "can't be read"),
@@ -187,6 +192,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
     with pytest.raises(PMCError, match=message) as refused:
         load_rows(tmp_path / name)
     assert "\n" not in str(refused.value)
+    assert "SECRET" not in str(refused.value)
 
 
 def test_missing_files_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import PMCError
+from ..printable import names
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
@@ -80,11 +81,11 @@ def _role(message: Any, where: str) -> str:
     role = message[0] if _is_pair(message) else None
     if isinstance(message, Mapping):
         role = message.get("role", message.get("from"))
-    if not isinstance(role, str):
+    if isinstance(role, str) and role in ROLES:
+        return ROLES[role]
+    if not isinstance(message, Mapping) or not isinstance(role, str):
         raise PMCError(f"{where} has no role: a message is an object with role and content")
-    if role not in ROLES:
-        raise PMCError(f"{where} has the role {role!r}: only system, user and assistant turns are supported yet")
-    return ROLES[role]
+    raise PMCError(f"{where} has the role {names([role])}: only system, user and assistant turns are supported yet")
 
 
 def _is_pair(message: Any) -> bool:
@@ -97,14 +98,12 @@ def _content(message: Any, where: str) -> str:
     else:
         more = [n for n in message if n not in ("role", "content", "from", "value") and not is_missing(message[n])]
         if more:
-            raise PMCError(
-                f"{where} has {', '.join(map(repr, more))} beside its text, which would be lost: leave it out"
-            )
+            raise PMCError(f"{where} has {names(more)} beside its text, which would be lost: leave it out")
         content = message["content"] if "content" in message else message.get("value")
     if isinstance(content, (list, tuple)):  # parts, as multimodal chats have
         kinds = [part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__ for part in content]
         if other := [kind for kind in kinds if kind != "text"]:
-            raise PMCError(f"{where} has a part that is {other[0]!r}: only text is supported")
+            raise PMCError(f"{where} has a part that is {names(other[:1])}: only text is supported")
         content = "".join(part.get("text") or "" for part in content)
     if not isinstance(content, str):
         raise PMCError(f"{where} has a content that is {type(content).__name__}, not text")

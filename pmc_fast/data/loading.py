@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PMCError
-from .records import Row, rows_of
+from ..printable import names
+from .records import QUESTION_NAMES, Row, rows_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _NO_REPOSITORY = (*SUFFIXES, ".txt", ".ndjson", ".gz", ".zip", ".zst", ".xlsx", ".arrow", ".yaml")  # a file, mistyped
@@ -138,21 +139,23 @@ def _json_values(text: str) -> Iterator[Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"an object has the name {next(n for n in names if names.count(n) > 1)!r} twice")
+        given = [name for name, _ in pairs]
+        raise ValueError(f"an object has a name twice: {names(n for n in made if given.count(n) > 1)}")
     return made
 
 
 def _table(text: str, delimiter: str) -> Iterator[dict[str, str]]:
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    names = next(lines, [])
-    if len(set(names)) < len(names):
-        raise ValueError("the first line must name the columns, each once")
+    header = next(lines, [])
+    if len(set(header)) < len(header) or (header and not set(header) & set(QUESTION_NAMES)):
+        raise ValueError(
+            f"the first line must name the columns, each once, separated by {delimiter!r}, one of them {QUESTION_NAMES[0]}"
+        )
     for fields in lines:
-        if fields and len(fields) != len(names):
-            raise ValueError(f"line {lines.line_num} has {len(fields)} fields and the first {len(names)}")
+        if fields and len(fields) != len(header):
+            raise ValueError(f"line {lines.line_num} has {len(fields)} fields and the first {len(header)}")
         if fields:
-            yield dict(zip(names, fields, strict=True))
+            yield dict(zip(header, fields, strict=True))
 
 
 def _hub_records(source: str) -> Iterator[Any]:

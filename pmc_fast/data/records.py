@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PMCError
+from ..printable import names
 from .chats import Question, Turn, is_missing, question_of, split_chat
 
 QUESTION_NAMES = ("question", "prompt", "query", "instruction")
@@ -45,7 +46,7 @@ def rows_of(
         if not str(row.question).strip():
             raise PMCError(
                 f"{where} has no question: name the column one of {', '.join(QUESTION_NAMES)} (it has "
-                f"{', '.join(map(repr, record)) or 'none'})"
+                f"{names(record)})"
             )
         if answers and (row.answer is None or not row.answer.strip()):
             raise PMCError(f"{where} has no answer: name the column one of {', '.join(ANSWER_NAMES)}")
