@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from pmc_fast import PMC, PMCConfig
 from pmc_fast.data import Chat, Encoder, Row, Turn, check_overlap, questions_of, rows_of, sequences_of
+from pmc_fast.earlier import rows_hash
 from pmc_fast.errors import PMCError
 from pmc_fast.evaluation import EvalSet, evaluate
 from pmc_fast.models import load_model
 from pmc_fast.reference import Reference
-from pmc_fast.requests.record import rows_hash
 from tests.jobs import replaced, run
 
 CASES = Path(__file__).parent / "data/cases"
@@ -259,3 +259,9 @@ def test_a_job_on_conversations(arguments, data, sharp_dir, capsys):
     assert "Answer with one word" in (data / "out/report.html").read_text()
     assert run(replaced(arguments, prompt_format="tags", output=data / "other")) == 2
     assert "row 1: the question is a conversation" in capsys.readouterr().err
+
+
+def test_answers_that_a_part_of_the_rows_has_are_said(arguments, capsys):
+    assert run([*replaced(arguments, forget=CASES / "half_answers.jsonl"), "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "half_answers.jsonl, row 2: no answer is given, unlike in other rows" in " ".join(said.split())

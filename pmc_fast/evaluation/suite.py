@@ -52,7 +52,8 @@ def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row
 def check_sets(sets: Sequence[EvalSet], *, allow_overlap: bool) -> list[str]:
     """Refuse questions to be kept that are to be forgotten (or warn of them), and return what else to say.
 
-    That is: questions that are nearly the same, and forget sets that ask the same, which then counts twice.
+    That is: questions that are nearly the same, forget sets that ask the same, which then counts twice, and answers that
+    only a part of a forget set has.
     """
     forget, keep = (
         {s.name: [row.question for row in s.rows] for s in sets if s.role == role} for role in ("forget", "keep")
@@ -64,6 +65,13 @@ def check_sets(sets: Sequence[EvalSet], *, allow_overlap: bool) -> list[str]:
             warnings.append(
                 f"{name}, {row_numbers(rows)}: the questions are those of {first[0]}, in the same words: they tell nothing "
                 "of other words, and count twice"
+            )
+    for s in sets:
+        without = [number for number, row in enumerate(s.rows, start=1) if not row.answer]
+        if s.role == "forget" and 0 < len(without) < len(s.rows):
+            warnings.append(
+                f"{s.name}, {row_numbers(without)}: no answer is given, unlike in other rows: the model's own first answer "
+                "is the truth there"
             )
     return warnings
 
