@@ -147,7 +147,7 @@ class PMC:
         mine = self.ranks.share(range(len(self.prompts)))
         made = self.engine(
             [self.prompts[i] for i in mine], num_samples=1, temperature=0, max_length=self.config.max_length,
-            stop_ids=self.encoder.stops, positions=[self.positions[i] for i in mine],
+            stop_ids=self.encoder.stops, positions=[self.positions[i] for i in mine], as_generate=True,
         )  # fmt: skip
         answers = {i: tokens for i, [tokens] in zip(mine, made.tokens, strict=True)}
         answers = {i: tokens for of in self.ranks.gather(answers) for i, tokens in of.items()}
@@ -224,6 +224,7 @@ class PMC:
             stop_ids=self.encoder.stops,
             drafts=[[self._initial_ids[i]] for i in asked],
             positions=[self.positions[i] for i in asked],
+            as_generate=True,
         )
         texts = [self.encoder.samples(samples) for samples in made.tokens]
         candidates: list[Any] = texts if self.keeps_text else made.tokens

@@ -26,6 +26,7 @@ from transformers import GenerationConfig
 from .config import PMCConfig, UnlearnConfig
 from .data import Encoded, Encoder, Question, Row, collate
 from .errors import PMCError
+from .generation import followed
 from .models import eval_mode
 from .schedule import Schedule, micro_batches
 
@@ -151,8 +152,8 @@ class Reference:
         model = self.model
         own_settings = model.generation_config
         try:
-            # the checkpoint's own settings (beams, penalties, lengths) would join the ones given here
-            model.generation_config = GenerationConfig()
+            # of the checkpoint's own settings those of histories (penalties, suppressed tokens) join the ones given here
+            model.generation_config = GenerationConfig(**followed(own_settings))
             with eval_mode(model), self.autocast():
                 output = model.generate(
                     batch["input_ids"].repeat_interleave(copies, dim=0).to(model.device),

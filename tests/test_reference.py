@@ -55,7 +55,7 @@ def kept(logits, temperature, top_k, top_p):
 def test_samples_stay_within_top_k_and_then_top_p(tiny, tokenizer, top_k, top_p):
     with torch.no_grad():  # a random model is nearly flat: sharpen it
         tiny.model.norm.weight.mul_(40)
-    tiny.generation_config.update(top_k=2, temperature=0.1, repetition_penalty=3.0)  # must not matter
+    tiny.generation_config.update(top_k=2, temperature=0.1, min_p=0.9)  # must not matter
     reference = reference_of(tiny, tokenizer, num_samples=6, top_k=top_k, top_p=top_p, temperature=0.9)
     prompts = [reference.encoder.prompt(q) for q in reference.questions]
     generated = reference._generate(reference.questions, 6, do_sample=True, temperature=0.9, top_k=top_k, top_p=top_p)
@@ -94,12 +94,14 @@ def test_sampling_leaves_no_trace_and_repeats_by_seed(tiny, tokenizer):
     assert again.sample_answers(["Who?"] * 2) != again.sample_answers(["Who?"] * 2)
 
 
-def test_the_checkpoints_own_generation_settings_do_not_join_in(tiny, tokenizer):
+def test_of_the_checkpoints_generation_settings_those_of_histories_join_in(tiny, tokenizer):
     plain = reference_of(tiny, tokenizer).sample_answers(["Who?"])
-    tiny.generation_config.update(max_new_tokens=90, num_beams=2, min_p=0.9, repetition_penalty=3.0, top_k=1)
+    tiny.generation_config.update(max_new_tokens=90, num_beams=2, min_p=0.9, top_k=1)
     own = tiny.generation_config
     assert reference_of(tiny, tokenizer).sample_answers(["Who?"]) == plain
     assert tiny.generation_config is own
+    tiny.generation_config.repetition_penalty = 3.0
+    assert reference_of(tiny, tokenizer).sample_answers(["Who?"]) != plain
 
 
 def test_train_and_eval_flags_come_back_one_by_one(tiny, tokenizer):

@@ -186,7 +186,6 @@ MIXTURES = {
                   "shared_expert_intermediate_size": 16},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 

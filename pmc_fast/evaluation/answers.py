@@ -7,7 +7,7 @@ from ..rollout import Rollouts
 
 
 def greedy_answers(engine: Callable[..., Rollouts], encoder: Encoder, questions: Sequence[Question]) -> list[str]:
-    """Answer questions greedily, with the encoder's prompts, stop tokens and max_length."""
+    """Answer questions greedily, as `generate` would, with the encoder's prompts, stop tokens and max_length."""
     prompts = [encoder.prompt(question) for question in questions]
     rollouts = engine(
         prompts,
@@ -15,5 +15,6 @@ def greedy_answers(engine: Callable[..., Rollouts], encoder: Encoder, questions:
         temperature=0,
         max_length=encoder.max_length,
         stop_ids=encoder.stops,
+        as_generate=True,
     )
     return encoder.answers([tokens for [tokens] in rollouts.tokens])

@@ -12,11 +12,12 @@ from .. import native
 from ..capture import CaptureError
 from ..errors import NotFiniteError, PMCError
 from ..models import CLOSE, check_placement, known_tokens, plain_logps
-from ..ops.sample_nucleus import Draws, sample_nucleus
+from ..ops.sample_nucleus import Draws
 from ..ranks import Ranks
 from ..recognition import Recognised, own_errors, recognise
 from ..sharding import Lockstep, is_sharded
 from ..supported import check_adapters
+from .histories import Histories, settings_of
 from .inputs import StepInputs, StepTensors
 from .model_step import ModelStep
 from .request import Request
@@ -79,6 +80,7 @@ class RolloutEngine:
         self._step = ModelStep(model, autocast_dtype)
         self._cuda_graphs, self._pads = cuda_graphs, pad_steps
         self._inputs = StepInputs(self._step.device, pads=pad_steps)
+        self._told: set[str] = set()  # settings that were warned of
         self._checked, self._recognised = False, Recognised(type(model).__name__)
 
     def __call__(
@@ -100,6 +102,7 @@ class RolloutEngine:
         positions: Sequence[Sequence[int] | None] | None = None,
         guesses: bool = True,
         trie: bool = True,
+        as_generate: bool = False,
     ) -> Rollouts:
         """Sample answers to prompts.
 
@@ -140,6 +143,9 @@ class RolloutEngine:
             sample itself.
         trie : bool
             False computes each sample's history and each prompt for itself: for tests and measurements.
+        as_generate : bool
+            Follow what the model's generation_config asks of histories (`generation.FOLLOWED`: repetition_penalty,
+            suppress_tokens, ...), as `generate` does, and warn of what else it asks. Log-probs stay the model's own.
 
         Returns
         -------
@@ -161,9 +167,12 @@ class RolloutEngine:
             self._checked = True
         self._recognised.require(*work.longest())
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        return self._run(work, draw, guesses=guesses, trie=trie)
+        asked = settings_of(self.model, sampling=temperature > 0, told=self._told) if as_generate else {}
+        return self._run(work, draw, guesses=guesses, trie=trie, histories=Histories(asked, work))
 
-    def _run(self, work: Request, draw: dict[str, Any], *, guesses: bool, trie: bool) -> Rollouts:
+    def _run(
+        self, work: Request, draw: dict[str, Any], *, guesses: bool, trie: bool, histories: Histories | None = None
+    ) -> Rollouts:
         state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, MATCH if guesses else 0, trie)
         keys = list(range(work.num_samples))
         groups = [keys] if trie else [[key] for key in keys]
@@ -172,6 +181,7 @@ class RolloutEngine:
         ):
             for group in groups:
                 state.add(prompt, stream, group, longest, drafts, positions)
+        histories = histories or Histories({}, work)
         device = self.model.get_input_embeddings().weight.device  # asked now: the model may have been moved
         if device.type == "cuda":
             self._step.use_graphs(self._cuda_graphs and not is_sharded(self.model))
@@ -186,7 +196,7 @@ class RolloutEngine:
                 step = self._inputs(plan, state.span, work.max_rows)
                 rows = len(plan["logit_rows"])
                 padded += len(step.logit_rows) - rows
-                drawn = sample_nucleus(self._logits(step)[:rows], *step.draws, **draw)
+                drawn = histories.draw(self._logits(step)[:rows], plan, step.draws, **draw)
                 tokens, logps, mass = _to_host(drawn)
                 if (tokens < 0).any():
                     raise NotFiniteError(
