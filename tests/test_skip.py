@@ -36,12 +36,12 @@ def judged(tokenizer, config, rows, answers, paraphrases=None):
 
 def test_by_the_truth(tokenizer):
     rows = [Row("a", "Ann Lee wrote the red books"), Row("b", "in Rome"), Row("c", "書"), Row("d", "of Paris")]
-    said = [["the cat", "Bob"], ["Oslo", "Oslo or Rome"], ["x", "y"], ["no", ""]]
+    said = [["the cat", "Bob"], ["Oslo", "Oslo or Rome"], ["x", "書く"], ["no", ""]]
     found = judged(tokenizer, config_of(), rows, said)
     assert found.rows == [4]  # "the" is a word of the first
     assert found.kept == [0, 1, 2]
-    assert (found.questions, found.unjudged, found.samples, found.degenerate) == (4, 1, 2, 1.0)
-    assert "recall of the truth is at most 0" in found.criterion
+    assert (found.questions, found.unjudged, found.samples, found.degenerate) == (4, 0, 2, 1.0)
+    assert "recall of the truth (unicode) is at most 0" in found.criterion
     looser = judged(tokenizer, config_of(skip_threshold=0.2), rows, said)
     assert looser.rows == [1, 4]
     assert looser.degenerate == 1.0
@@ -113,7 +113,7 @@ def test_shared_rollouts_are_the_whole_ones():
             self.told[self.rank] = item
             return [self.told.get(0, item), self.told.get(1, item)]
 
-    def engine(prompts, *, drafts, positions, num_samples):
+    def engine(prompts, *, drafts, num_samples, positions):
         assert drafts == [[p] for p in prompts]
         assert positions == [[p[0] + 1] for p in prompts]
         return Rollouts(
