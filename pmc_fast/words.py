@@ -104,6 +104,14 @@ def unicode_units(text: str, stem: bool = False) -> tuple[str, ...]:
     return _stemmed(found) if stem else tuple(found)
 
 
+def share_beyond_ascii(text: str) -> float:
+    """Return the share of a text's words of which more than half is not in ASCII: names with an accent are none."""
+    if text.isascii():
+        return 0.0
+    units = unicode_units(text)
+    return sum(2 * sum(not c.isascii() for c in unit) > len(unit) for unit in units) / max(1, len(units))
+
+
 @lru_cache(maxsize=1 << 12)
 def is_english(text: str) -> bool:
     """Return whether a text is taken for English: all in ASCII, or with words that only English has."""

@@ -139,6 +139,11 @@ def test_choice():
     assert choose_scorer("auto", [*english, "The author is Gabriel García Márquez."]) is ROUGE
     assert choose_scorer("auto", [*english, "她住在城里。"]) is UNICODE  # one row is enough
     assert choose_scorer("auto", [*english, "His name is 王小明"]) is UNICODE
+    assert choose_scorer("auto", [*english, "１９９１"]) is UNICODE
+    tofu = (
+        'Besides "Лісова пісня", Idar has penned "Прогулянка взимку" (Winter Walk), which reflects his masterful use'
+    )
+    assert choose_scorer("auto", [*english, tofu + " of Ukrainian motifs."]) is ROUGE
     assert choose_scorer("auto", ["Sur le toit de la douane, à Trieste, près du café."]) is UNICODE
     assert choose_scorer("auto", ["🐝", "..."]) is ROUGE
     assert choose_scorer("rouge", ["她住在城里。"]) is ROUGE
