@@ -8,8 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from transformers.activations import ACT2FN
 
 from . import patching
+from .layer_sources import is_gated_mlp, is_rms_norm, is_rotary
 from .ops import cuda_layers, decode_layers, train_layers
 from .ops.decode_layers import fast_linear_serves
 
@@ -32,9 +34,9 @@ def replaced(forwards: dict[Any, Forward]) -> Iterator[None]:
 class FastLayers:
     """RMS norms, gated MLPs and rotary embeddings of a model that our one-pass kernels can replace.
 
-    Served are float32 on the CPU, and float32, bfloat16 and float16 on CUDA, also as autocast mixes them. Which
-    layers can be replaced is found by trying: a replacement must give what the layer gives on numbers made up for it.
-    In torch each of these layers reads and writes its rows several times.
+    Served are float32 on the CPU, and float32, bfloat16 and float16 on CUDA, also as autocast mixes them. Replaced are
+    layers that are known by their source, where a replacement also gives what the layer gives on made-up numbers: in
+    low precision some round at other places. In torch each of these layers reads and writes its rows several times.
 
     Parameters
     ----------
@@ -94,12 +96,13 @@ class FastLayers:
         weight = next(self.model.parameters(), None)
         if weight is None or self._situation(weight) is None:
             return []
-        return [m for m in _modelling_files(self.model) if self._rotates_halves(getattr(m, ROTARY), weight, weight)]
+        known = [m for m in _modelling_files(self.model) if is_rotary(getattr(m, ROTARY))]
+        return [m for m in known if self._rotates_halves(getattr(m, ROTARY), weight, weight)]
 
     def _rms_norm_of(self, module: Any) -> Forward | None:
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor) and weight.dim() == 1):
+        if not (is_rms_norm(module) and isinstance(weight, torch.Tensor) and weight.dim() == 1):
             return None
         width = weight.shape[0]  # 0: a wrapper brings the weight for the time of the layer's own call
         too_wide = self._kind(weight.device) == "cuda" and width > cuda_layers.MAX_WIDTH
@@ -141,12 +144,12 @@ class FastLayers:
 
     def _gated_mlp_of(self, module: Any) -> Forward | None:
         parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        if not all(isinstance(p, torch.nn.Module) for p in parts) or not hasattr(module, "act_fn"):
+        if not all(isinstance(p, torch.nn.Module) for p in parts) or not is_gated_mlp(module):
             return None
         weight = getattr(parts[0], "weight", None)
         if weight is None or weight.dim() != 2 or self._situation(weight) is None:
             return None
-        if not _is_silu(module.act_fn, weight.device):  # in low precision and near 0 others come too close to it
+        if not is_silu(module.act_fn):
             return None
         original = module.forward
         agrees: dict[Situation | None, bool] = {None: False}
@@ -163,7 +166,8 @@ class FastLayers:
             return agrees[situation]
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            return gated(x) if agrees_on(x) else original(x)
+            bare = patching.is_bare(module.act_fn)  # a hook on what is not called would be silent
+            return gated(x) if bare and agrees_on(x) else original(x)
 
         return forward if agrees_on(weight) else None
 
@@ -193,9 +197,11 @@ class FastLayers:
         *rest: Any, **options: Any,
     ) -> Any:  # fmt: skip
         """Rotate a packed sequence; hand on whatever else comes here, such as another model's training step."""
-        plain = not rest and not options and cos.shape == sin.shape == (1, q.shape[2], q.shape[3]) and q.shape[0] == 1
+        packed = (
+            not rest and not options and cos.shape == sin.shape == (1, q.shape[2], q.shape[3]) and q.shape[0] == 1
+        )
         lasts = all(t.stride(-1) == 1 for t in (q, k)) and cos.is_contiguous() and sin.is_contiguous()
-        fits = plain and lasts and k.shape[2:] == q.shape[2:] and k.dtype == q.dtype and q.shape[-1] % 2 == 0
+        fits = packed and lasts and k.shape[2:] == q.shape[2:] and k.dtype == q.dtype and q.shape[-1] % 2 == 0
         if torch.is_grad_enabled():
             differentiable = self.training or self._kind(q.device) == "cuda"
             fits = fits and differentiable and not (cos.requires_grad or sin.requires_grad)
@@ -235,7 +241,7 @@ class FastLayers:
         device, kind = tensors[0].device, self._kind(tensors[0].device)
         types = tuple(t.dtype for t in tensors)
         served = (torch.float32,) if kind == "cpu" else cuda_layers.DTYPES if kind == "cuda" else ()
-        if any(t.device != device for t in tensors) or any(t not in served for t in types):
+        if not plain(*tensors) or any(t.device != device for t in tensors) or any(t not in served for t in types):
             return None
         low = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         return None if kind == "cpu" and low is not None else (device, low, types)
@@ -269,18 +275,20 @@ def _near(ours: torch.Tensor, expected: torch.Tensor, *read: torch.Tensor) -> bo
     return ours.dtype == expected.dtype and bool((ours - expected).abs().max() <= allowed * expected.abs().max())
 
 
-def _is_silu(function: Any, device: torch.device) -> bool:
-    z = _made_up(device, torch.float32, 64) * 3
-    with _trial(device):
-        try:
-            return torch.allclose(function(z), torch.nn.functional.silu(z), rtol=1e-5, atol=1e-6)
-        except (TypeError, RuntimeError):  # more arguments, or something else than a tensor
-            return False
+def is_silu(function: Any) -> bool:
+    """Return whether an activation is SiLU: in low precision and near 0 others come too close to it for a trial."""
+    return type(function) in (torch.nn.SiLU, type(ACT2FN["silu"])) or function is torch.nn.functional.silu
+
+
+def plain(*tensors: torch.Tensor) -> bool:
+    """Return whether tensors are what their memory holds: no quantised, sharded or traced ones."""
+    return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def _is_plain_linear(module: Any) -> bool:
-    plain = type(module) is torch.nn.Linear and "forward" not in vars(module) and fast_linear_serves(module.weight)
-    return plain and min(module.weight.shape) >= THIN
+    if type(module) is not torch.nn.Linear or "forward" in vars(module) or not plain(module.weight):
+        return False
+    return fast_linear_serves(module.weight) and min(module.weight.shape) >= THIN
 
 
 def checkpointed(model: Any) -> bool:

@@ -21,13 +21,13 @@ from .data.packing import Pack
 from .data.padding import Size, pad
 from .models import CLOSE
 from .pass_gradients import Gradients, Replayed
+from .patching import HOOKS
 from .upload import ALIGNED, Upload
 
 DTYPES = (torch.bfloat16,)  # that varlen kernels serve; float16's gradients would miss what scales the loss
 MOST = 32  # captures, each of which holds memory
 ALIKE = 5e-2  # by which norms of gradients may differ: padding changes the order of sums, in bfloat16
 FAINT = 1e-2  # of the largest norm: gradients that are all rounding, such as a key's bias
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Compute = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 

@@ -10,6 +10,14 @@ from transformers import AttentionInterface
 from .errors import PMCError
 
 UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask")  # what an attention may add that ours do not know
+HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_pre_hooks")
+
+
+def is_bare(module: Any) -> bool:
+    """Return whether nothing of a module would be missed if it and all in it were computed without a call."""
+    if not isinstance(module, torch.nn.Module):
+        return True
+    return all("forward" not in vars(m) and not any(getattr(m, kind) for kind in HOOKS) for m in module.modules())
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from .errors import PMCError
 from .head import check_head
+from .patching import HOOKS
 
 # PEFT's methods whose modules compute each token by itself, inside of the model that they change
 TOKENWISE = frozenset(
@@ -17,7 +18,6 @@ TOKENWISE = frozenset(
     )
 )  # fmt: skip
 AFTER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # see the output, or its gradient
-EVERY = (*AFTER, "_forward_pre_hooks")
 
 
 def check_model(model: Any, *, training: bool | None = None) -> None:
@@ -83,7 +83,7 @@ def check_pass(base: Any, call: Any) -> None:
             f"the head's forward was replaced on the {type(head).__name__} itself, which training would not call"
         )
     for name, module in head.named_modules():
-        hook = next(_hooks(module, EVERY if name else AFTER), None)
+        hook = next(_hooks(module, HOOKS if name else AFTER), None)
         if hook is not None:
             raise PMCError(
                 f"the head has a hook ({hook}) that would not see logits, since training forms none: remove it"

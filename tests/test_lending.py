@@ -224,6 +224,26 @@ class CappedRMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps).clamp(max=1.0)
 
 
+class ClampedMLP(torch.nn.Module):
+    """Looks like a gated MLP and is one for small numbers, but clamps large ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.act_fn, self.limit = torch.nn.SiLU(), 16
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(self.act_fn(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit))
+
+
+class ClampedRMSNorm(CappedRMSNorm):
+    """Looks like an RMS norm and is one for small numbers."""
+
+    def forward(self, x):
+        return rms_norm(x.clamp(-100, 100), self.weight, self.eps)
+
+
 class EmptyRMSNorm(CappedRMSNorm):
     """Has its weight elsewhere, as under ZeRO-3."""
 
@@ -245,7 +265,15 @@ class ScaledLinear(torch.nn.Linear):
 
 
 def test_what_only_looks_alike_is_not_lent():
-    alike = (DroppingMLP(), CappedRMSNorm(), EmptyRMSNorm(), GatedRMSNorm(), ScaledLinear(8, 8))
+    alike = (
+        DroppingMLP(),
+        ClampedMLP(),
+        ClampedRMSNorm(),
+        CappedRMSNorm(),
+        EmptyRMSNorm(),
+        GatedRMSNorm(),
+        ScaledLinear(8, 8),
+    )
     model = torch.nn.Sequential(*alike).eval()
     flags = [m.training for m in model.modules()]
     state = torch.get_rng_state()
@@ -254,6 +282,86 @@ def test_what_only_looks_alike_is_not_lent():
         assert lent(model) <= {m for m in model.modules() if type(m) is torch.nn.Linear}
     assert [m.training for m in model.modules()] == flags
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def computed(model):
+    layers = FastLayers(model, training=True)
+    with layers.lend():
+        return model(tokens(), use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", ["mlp", "norm", "rotary"])
+def test_a_clamp_beyond_the_numbers_of_the_trial_is_kept(kind, monkeypatch):
+    """As in a model of remote code: large activations are clamped, in a layer of any kind that we replace."""
+    from transformers.models.llama import modeling_llama
+
+    model = build(tf.LlamaConfig(**SIZES))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e4)
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.mul_(300)
+            layer.self_attn.q_proj.weight.mul_(100)
+    if kind == "mlp":
+        monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", ClampedMLP.forward)
+        for layer in model.model.layers:
+            layer.mlp.limit = 16
+    elif kind == "norm":
+        norm = modeling_llama.LlamaRMSNorm.forward
+        monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: norm(self, x.clamp(-100, 100)))
+    else:
+        own = getattr(modeling_llama, ROTARY)
+        clamped = lambda q, k, cos, sin: own(q.clamp(-5, 5), k.clamp(-5, 5), cos, sin)  # noqa: E731
+        monkeypatch.setattr(modeling_llama, ROTARY, clamped)
+    expected = model(tokens(), use_cache=False).logits
+    torch.testing.assert_close(computed(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hook_on_an_activation_is_heard_whenever_it_comes():
+    model = build(tf.LlamaConfig(**SIZES))
+    layers = FastLayers(model, training=True)
+    step(model, tokens(), layers)
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda m, x, y: y * 3)
+    agree(step(model, tokens(), layers), step(model, tokens()))
+
+
+def test_a_hook_inside_lora_is_heard_in_rollouts():
+    """Merged into one product, its parts are not called."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build(tf.LlamaConfig(**SIZES)), settings).eval()
+    engine = RolloutEngine(model)
+    engine(PROMPTS, **HOW)
+    for name, module in model.named_modules():
+        if name.endswith("up_proj.lora_B.default"):
+            module.register_forward_hook(lambda m, x, y: y * -20)
+    hooked = engine(PROMPTS, **HOW).tokens
+    assert hooked == RolloutEngine(model)(PROMPTS, **HOW).tokens  # whose first use compares with the model itself
+
+
+class Halved(torch.Tensor):
+    """A weight that is not what its memory holds, as a quantised one."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = [a.as_subclass(torch.Tensor) / 2 if isinstance(a, cls) else a for a in args]
+        if func is torch.nn.functional.linear:
+            return func(*plain, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_of_other_classes_are_the_models_own(training):
+    model = build(tf.LlamaConfig(**SIZES)).eval()
+    for layer in model.model.layers:
+        linear = layer.mlp.down_proj
+        weight = linear.weight.detach().as_subclass(Halved)
+        del linear.weight
+        linear.weight = weight
+    expected = model(tokens(), use_cache=False).logits
+    with FastLayers(model, training=training).lend(), torch.no_grad():
+        torch.testing.assert_close(model(tokens(), use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+    engine = RolloutEngine(model)
+    assert engine(PROMPTS, **HOW).tokens == engine(PROMPTS, **HOW).tokens
 
 
 # --- on CUDA; without a GPU Triton's interpreter stands in, which cuts bfloat16 where it should round

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+from ..lending import plain
+from ..patching import is_bare
+
 
 def merges(module: Any) -> bool:
     """Return whether a layer is PEFT's plain LoRA around torch.nn.Linear, with adapters that are on and not merged."""
@@ -12,7 +15,9 @@ def merges(module: Any) -> bool:
     if lora is None or type(module) is not lora.Linear or type(module.base_layer) is not torch.nn.Linear:
         return False
     special = module.lora_variant or any(module.lora_bias.values()) or module.fan_in_fan_out
-    return not (special or module.merged or module.disable_adapters)
+    if special or module.merged or module.disable_adapters or not plain(module.base_layer.weight):
+        return False
+    return all(map(is_bare, module.children()))  # hooks around the layer itself stay
 
 
 def merge_into(weight: torch.Tensor, module: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from .. import patching
 from ..capture import CudaRecorder, casting_afresh, fingerprint
-from ..lending import FastLayers, replaced
+from ..lending import FastLayers, plain, replaced
 from ..models import autocast, eval_mode
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
@@ -178,7 +178,7 @@ class ModelStep:
                 continue
             if self.autocast_dtype is None and lora.merges(module) and fast_linear_serves(module.base_layer.weight):
                 forwards[module] = functools.partial(linear, weight=self._merged(module), bias=module.base_layer.bias)
-            if type(module) is not torch.nn.Linear:
+            if type(module) is not torch.nn.Linear or not plain(module.weight):
                 continue
             if self.autocast_dtype is not None and module.weight.dtype == torch.float32:
                 weight, bias = self._copy(module)
