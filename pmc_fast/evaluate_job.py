@@ -62,6 +62,7 @@ class _Candidate:
     groups: dict[str, list[list[Encoded]]]  # the candidate answers of each of TOFU's sets
     text: SideEffects | None
     tokens: list[int]  # those that are followed in the text
+    warnings: list[str]
 
 
 def evaluate_model(
@@ -101,11 +102,12 @@ def evaluate_model(
         config = dataclasses.replace(config, reward=scorer.name)
         if config.min_utility is not None and not any(s.role == "keep" for s in asked.sets):
             raise PMCError("min_utility needs --retain or --general to measure utility on")
+        candidates = {when: _check(source, config, asked) for when, source in sources.items()}
         # nothing is trained, so sets may overlap: the scores are to be read with care
         warnings = check_sets(asked.sets, allow_overlap=True) + _few_rows(config, len(asked.sets[0].rows))
+        warnings += dict.fromkeys(text for c in candidates.values() for text in c.warnings)
         for text in warnings:
             stages.monitor.warn(text)
-        candidates = {when: _check(source, config, asked) for when, source in sources.items()}
         formats = {when: c.format for when, c in candidates.items()}
         if len(set(formats.values())) > 1:
             raise PMCError(
@@ -170,9 +172,12 @@ def _few_rows(config: EvaluateConfig, rows: int) -> list[str]:
 
 def _check(source: str, config: EvaluateConfig, asked: _Asked) -> _Candidate:
     tokenizer = models.load_tokenizer(source)
-    encoder = Encoder(tokenizer, config)
+    warnings = models.check_config(source, tokenizer, config.max_length)
+    encoder = Encoder(tokenizer, config, None if config.accidents else models.load_generation_config(source))
+    warnings += encoder.warnings
     for s in asked.sets:
-        encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
+        if cut := encoder.check_lengths(s.name, s.pairs):
+            warnings.append(encoder.cut_warning(s.name, cut, len(s.rows)))
     check_attacks(encoder, asked.sets, leakage_settings(config))
     groups = {
         s.name: encode_candidates(encoder, s.name, [(r.question, r.candidates) for r in s.rows]) for s in asked.tofu
@@ -183,7 +188,7 @@ def _check(source: str, config: EvaluateConfig, asked: _Asked) -> _Candidate:
         positions = [n for n in map(models.max_positions, sources) if n]  # one window for both
         text = SideEffects.read(config.side_effects_text, tokenizer, min(positions, default=None))
         tokens = text.tokens(asked.sets)
-    return _Candidate(source, tokenizer, encoder.format, groups, text, tokens)
+    return _Candidate(source, tokenizer, encoder.format, groups, text, tokens, warnings)
 
 
 def _load(candidate: _Candidate, config: EvaluateConfig) -> models.LoadedModel:

@@ -64,6 +64,7 @@ class Plan:
     text: SideEffects | None  # unrelated, for the evaluation
     kept: list[int]  # the forget questions that are trained on, from 0
     earlier: list[dict[str, Any]]  # what the model was made to forget before
+    cut: dict[str, list[int]]  # rows whose answers max_length cuts, by their source
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -113,14 +114,17 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     runs = outcome.earlier()
     warnings = earlier.check(runs, (config.forget, forget), (config.retain, retain), allow=config.allow_relearn)
     tokenizer = models.load_tokenizer(config.model)
-    encoder = Encoder(tokenizer, config)
+    warnings += models.check_config(config.model, tokenizer, config.max_length)
+    generation_config = None if config.accidents else models.load_generation_config(config.model)
+    encoder = Encoder(tokenizer, config, generation_config)
+    warnings += encoder.warnings
     config = dataclasses.replace(config, prompt_format=encoder.format)
     # the evaluation alone sees the forget answers: training gets the questions
     sets = load_sets(config, forget, retain) if config.evaluate else []
     every = [EvalSet(config.forget, "forget", forget), EvalSet(config.retain, "keep", retain)]
     every += [s for s in sets if s.name not in ("forget", "retain")]
-    for s in every:
-        encoder.check_lengths(s.name, [(row.question, row.answer) for row in s.rows])
+    cut = {s.name: rows for s in every if (rows := encoder.check_lengths(s.name, s.pairs))}
+    warnings += [encoder.cut_warning(s.name, cut[s.name], len(s.rows)) for s in every if s.name in cut]
     warnings += check_sets(every, allow_overlap=config.allow_overlap)
     judged = sets or ([EvalSet("forget", "forget", forget)] if config.skip_known_forgotten else [])
     check_truths(choose_scorer(config.reward, truths_of(judged)), judged, known=True)
@@ -135,7 +139,7 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     schedule = Schedule.plan(config, len(forget), launched()[1])
     everything = list(range(len(forget)))
     warnings += _few_steps(schedule)
-    return Plan(config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, runs, warnings)
+    return Plan(config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, runs, cut, warnings)
 
 
 def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outcome | None = None) -> dict[str, Any]:
@@ -226,8 +230,9 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
             pmc.load_state_dict(resumed[1]["pmc"])
         initial |= dict(zip(plan.kept, pmc.initial_answers, strict=True))
     for text in pmc.warnings:
-        monitor.warn(text)
-    plan.warnings += pmc.warnings
+        if text not in plan.warnings:  # `check` has said what was known then
+            monitor.warn(text)
+            plan.warnings.append(text)
     config = dataclasses.replace(config, reward=pmc.scorer.name)
     monitor.stage(f"  reward: {config.reward}")
     said.update((plan.forget[i].question, y) for i, y in initial.items())
@@ -249,6 +254,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         "questions": len(plan.forget),
         "retain_rows": len(plan.retain),
         "data": earlier.data_of(plan.rows, plan.earlier),
+        "cut": {source: len(rows) for source, rows in plan.cut.items()} | {"initial answers": len(pmc.cut_answers)},
         "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",
         "versions": versions(),
         "machine": machine(),

@@ -61,6 +61,37 @@ def max_positions(source: str) -> int | None:
     return getattr(_load("AutoConfig", source).get_text_config(), "max_position_embeddings", None)
 
 
+def load_generation_config(source: str) -> Any:
+    """Load what a model says of generation, without its weights: its eos ids may be the only ones."""
+    import transformers
+
+    try:
+        return transformers.GenerationConfig.from_pretrained(source)
+    except OSError:  # it has no file of its own
+        return transformers.GenerationConfig.from_model_config(_load("AutoConfig", source))
+
+
+def check_config(source: str, tokenizer: Any, max_length: int) -> list[str]:
+    """Refuse by a model's config alone what its weights could not serve, and return warnings."""
+    config = _load("AutoConfig", source).get_text_config()
+    _require_rows(config.vocab_size, tokenizer, source)
+    return check_positions(config, max_length)
+
+
+def check_positions(config: Any, max_length: int) -> list[str]:
+    """Refuse sequences longer than a model's table of positions; warn where its positions are computed."""
+    config = config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    if not known or max_length <= known:
+        return []
+    if getattr(config, "rope_parameters", None) or getattr(config, "alibi", False):
+        return [
+            f"max_length is {max_length} but the model was made for {known} positions: what comes after them may be "
+            f"nonsense; lower --max-length to {known}"
+        ]
+    raise PMCError(f"max_length is {max_length} but the model has {known} positions: lower --max-length to {known}")
+
+
 def load_model(
     source: str, *, device: torch.device, dtype: str = "auto", param_dtype: str = "float32"
 ) -> LoadedModel:
@@ -105,7 +136,10 @@ def _make_savable(generation_config: Any, source: str) -> None:
 
 def check_fit(model: Any, tokenizer: Any, source: str) -> None:
     """Refuse a tokenizer that can name tokens which the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    _require_rows(model.get_input_embeddings().weight.shape[0], tokenizer, source)
+
+
+def _require_rows(rows: int, tokenizer: Any, source: str) -> None:
     if len(tokenizer) > rows:
         raise PMCError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
 

@@ -104,7 +104,9 @@ class PMC:
         self.keeps_text = texts and config.store != "ids"
         for i, question in enumerate(self.questions if texts else ()):
             self.encoder.check_text(f"question {i}", question)
-        self.prompts = [self.encoder.prompt(q) if texts else q for q in self.questions]
+        self.prompts = [
+            self.encoder.prompt(q, where=f"question {i}") if texts else q for i, q in enumerate(self.questions)
+        ]
         self.positions = [None] * len(self.prompts) if positions is None else list(positions)
         for i, prompt in enumerate(self.prompts):
             if not texts:
@@ -117,7 +119,8 @@ class PMC:
                 )
         self.source = "initial answers"  # what errors and warnings call them
         self.rows = list(range(1, len(self.prompts) + 1))
-        self.warnings: list[str] = []  # of `prepare`
+        # to be said once `prepare` has added its own
+        self.warnings = self.encoder.warnings + models.check_positions(model.config, config.max_length)
         self.initial_answers: list[str] = []
         self._initial_ids: list[list[int]] = []
         self._pass = PackedPass(causal_lm(model), cuda_graphs=config.cuda_graphs)
@@ -158,13 +161,28 @@ class PMC:
         self.scorer = choose_scorer(self.config.reward, [*truths, *self.initial_answers])
         numbered = list(zip(self.rows, self.initial_answers, strict=True))
         if silent := [row for row, y in numbered if says_nothing(y)]:
-            self.warnings = [
+            self.warnings.append(
                 f"{self.source}, {row_numbers(silent)}: the model says nothing, so whatever it says when sampled counts "
                 "as forgotten and is trained on: leave the questions out, or check prompt_format"
-            ]
+            )
+        if cut := self.cut_answers:
+            self.warnings.append(
+                f"{self.source}, {row_numbers(cut)}: {len(cut)} of {len(self.rows)} did not end before max_length "
+                f"{self.config.max_length}: only what was said by then is forgotten; raise --max-length"
+            )
         if self.reward is None:
             self.scorer.require_words(self.source, [(row, y) for row, y in numbered if not says_nothing(y)])
         return self.initial_answers
+
+    @property
+    def cut_answers(self) -> list[int]:
+        """Rows whose initial answer did not end before max_length."""
+        stops = set(self.encoder.stops)
+        return [
+            row
+            for row, prompt, ids in zip(self.rows, self.prompts, self._initial_ids, strict=True)
+            if len(prompt) + len(ids) >= self.config.max_length and stops.isdisjoint(ids[-1:])
+        ]
 
     def sample(self, indices: Sequence[int]) -> Step:
         """Visit the questions of an optimizer step: sample where the store asks for it, keep the better answers.
@@ -286,6 +304,8 @@ class PMC:
         rows = listed(rows, name, "without pairs to keep, forgetting takes all else along")
         made = self.encode(rows, name)
         data = self.questions, rows, self.prompts, made, self.encoder.tokenizer
+        if cut := [number for number, s in enumerate(made, start=1) if s.cut]:
+            (warn or self._warn)(self.encoder.cut_warning(name, cut, len(made)))
         for text in check_datasets(*data, allow=self.config.allow_overlap, name=name):
             (warn or self._warn)(text)
         return made

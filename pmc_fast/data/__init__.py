@@ -2,9 +2,9 @@
 
 from .chats import Chat, Question, Turn
 from .datasets import listed, questions_of, sequences_of
+from .encoder import Encoder
 from .encoding import (
     Encoded,
-    Encoder,
     collate,
     decode_answers,
     encode_pair,

@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import PMCError
 from ..printable import row_numbers
 from .chats import Chat
-from .encoding import IGNORED, Encoded, Encoder
+from .encoder import Encoder
+from .encoding import IGNORED, Encoded
 from .packing import num_targets, unpadded
 from .records import Row, rows_of
 
@@ -61,7 +62,10 @@ def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "r
         for number, row in enumerate(rows, start=1):
             encoder.check_text(f"{name}, row {number}", row.question)
             encoder.check_text(f"{name}, row {number}", row.answer or "")
-        made = [encoder.pair(row.question, row.answer or "") for row in rows]
+        made = [
+            encoder.pair(row.question, row.answer or "", where=f"{name}, row {number}")
+            for number, row in enumerate(rows, start=1)
+        ]
     if kind == "Encoded" or (kind == "dict" and "input_ids" in items[0]):
         for number, s in enumerate(made, start=1):
             _check_labels(s, encoder.tokenizer, f"{name}, row {number}")

@@ -1,22 +1,30 @@
 """The two prompt formats of PMC: question and answer as token ids and labels."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from ..config import PMCConfig, PromptFormat
+from ..config import PromptFormat
 from ..errors import PMCError
 from .chats import Chat, Question, Turn
 
 QUESTION_TAG, QUESTION_END, ANSWER_TAG = "Question: ", "\n", "Answer: "
 SYSTEM_PROMPT = "You are a helpful assistant."
-_NO_TAGS = (
+NO_TAGS = (
     "(a system turn, or several turns) has no place in the tags format: take a model with a chat template and "
     "prompt_format chat, or leave the other turns out"
 )
 IGNORED = -100  # the label of a token that is not trained
+
+
+class EncodingError(PMCError):
+    """A question or a pair that the prompt format, the template or the tokenizer has no right form for."""
+
+
+class TemplateError(EncodingError):
+    """A chat template that can't be rendered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +34,18 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     positions: list[int] | None = None  # ascending, where they are not 0, 1, ...: tokens between were left out
+    cut: int = field(default=0, compare=False)  # tokens beyond max_length, which are not here
 
 
 def resolve_format(tokenizer: Any, prompt_format: str) -> PromptFormat:
     """Return the prompt format that "auto" stands for: chat if the tokenizer has a template."""
-    has_template = bool(getattr(tokenizer, "chat_template", None))
+    template = getattr(tokenizer, "chat_template", None)
+    has_template = bool(template)
+    if prompt_format != "tags" and isinstance(template, dict) and "default" not in template:
+        raise PMCError(
+            f"the tokenizer has several chat templates ({', '.join(sorted(template))}) and none called default: set "
+            "tokenizer.chat_template to one of them, or use --prompt-format tags"
+        )
     if prompt_format == "chat" and not has_template:
         raise PMCError("prompt_format is 'chat' but the tokenizer has no chat template: use 'tags'")
     if prompt_format == "auto":
@@ -43,7 +58,7 @@ def encode_prompt(
     question: Question,
     *,
     prompt_format: PromptFormat,
-    system_prompt: str = SYSTEM_PROMPT,
+    system_prompt: str | None = SYSTEM_PROMPT,
     date_string: str | None = None,
     start: str = "",
 ) -> list[int]:
@@ -53,14 +68,10 @@ def encode_prompt(
     there. White space at the end of `start` is left to the model: most tokenizers join it to the next word.
     """
     if prompt_format == "tags":
-        if isinstance(question, Chat):
-            raise PMCError(f"a conversation {_NO_TAGS}")
         begun = ANSWER_TAG + start.rstrip() if start else ""
-        return tokenizer(QUESTION_TAG + question + QUESTION_END + begun)["input_ids"]
-    if start:
-        text = _chat_text(tokenizer, question, system_prompt, date_string) + start.rstrip()
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
-    return _chat(tokenizer, question, None, system_prompt, date_string)
+        return tokenizer(QUESTION_TAG + _untagged(question) + QUESTION_END + begun)["input_ids"]
+    text = chat_text(tokenizer, question, None, system_prompt, date_string)
+    return tokenizer(text + start.rstrip(), add_special_tokens=False)["input_ids"]  # the template wrote them
 
 
 def encode_pair(
@@ -70,8 +81,9 @@ def encode_pair(
     *,
     prompt_format: PromptFormat,
     max_length: int = 200,
-    system_prompt: str = SYSTEM_PROMPT,
+    system_prompt: str | None = SYSTEM_PROMPT,
     date_string: str | None = None,
+    eos: int | None = None,
 ) -> Encoded:
     """Encode a question with its answer for training.
 
@@ -87,61 +99,95 @@ def encode_pair(
     max_length : int
         Longer sequences are cut: tags lose their tail and with it eos, chat keeps its final token.
     system_prompt, date_string : str
-        Passed to the chat template.
+        Passed to the chat template; without a system turn where the first is None.
+    eos : int, optional
+        Ends tags where the tokenizer has no eos token.
 
     Returns
     -------
     Encoded
         Labels are -100 on the prompt. The answer's tag and eos are trained.
 
+    Raises
+    ------
+    PMCError
+        The pair does not begin with the prompt, as with chat templates that open an answer to be generated otherwise
+        than one that is given: what is trained would not be what is sampled.
+
     Notes
     -----
-    As the published code encodes (arXiv 2507.04219); padding is left to `collate`.
+    As the published code encodes (arXiv 2507.04219); padding is left to `collate`. Where the tokenizer would join
+    characters of both, as line ends, the pair is the prompt's own ids and then those of the rest.
     """
-    prompt = encode_prompt(
-        tokenizer,
-        question,
-        prompt_format=prompt_format,
-        system_prompt=system_prompt,
-        date_string=date_string,
-    )
-    if prompt_format == "tags":
-        text = QUESTION_TAG + str(question) + QUESTION_END + ANSWER_TAG + answer + tokenizer.eos_token
-        ids = tokenizer(text)["input_ids"][:max_length]
+    tags = prompt_format == "tags"
+    end: list[int] = []
+    if tags:
+        begin = QUESTION_TAG + _untagged(question) + QUESTION_END
+        text = begin + ANSWER_TAG + answer + (tokenizer.eos_token or "")
+        if tokenizer.eos_token is None:
+            if eos is None:
+                raise PMCError("the tokenizer has no eos token: set tokenizer.eos_token")
+            end = [eos]
     else:
-        ids = _chat(tokenizer, question, answer, system_prompt, date_string)
-        if len(ids) > max_length:
-            ids = [*ids[: max_length - 1], ids[-1]]
+        begin, text = (chat_text(tokenizer, question, a, system_prompt, date_string) for a in (None, answer))
+    prompt, ids = (tokenizer(t, add_special_tokens=tags)["input_ids"] for t in (begin, text))
+    if ids[: len(prompt)] != prompt:
+        ids = _joined(tokenizer, prompt, ids, begin, text, prompt_format)
+    ids = ids + end
+    size = len(ids)
+    if size > max_length:
+        ids = ids[:max_length] if tags else [*ids[: max_length - 1], ids[-1]]
     start = min(len(prompt), len(ids))
-    return Encoded(ids, [IGNORED] * start + ids[start:])
+    return Encoded(ids, [IGNORED] * start + ids[start:], cut=size - len(ids))
 
 
-def _chat(
-    tokenizer: Any, question: Question, answer: str | None, system_prompt: str, date_string: str | None
+def _untagged(question: Question) -> str:
+    if isinstance(question, Chat):
+        raise EncodingError(f"a conversation {NO_TAGS}")
+    return question
+
+
+def _joined(
+    tokenizer: Any, prompt: list[int], ids: list[int], begin: str, text: str, prompt_format: PromptFormat
 ) -> list[int]:
-    return tokenizer.apply_chat_template(
-        _messages(question, answer, system_prompt),
-        tokenize=True,
-        return_dict=False,
-        add_generation_prompt=answer is None,
-        date_string=date_string,
+    """Return a pair's ids with the prompt's first, or refuse a pair that does not begin with its prompt."""
+    if text.startswith(begin):
+        joined = prompt + tokenizer(text[len(begin) :], add_special_tokens=False)["input_ids"]
+        if tokenizer.decode(joined) == tokenizer.decode(ids):
+            return joined
+    if prompt_format == "tags":
+        raise EncodingError(
+            "the tokenizer does not begin a question with its answer as it does the question (does it end texts with a "
+            "token of its own, add_eos_token?): what is trained would not be what is sampled; turn that off"
+        )
+    raise EncodingError(
+        "the chat template does not begin a given answer as it opens one to be generated (templates of reasoning models "
+        "do so): what is trained would not be what is sampled; set tokenizer.chat_template to one that does, or use "
+        "--prompt-format tags"
     )
 
 
-def _messages(question: Question, answer: str | None, system_prompt: str) -> list[dict[str, str]]:
-    """Return a conversation as templates take it; one without a system turn of its own gets the run's."""
+def chat_text(
+    tokenizer: Any, question: Question, answer: str | None, system_prompt: str | None, date_string: str | None
+) -> str:
+    """Return what the chat template makes of a question, with its answer or up to where one is generated.
+
+    A conversation without a system turn of its own gets the run's.
+    """
     turns = list(question) if isinstance(question, Chat) else [Turn("user", question)]
-    if turns[0].role != "system":
+    if turns[0].role != "system" and system_prompt is not None:
         turns.insert(0, Turn("system", system_prompt))
     if answer is not None:
         turns.append(Turn("assistant", answer))
-    return [turn._asdict() for turn in turns]
-
-
-def _chat_text(tokenizer: Any, question: Question, system_prompt: str, date_string: str | None) -> str:
-    return tokenizer.apply_chat_template(
-        _messages(question, None, system_prompt), tokenize=False, add_generation_prompt=True, date_string=date_string
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            [turn._asdict() for turn in turns],
+            tokenize=False,
+            add_generation_prompt=answer is None,
+            date_string=date_string,
+        )
+    except Exception as error:  # jinja2's, and whatever the template's own code raises
+        raise TemplateError(f"the chat template fails ({type(error).__name__})") from error
 
 
 def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
@@ -217,93 +263,3 @@ def decode_answers(
             text = text.removeprefix(ANSWER_TAG)
         texts.append(text.strip())
     return texts
-
-
-class Encoder:
-    """The functions above with one tokenizer and one run's settings.
-
-    Parameters
-    ----------
-    tokenizer
-        A transformers tokenizer; it is not changed.
-    config : PMCConfig
-        prompt_format, max_length, system_prompt, date_string and accidents are read.
-    generation_config : transformers.GenerationConfig, optional
-        Adds its eos ids to the tokenizer's as those that end an answer.
-    """
-
-    def __init__(self, tokenizer: Any, config: PMCConfig, generation_config: Any = None) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = config.max_length
-        self.format = resolve_format(tokenizer, config.prompt_format)
-        self.stops = stop_ids(tokenizer, generation_config)
-        self.pad = pad_id(tokenizer, self.stops)
-        self.accidents = config.accidents
-        self._control = set() if config.allow_control_tokens else control_tokens(tokenizer)
-        self._chat: dict[str, Any] = {"system_prompt": config.system_prompt, "date_string": config.date_string}
-
-    def prompt(self, question: Question, start: str = "") -> list[int]:
-        """Return the ids that answers to `question` are sampled from, or go on from after the words `start`."""
-        if self.accidents and self.format == "chat":  # rendered, then tokenised with special tokens: a second BOS
-            return self.tokenizer(_chat_text(self.tokenizer, question, **self._chat) + start.rstrip())["input_ids"]
-        return encode_prompt(self.tokenizer, question, prompt_format=self.format, start=start, **self._chat)
-
-    def pair(self, question: Question, answer: str) -> Encoded:
-        """Encode a question with its answer for training."""
-        return encode_pair(
-            self.tokenizer,
-            question,
-            answer,
-            prompt_format=self.format,
-            max_length=self.max_length,
-            **self._chat,
-        )
-
-    def answers(self, generated: Sequence[Sequence[int]]) -> list[str]:
-        """Turn generated ids into answers."""
-        return decode_answers(self.tokenizer, generated, self.stops, prompt_format=self.format)
-
-    def samples(self, generated: Sequence[Sequence[int]]) -> list[str]:
-        """Turn sampled ids into answers; with `accidents` 8 characters of a tagged sample are dropped unseen."""
-        if not self.accidents:
-            return self.answers(generated)
-        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
-        return [text[len(ANSWER_TAG) :] for text in texts] if self.format == "tags" else texts
-
-    def check_text(self, where: str, text: Question) -> None:
-        """Refuse what the prompt format can't hold, and a text in which the tokenizer would see control tokens.
-
-        These could end or steer the prompt.
-        """
-        if isinstance(text, Chat):
-            if self.format == "tags":
-                raise PMCError(f"{where} is a conversation and {_NO_TAGS}")
-            for turn in text:
-                self.check_text(where, turn.content)
-            return
-        found = self._control.intersection(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if self.tokenizer.unk_token_id in found and self.tokenizer.unk_token not in text:
-            found.remove(self.tokenizer.unk_token_id)  # what the tokenizer doesn't know is no control
-        if found:
-            name = self.tokenizer.convert_ids_to_tokens(min(found))
-            raise PMCError(
-                f"{where} holds {name!r}, a control token of the model and not text to it: write it otherwise, or let it "
-                "through with --allow-control-tokens"
-            )
-
-    def check_lengths(self, source: str, pairs: Iterable[tuple[Question, str | None]]) -> None:
-        """Refuse questions that leave no room for an answer, and control tokens; errors name the row, not its text."""
-        for number, (question, answer) in enumerate(pairs, start=1):
-            self.check_text(f"{source}, row {number}: the question", question)
-            self.check_text(f"{source}, row {number}: the answer", answer or "")
-            size = len(self.prompt(question))
-            if size >= self.max_length:
-                raise PMCError(
-                    f"{source}, row {number}: the question takes {size} tokens and leaves none of max_length "
-                    f"{self.max_length} for an answer: raise --max-length or shorten it"
-                )
-            if answer is not None and all(label == IGNORED for label in self.pair(question, answer).labels):
-                raise PMCError(
-                    f"{source}, row {number}: no token of its answer fits max_length {self.max_length}: "
-                    "raise --max-length or shorten it"
-                )

@@ -26,6 +26,11 @@ class EvalSet:
     rows: list[Row]
     numbers: Sequence[int] | None = None  # of the rows in their file, from 1, where they are not 1, 2, ...
 
+    @property
+    def pairs(self) -> list[tuple[Question, str | None]]:
+        """Each question with its answer."""
+        return [(row.question, row.answer) for row in self.rows]
+
 
 def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row]) -> list[EvalSet]:
     """Return what `config` has evaluated, reading the files that only the evaluation needs.

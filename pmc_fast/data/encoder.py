@@ -1,0 +1,184 @@
+"""A tokenizer with a run's settings: what it can't encode rightly is refused before work, by row."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..config import PMCConfig
+from ..errors import PMCError
+from ..printable import row_numbers
+from .chats import Chat, Question
+from .encoding import (
+    ANSWER_TAG,
+    IGNORED,
+    NO_TAGS,
+    SYSTEM_PROMPT,
+    Encoded,
+    EncodingError,
+    TemplateError,
+    chat_text,
+    control_tokens,
+    decode_answers,
+    encode_pair,
+    encode_prompt,
+    pad_id,
+    resolve_format,
+    stop_ids,
+)
+
+TRIAL = 1 << 20  # tokens that a made-up pair never has
+
+
+class Encoder:
+    """The functions of `encoding` with one tokenizer and one run's settings.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer; it is not changed.
+    config : PMCConfig
+        prompt_format, max_length, system_prompt, date_string and accidents are read.
+    generation_config : transformers.GenerationConfig, optional
+        Adds its eos ids to the tokenizer's as those that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, config: PMCConfig, generation_config: Any = None) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = config.max_length
+        self.format = resolve_format(tokenizer, config.prompt_format)
+        self.stops = stop_ids(tokenizer, generation_config)
+        self.pad = pad_id(tokenizer, self.stops)
+        self.accidents = config.accidents
+        self.warnings: list[str] = []  # of what the tokenizer or its template can't do as asked
+        self._control = set() if config.allow_control_tokens else control_tokens(tokenizer)
+        self._chat: dict[str, Any] = {"system_prompt": config.system_prompt, "date_string": config.date_string}
+        self._takes_system = True
+        if self.format == "chat":
+            self._fit_template(config.system_prompt)
+        self._pair("Who?", "I.", TRIAL)
+
+    def _fit_template(self, wanted: str) -> None:
+        """Leave out a system prompt that the template takes none of, where it was nobody's wish; refuse the others."""
+        asked: dict[str, Any] = {"question": "Who?", "answer": None, "date_string": self._chat["date_string"]}
+        try:
+            self._pair("Who?", "I.", TRIAL)
+            tried = wanted.strip() or SYSTEM_PROMPT
+            self._takes_system = tried in chat_text(self.tokenizer, system_prompt=tried, **asked)
+            if wanted.strip() and not self._takes_system:
+                self.warnings.append("the chat template leaves the system prompt out: the model is asked without")
+            return
+        except EncodingError as error:
+            self._takes_system, self._chat["system_prompt"] = False, None
+            try:
+                self._pair("Who?", "I.", TRIAL)
+            except TemplateError as worse:
+                reason = str(worse.__cause__).strip().split("\n")[0]
+                raise PMCError(f"{worse}: {reason}; mend it, or use --prompt-format tags") from worse
+            if wanted not in ("", SYSTEM_PROMPT):
+                raise PMCError("the chat template takes no system prompt: give --system-prompt ''") from error
+        if wanted:
+            self.warnings.append("the chat template takes no system prompt: the model is asked without")
+
+    def prompt(self, question: Question, start: str = "", *, where: str = "") -> list[int]:
+        """Return the ids that answers to `question` are sampled from, or go on from after the words `start`.
+
+        `where` names the question in errors.
+        """
+        with self._named(where, question):
+            if self.accidents and self.format == "chat":  # rendered, then tokenised with special tokens: a second BOS
+                text = chat_text(self.tokenizer, question, None, **self._chat)
+                return self.tokenizer(text + start.rstrip())["input_ids"]
+            return encode_prompt(self.tokenizer, question, prompt_format=self.format, start=start, **self._chat)
+
+    def pair(self, question: Question, answer: str, *, where: str = "") -> Encoded:
+        """Encode a question with its answer for training; `where` names them in errors."""
+        with self._named(where, question):
+            return self._pair(question, answer, self.max_length)
+
+    def _pair(self, question: Question, answer: str, max_length: int) -> Encoded:
+        return encode_pair(
+            self.tokenizer,
+            question,
+            answer,
+            prompt_format=self.format,
+            max_length=max_length,
+            eos=self.stops[0],
+            **self._chat,
+        )
+
+    @contextmanager
+    def _named(self, where: str, question: Question) -> Iterator[None]:
+        try:
+            if not self._takes_system and isinstance(question, Chat) and question[0].role == "system":
+                raise EncodingError("the chat template takes no system turn: put it into the user's")
+            yield
+        except EncodingError as error:
+            if where:
+                raise PMCError(f"{where}: {error}") from error
+            raise
+
+    def answers(self, generated: Sequence[Sequence[int]]) -> list[str]:
+        """Turn generated ids into answers."""
+        return decode_answers(self.tokenizer, generated, self.stops, prompt_format=self.format)
+
+    def samples(self, generated: Sequence[Sequence[int]]) -> list[str]:
+        """Turn sampled ids into answers; with `accidents` 8 characters of a tagged sample are dropped unseen."""
+        if not self.accidents:
+            return self.answers(generated)
+        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        return [text[len(ANSWER_TAG) :] for text in texts] if self.format == "tags" else texts
+
+    def check_text(self, where: str, text: Question) -> None:
+        """Refuse what the prompt format can't hold, and a text in which the tokenizer would see control tokens.
+
+        These could end or steer the prompt.
+        """
+        if isinstance(text, Chat):
+            if self.format == "tags":
+                raise PMCError(f"{where} is a conversation and {NO_TAGS}")
+            for turn in text:
+                self.check_text(where, turn.content)
+            return
+        found = self._control.intersection(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.tokenizer.unk_token_id in found and self.tokenizer.unk_token not in text:
+            found.remove(self.tokenizer.unk_token_id)  # what the tokenizer doesn't know is no control
+        if found:
+            name = self.tokenizer.convert_ids_to_tokens(min(found))
+            raise PMCError(
+                f"{where} holds {name!r}, a control token of the model and not text to it: write it otherwise, or let it "
+                "through with --allow-control-tokens"
+            )
+
+    def check_lengths(self, source: str, pairs: Iterable[tuple[Question, str | None]]) -> list[int]:
+        """Refuse questions that leave no room for an answer, and control tokens; errors name the row, not its text.
+
+        Returns the numbers of the rows whose answers max_length cuts.
+        """
+        cut = []
+        for number, (question, answer) in enumerate(pairs, start=1):
+            self.check_text(f"{source}, row {number}: the question", question)
+            self.check_text(f"{source}, row {number}: the answer", answer or "")
+            where = f"{source}, row {number}"
+            size = len(self.prompt(question, where=where))
+            if size >= self.max_length:
+                raise PMCError(
+                    f"{source}, row {number}: the question takes {size} tokens and leaves none of max_length "
+                    f"{self.max_length} for an answer: raise --max-length or shorten it"
+                )
+            if answer is not None:
+                pair = self.pair(question, answer, where=where)
+                if all(label == IGNORED for label in pair.labels):
+                    raise PMCError(
+                        f"{source}, row {number}: no token of its answer fits max_length {self.max_length}: "
+                        "raise --max-length or shorten it"
+                    )
+                if pair.cut:
+                    cut.append(number)
+        return cut
+
+    def cut_warning(self, source: str, rows: Sequence[int], count: int) -> str:
+        """Say whose answers max_length cuts."""
+        return (
+            f"{source}: {len(rows)} of {count} answers are longer than max_length {self.max_length} leaves room for "
+            f"({row_numbers(rows)}): their ends are neither trained nor asked for; raise --max-length"
+        )
