@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -144,13 +145,13 @@ def test_tofu_is_attacked_likewise(data, tiny_dir):
 
 def test_what_can_not_be_attacked_is_refused_before_a_model_is_loaded(command, data, tiny_dir, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_dir)
-    tokenizer.add_tokens(["violet"])
-    (data / "wider").mkdir()
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    (data / "lower").mkdir()
     for file in tiny_dir.iterdir():
-        (data / "wider" / file.name).symlink_to(file)
+        (data / "lower" / file.name).symlink_to(file)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        (data / "wider" / file).unlink(missing_ok=True)
-    tokenizer.save_pretrained(data / "wider")
+        (data / "lower" / file).unlink(missing_ok=True)
+    tokenizer.save_pretrained(data / "lower")
     (data / "empty.md").write_text(" \n")
     text = ["--side-effects-text", str(data / "text.md")]
     for flags, message in (
@@ -160,7 +161,7 @@ def test_what_can_not_be_attacked_is_refused_before_a_model_is_loaded(command, d
         (["--confidence", "1"], "confidence is 1.0"),
         (["--side-effects-text", "no.md"], "text no.md can't be read"),
         (["--side-effects-text", str(data / "empty.md")], "is empty"),
-        ([*text, "--before", str(data / "wider")], "have different tokenizers"),
+        ([*text, "--before", str(data / "lower")], "have different tokenizers"),
         (["--report", str(data / "text.md")], "report file"),
         (["--report", str(data / "x"), "--rows", str(data / "x")], "are both"),
     ):
