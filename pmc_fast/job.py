@@ -117,7 +117,7 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     warnings += models.check_config(config.model, tokenizer, config.max_length)
     generation_config = None if config.accidents else models.load_generation_config(config.model)
     encoder = Encoder(tokenizer, config, generation_config)
-    warnings += encoder.warnings
+    warnings += encoder.warnings + (encoder.text_warnings() if config.store != "ids" else [])
     config = dataclasses.replace(config, prompt_format=encoder.format)
     # the evaluation alone sees the forget answers: training gets the questions
     sets = load_sets(config, forget, retain) if config.evaluate else []

@@ -102,6 +102,8 @@ class PMC:
         if config.store == "text" and not texts:
             raise PMCError("store is 'text' but the questions are token ids: use store='ids'")
         self.keeps_text = texts and config.store != "ids"
+        if self.keeps_text:
+            self.warnings += self.encoder.text_warnings()
         for i, question in enumerate(self.questions if texts else ()):
             self.encoder.check_text(f"question {i}", question)
         self.prompts = [

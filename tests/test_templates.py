@@ -88,6 +88,25 @@ def test_a_template_that_opens_answers_otherwise_is_refused(speaking, tiny, tmp_
     Encoder(tokenizer, PMCConfig(prompt_format="tags"))
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_leaves_a_text_out_is_refused(speaking, role):
+    """As those of vision models (Idefics3, SmolVLM), which read parts alone: an end was all that was trained."""
+    parts_alone = PLAIN.replace("{{ m.content }}", "{% if m.role != '" + role + "' %}{{ m.content }}{% endif %}")
+    what = {"user": "question", "assistant": "answer"}[role]
+    with pytest.raises(PMCError, match=f"the chat template leaves the {what} out"):
+        Encoder(speaking(parts_alone), PMCConfig())
+
+
+def test_what_a_template_writes_before_answers_is_said_where_answers_are_kept_as_text(speaking, tiny):
+    """A thought that max_length cut would be trained as the answer after an empty one."""
+    tokenizer = speaking(REASONING["hybrid"])
+    pmc = PMC(tiny, tokenizer, PMCConfig(), ["Who?"])
+    assert len(pmc.warnings) == 1
+    assert r"begins every given answer with '<think>\n\n</think>'" in pmc.warnings[0]
+    assert PMC(tiny, tokenizer, PMCConfig(store="ids"), ["Who?"]).warnings == []
+    assert PMC(tiny, speaking(PLAIN), PMCConfig(), ["Who?"]).warnings == []
+
+
 def test_a_pair_is_refused_though_others_pass(speaking):
     """A template may treat one content otherwise than another."""
     odd = PLAIN.replace("{% for m", "{% if messages[-1].content == 'No.' %}{{ 'Odd' }}{% endif %}{% for m", 1)

@@ -26,6 +26,7 @@ from .encoding import (
     stop_ids,
 )
 
+MADE_UP = ("Who did it?", "Ann did.")
 TRIAL = 1 << 20  # tokens that a made-up pair never has
 
 
@@ -53,15 +54,18 @@ class Encoder:
         self._control = set() if config.allow_control_tokens else control_tokens(tokenizer)
         self._chat: dict[str, Any] = {"system_prompt": config.system_prompt, "date_string": config.date_string}
         self._takes_system = True
+        self.opening = ""  # what the template writes of itself before an answer
         if self.format == "chat":
             self._fit_template(config.system_prompt)
-        self._pair("Who?", "I.", TRIAL)
+            self._find_opening()
+        else:
+            self._pair(*MADE_UP, TRIAL)
 
     def _fit_template(self, wanted: str) -> None:
         """Leave out a system prompt that the template takes none of, where it was nobody's wish; refuse the others."""
-        asked: dict[str, Any] = {"question": "Who?", "answer": None, "date_string": self._chat["date_string"]}
+        asked: dict[str, Any] = {"question": MADE_UP[0], "answer": None, "date_string": self._chat["date_string"]}
         try:
-            self._pair("Who?", "I.", TRIAL)
+            self._pair(*MADE_UP, TRIAL)
             tried = wanted.strip() or SYSTEM_PROMPT
             self._takes_system = tried in chat_text(self.tokenizer, system_prompt=tried, **asked)
             if wanted.strip() and not self._takes_system:
@@ -70,7 +74,7 @@ class Encoder:
         except EncodingError as error:
             self._takes_system, self._chat["system_prompt"] = False, None
             try:
-                self._pair("Who?", "I.", TRIAL)
+                self._pair(*MADE_UP, TRIAL)
             except TemplateError as worse:
                 reason = str(worse.__cause__).strip().split("\n")[0]
                 raise PMCError(f"{worse}: {reason}; mend it, or use --prompt-format tags") from worse
@@ -78,6 +82,28 @@ class Encoder:
                 raise PMCError("the chat template takes no system prompt: give --system-prompt ''") from error
         if wanted:
             self.warnings.append("the chat template takes no system prompt: the model is asked without")
+
+    def _find_opening(self) -> None:
+        """Refuse templates that leave out what they are given (some read messages in parts alone)."""
+        question, answer = MADE_UP
+        prompt, pair = (chat_text(self.tokenizer, question, a, **self._chat) for a in (None, answer))
+        before, found, _ = pair[len(prompt) :].partition(answer)
+        for what, there in (("question", question in prompt), ("answer", found)):
+            if not there:
+                raise PMCError(
+                    f"the chat template leaves the {what} out (does it take parts alone, as for images?): set "
+                    "tokenizer.chat_template to another, or use --prompt-format tags"
+                )
+        self.opening = before.strip()
+
+    def text_warnings(self) -> list[str]:
+        """Say where sampled answers that are kept as text are not trained as they were sampled."""
+        if not self.opening:
+            return []
+        return [
+            f"the chat template begins every given answer with {self.opening!r}: so are retain answers trained, and "
+            "sampled ones, which are encoded again; --store ids trains these as they were sampled"
+        ]
 
     def prompt(self, question: Question, start: str = "", *, where: str = "") -> list[int]:
         """Return the ids that answers to `question` are sampled from, or go on from after the words `start`.
