@@ -102,8 +102,6 @@ class PMC:
         if config.store == "text" and not texts:
             raise PMCError("store is 'text' but the questions are token ids: use store='ids'")
         self.keeps_text = texts and config.store != "ids"
-        if self.keeps_text:
-            self.warnings += self.encoder.text_warnings()
         for i, question in enumerate(self.questions if texts else ()):
             self.encoder.check_text(f"question {i}", question)
         self.prompts = [
@@ -123,6 +121,8 @@ class PMC:
         self.rows = list(range(1, len(self.prompts) + 1))
         # to be said once `prepare` has added its own
         self.warnings = self.encoder.warnings + models.check_positions(model.config, config.max_length)
+        if self.keeps_text:
+            self.warnings += self.encoder.text_warnings()
         self.initial_answers: list[str] = []
         self._initial_ids: list[list[int]] = []
         self._pass = PackedPass(causal_lm(model), cuda_graphs=config.cuda_graphs)

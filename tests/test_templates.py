@@ -225,10 +225,11 @@ def test_cut_answers_are_said_in_the_library(tiny, tokenizer):
     assert pmc.encode_retain(kept, warn=told.append)[1].cut > 60
     assert "1 of 2 answers" in told[0]
     assert "(row 2)" in told[0]
-    pmc.prepare(warn=told.append)
+    pmc.prepare()
     ended = [ids[-1] in pmc.encoder.stops for ids in pmc._initial_ids]
     assert pmc.cut_answers == [i for i, end in enumerate(ended, start=1) if not end]
-    assert len(told) == 1 + bool(pmc.cut_answers)
+    said = [text for text in pmc.warnings if "did not end before max_length 40" in text]
+    assert len(said) == bool(pmc.cut_answers)
     with pytest.raises(PMCError, match="all rows: no token is trained"):
         pmc.encode_retain([{"question": LONG, "answer": "No."}])
 
@@ -268,7 +269,7 @@ def test_lengths_over_a_table_of_positions_are_refused(gpt2, tokenizer, argument
     with pytest.raises(PMCError, match=refusal):
         PMC(model, tokenizer, PMCConfig(max_length=40), ["Who?"])
     pmc = PMC(model, tokenizer, PMCConfig(max_length=32, prompt_format="tags"), ["Who?"])
-    pmc.prepare(warn=lambda text: None)
+    pmc.prepare()
 
 
 def test_lengths_over_rotary_positions_are_said(tiny, tokenizer, arguments, data, capsys):
@@ -278,10 +279,8 @@ def test_lengths_over_rotary_positions_are_said(tiny, tokenizer, arguments, data
     said = "max_length is 40 but the model was made for 32 positions"
     assert run([*replaced(arguments, model=data / "model"), "--dry-run"]) == 0
     assert said in " ".join(capsys.readouterr().err.split())
-    told = []
     pmc = PMC(tiny, tokenizer, PMCConfig(max_length=40, prompt_format="tags"), ["Who?"])
-    pmc.prepare(warn=told.append)
-    assert said in told[0]
+    assert said in pmc.warnings[0]
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_is_refused_before_work(arguments, tiny, tokenizer, data, capsys):
