@@ -85,6 +85,7 @@ class PMCConfig:
 
     def validate(self) -> None:
         """Raise PMCError for the first value that can't be meant."""
+        _require(self.top_k is not None, "top_k", None, "0 (all tokens) or more")
         _check_types(self)
         _require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
         _require(self.temperature > 0, "temperature", self.temperature, "above 0")

@@ -229,3 +229,9 @@ def test_every_causal_model_with_a_loss_of_its_own_is_known():
     # of several codebooks each has a head, and a list of heads is refused
     known = ("if output_router_logits:", "z_loss_coefficient", "num_codebooks")
     assert not {family for family, source in added.items() if not any(k in source for k in known)}
+
+
+def test_no_top_k_is_0():
+    for ask in (lambda: PMCConfig(top_k=None), lambda: rollout(llama(), PROMPTS, **HOW | {"top_k": None})):
+        with pytest.raises(PMCError, match=r"top_k is None: it must be 0 \(all tokens\) or more"):
+            ask()

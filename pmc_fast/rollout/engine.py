@@ -157,6 +157,8 @@ class RolloutEngine:
             Bad arguments; a model that is not supported, by name, also for the length that is asked for; logits
             that are NaN.
         """
+        if top_k is None:
+            raise PMCError("top_k is None: it must be 0 (all tokens) or more")
         work = Request.checked(
             self.model, prompts, num_samples, temperature, max_new_tokens, max_length, stream_ids, stop_ids, max_rows,
             pool_tokens, drafts, positions,
