@@ -9,8 +9,10 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ from tests.families import build
 from tests.tiny_configs import tiny
 
 ROOT = Path(__file__).parent.parent
+PAGE, MARK = ROOT / "docs" / "models.md", "<!-- python -m tests.sweep --write -->"
+TAIL = (
+    r":? ?(this family is )?not supported$|: try 'eager'.*|^\w+ has "  # said by the other columns, or of no use here
+)
 KEPT = ROOT / "build" / f"sweep-{transformers.__version__}"
 PROMPTS = [[5, 7, 9, 11, 4], [3], [8, 8, 2, 30, 41, 17, 22, 6, 9]]  # and answers: longer than every window
 HOW: dict[str, Any] = {"num_samples": 4, "top_k": 0, "max_new_tokens": 14}
@@ -166,6 +172,24 @@ def _quietly(family: str) -> dict[str, str]:
         return judge(family)
 
 
+def row(family: str, made: dict[str, str]) -> str:
+    """Return a family's row of the table."""
+    both = [made["rollouts"]] if made["rollouts"].split(";")[0] == made["packed"] else list(made.values())
+    outcomes = [re.split("[:;] ", outcome, maxsplit=1) for outcome in both]
+    why = "; then ".join(re.sub(TAIL, "", o[1]) for o in outcomes if len(o) > 1).replace("|", "\\|")
+    return f"| {family} | {', '.join(o[0] for o in outcomes)} | {why} |"
+
+
+def write(results: dict[str, dict[str, str]]) -> None:
+    """Put the table of all families into docs/models.md, below what was written there by hand."""
+    rows = [row(family, results[family]) for family in sorted(results)]
+    count = Counter(line.split(" | ")[1] for line in rows)
+    summary = ", ".join(f"{n} {outcome}" for outcome, n in count.most_common())
+    head = f"{MARK}\n\ntransformers {transformers.__version__}: {summary}.\n\n| family | outcome | why |\n|---|---|---|\n"
+    by_hand = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
+    PAGE.write_text(by_hand + head + "\n".join(rows) + "\n", encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*")
@@ -176,9 +200,16 @@ def main(arguments: list[str] | None = None) -> None:
     if args.part:
         i, n = map(int, args.part.split("/"))
         chosen = chosen[i - 1 :: n]
+    results = {}
     for family in chosen:
-        made = _quietly(family) if args.families else result(family)
+        results[family] = made = _quietly(family) if args.families else result(family)
         print(f"{family:24} {made['rollouts']}\n{'':24} {made['packed']}", flush=True)
+    if args.write:
+        write(results)
+    if bad := [
+        family for family, made in results.items() if any(o.startswith(("RAW", "WRONG")) for o in made.values())
+    ]:
+        sys.exit(f"raw errors or wrong results: {', '.join(bad)}")
 
 
 if __name__ == "__main__":

@@ -36,15 +36,23 @@ TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 KEPT = ("model_type", "mamba_expand", "expand", "num_mem_blocks", "n_langs")
 NONE = {"head_dim": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4,
         "n_shared_experts": 1, "sliding_window": WINDOW}  # fmt: skip
+SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+          "num_kv_shared_layers": 2, "per_layer_config": None}  # fmt: skip
 EXTRA: dict[str, dict[str, Any]] = {  # what the rules can't know of a family
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")}},
     "cpmant": {"position_bias_num_buckets": 512, "position_bias_max_distance": 2048, "segment_types": 32,
                "prompt_types": 32},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
-    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dory": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "num_hidden_layers": 3,
+             "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "dots3_note_text": {"head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": SHARED | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": 48},
+    "gemma4_text": SHARED,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16},
+    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 4},
     "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"]},
     "xmod": {"default_language": "en_XX"},
 }  # fmt: skip
