@@ -76,7 +76,7 @@ def recognise(model: Any) -> Recognised:
             "interface: this family is not supported"
         )
     if any(len(calls) > 1 for calls in layers.values()):
-        raise PMCError(f"{name} runs its layers more than once a pass: this family is not supported")
+        raise PMCError(f"{name} calls its layers' attention more than once a pass: this family is not supported")
     windows, limits = set(), [rope_limit(config, name)]
     for [(mask, window)] in layers.values():
         if not mask:

@@ -22,7 +22,7 @@ EXPECTED = {
     "phimoe": "refused: .*disagree about their sliding window",
     "llama4_text": "refused: .*chunked",
     "whisper": "refused: .*does not heed logits_to_keep",
-    "hrm_text": "refused: .*more than once a pass",
+    "hrm_text": "refused: .*attention more than once a pass",
     "roberta": "refused: .*do(es)? not compute what the model computes",
     "nemotron": "refused: .*does not hand its arguments on",
 }
