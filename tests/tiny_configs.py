@@ -50,7 +50,7 @@ EXTRA: dict[str, dict[str, Any]] = {  # what the rules can't know of a family
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": SHARED | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": 48},
     "gemma4_text": SHARED,
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2": {"full_attn_idxs": None, "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 4},
