@@ -205,7 +205,7 @@ def test_no_trace_is_left(breaks, monkeypatch):
     engine = RolloutEngine(model)
     before = traces(model)
     if breaks:
-        monkeypatch.setattr("pmc_fast.rollout.engine.sample_nucleus", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr("pmc_fast.rollout.histories.sample_nucleus", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine(PROMPTS, **HOW)
     else:
