@@ -81,7 +81,9 @@ def load(directory: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     if not any(name.startswith("rng_state") for name in files):
         raise PMCError(f"checkpoint {directory} holds the model alone (save_only_model): a run can't go on from it")
     for name, value in fingerprint.items():
-        if manifest["fingerprint"].get(name) != value:
+        if name not in manifest["fingerprint"]:
+            raise PMCError(f"checkpoint {directory} is of an older pmc_fast: it does not say of which {name} it is")
+        if manifest["fingerprint"][name] != value:
             raise PMCError(f"checkpoint {directory} belongs to another run: its {name} differ from this one's")
     return json.loads((directory / STATE).read_text(encoding="utf-8"))
 

@@ -1,19 +1,26 @@
 """The command line: pmc-fast unlearn, evaluate, env, and the commands for requests."""
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 
 from . import __version__
 from .config import PRESETS, EvaluateConfig, UnlearnConfig
-from .errors import PMCError
+from .errors import PMCError, Terminated
 from .printable import printable
 from .requests import commands
-from .terminal import Progress, config_options, given, print_gates, print_scores
+from .terminal import (
+    Progress,
+    config_options,
+    given,
+    print_gates,
+    print_scores,
+    quiet_logs,
+    sigterm_raises,
+)
 
 if TYPE_CHECKING:  # torch and transformers load when a command runs: --help stays quick
     from .job import Plan
@@ -40,15 +47,22 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
         raise PMCError(f"config {path} can't be read: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise PMCError(f"config {path} must hold 'name: value' lines")
+    names = UnlearnConfig.names()
+    settings: dict[str, Any] = {}
+    for key, value in content.items():
+        name = names.get(str(key).removeprefix("--").replace("-", "_"), str(key))
+        if name in settings:
+            raise PMCError(f"config {path} gives {name} twice, under two names: keep one")
+        settings[name] = value
     # YAML 1.1 reads 1e-5 as a string
-    floats = {f.name for f in dataclasses.fields(UnlearnConfig) if f.type in (float, "float")}
-    for name in floats & content.keys():
-        if isinstance(content[name], str):
+    floats = {name for name, hint in get_type_hints(UnlearnConfig).items() if hint in (float, float | None)}
+    for name in floats & settings.keys():
+        if isinstance(settings[name], str):
             try:
-                content[name] = float(content[name])
+                settings[name] = float(settings[name])
             except ValueError as error:
-                raise PMCError(f"{name} is {content[name]!r} in {path}: it must be a number") from error
-    return content
+                raise PMCError(f"{name} is {settings[name]!r} in {path}: it must be a number") from error
+    return settings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -58,7 +72,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--config", "config_file", help="YAML file of settings by their names below, '-' being '_'")
+@click.option("--config", "config_file", help="YAML file of settings by their names below")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a set of published settings")
 @click.option("--dry-run", is_flag=True, help="check everything, say what would be done, write nothing")
 @config_options(UnlearnConfig)
@@ -163,24 +177,42 @@ for command in (commands.merge, commands.rollback, commands.verify):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input exits 2 with one line, a missed gate exits 3."""
+    quiet_logs()
     try:
-        code = cli.main(arguments, standalone_mode=False)
+        with sigterm_raises():
+            code = cli.main(arguments, standalone_mode=False)
     except PMCError as error:
         text = printable(" ".join(str(error).split()))
         click.echo(f"pmc-fast: error: {text}", err=True)
+        code = 2
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = 0
+    except OSError as error:  # of a path that no check foresaw, such as a name of 300 bytes
+        click.echo(
+            f"pmc-fast: error: {printable(str(error.filename or ''))[:80]}: {error.strerror or error}", err=True
+        )
         code = 2
     except click.ClickException as error:
         text = printable(" ".join(error.format_message().split()))
         click.echo(f"pmc-fast: error: {text}", err=True)
         code = 2
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("pmc-fast: interrupted: nothing was written", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo(f"pmc-fast: interrupted: {_left(error.__cause__ or error)}", err=True)
         code = 130
+    except Terminated as error:
+        click.echo(f"pmc-fast: terminated: {_left(error)}", err=True)
+        code = 143
     if launched_beside_others():  # gloo's threads live as long as Python does, and some abort it at its end
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
     sys.exit(code)
+
+
+def _left(error: BaseException) -> str:
+    """Return what a job has noted of what it leaves."""
+    return printable(" ".join(getattr(error, "__notes__", ["nothing was written"])))
 
 
 def launched_beside_others() -> bool:

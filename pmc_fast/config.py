@@ -1,6 +1,7 @@
 """Settings: the algorithm's (PMCConfig), a run's (UnlearnConfig) and others', one help text per field."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class PMCConfig:
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.retain_weight >= 0, "retain_weight", self.retain_weight, "0 or more")
         _require(self.min_len >= 0, "min_len", self.min_len, "0 (off) or more")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         _require(self.tau > 0, "tau", self.tau, "above 0")
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(self.stop_score is None or 0 <= self.stop_score <= 1, "stop_score", self.stop_score, "0 to 1")
@@ -231,6 +232,15 @@ class UnlearnConfig(PMCConfig):
             _require(not self.keep_private, "keep_private", self.keep_private, "left out, or lora given")
 
     @classmethod
+    def names(cls) -> dict[str, str]:
+        """Return each field's name by all that a file may call it: as it is, as its flag, and as its flag's short forms."""
+        found = {}
+        for f in dataclasses.fields(cls):
+            for flag in ("--" + f.name, *f.metadata.get("aliases", ())):
+                found[flag.removeprefix("--").replace("-", "_")] = f.name
+        return found
+
+    @classmethod
     def merge(cls, preset: str | None, *layers: Mapping[str, Any]) -> Self:
         """Build a config from a preset's values and then each layer's, the last one winning.
 
@@ -249,7 +259,9 @@ class UnlearnConfig(PMCConfig):
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise PMCError(f"setting {name!r} is unknown: `pmc-fast unlearn --help` lists them")
+                near = difflib.get_close_matches(str(name), [*known, *cls.names()], n=1)
+                hint = f"did you mean {near[0]}?" if near else "`pmc-fast unlearn --help` lists them"
+                raise PMCError(f"setting {name!r} is unknown: {hint}")
         return cls(**values)
 
 

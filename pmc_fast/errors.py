@@ -1,4 +1,4 @@
-"""The exceptions that mean: the input, not the program, is at fault."""
+"""The exceptions that mean: the input, not the program, is at fault; and the end that someone asked for."""
 
 
 class PMCError(ValueError):
@@ -11,3 +11,7 @@ class NotFiniteError(PMCError):
 
 class LostProcessError(PMCError):
     """Another process of a distributed run is gone."""
+
+
+class Terminated(BaseException):
+    """The process was asked to end by SIGTERM; like KeyboardInterrupt no error that code may swallow."""

@@ -2,21 +2,24 @@
 
 import dataclasses
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from . import earlier, models, report, skip
+from . import checkpoint, earlier, models, report, skip
 from .arguments import PMCArguments
 from .config import UnlearnConfig
 from .data import Encoder, Question, Row, load_rows
 from .environment import machine, versions
-from .errors import PMCError
+from .errors import PMCError, Terminated
 from .evaluate_job import failed_gates
 from .evaluation import (
     EvalSet,
@@ -34,6 +37,7 @@ from .evaluation import (
     with_initial_answers,
     with_side_effects,
 )
+from .interrupts import CheckpointOnSigterm, what_is_left
 from .outcome import Outcome, WholeModel
 from .packed_pass import PackedPass, causal_lm
 from .pmc import PMC
@@ -48,6 +52,7 @@ from .schedule import Schedule
 from .trainer import PMCTrainer
 
 FEW_STEPS = 50
+COLD = 0.1
 
 
 @dataclass(slots=True)
@@ -84,6 +89,27 @@ class Plan:
                 monitor.warn(text)
 
 
+def _check_optimizer(name: str) -> None:
+    """Refuse an optimizer that transformers doesn't know, or whose package is missing: before, not after, the answers."""
+    if name not in {known.value for known in OptimizerNames}:
+        raise PMCError(f"optimizer is {name!r}: use one that transformers knows, such as adamw_torch_fused")
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**defaults | {"optim": name}))
+    except Exception as error:  # ImportError, ValueError, AttributeError: each has its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PMCError(f"optimizer {name!r} can't be used here: {reason}") from error
+
+
+def _few_samples(config: UnlearnConfig) -> list[str]:
+    if config.temperature >= COLD:
+        return []
+    return [
+        f"temperature is {config.temperature:g}: under {COLD} samples are nearly always the greedy answer, and none is "
+        "found that is unlike it; published are 0.9 and 1.25"
+    ]
+
+
 def _few_steps(schedule: Schedule) -> list[str]:
     if schedule.steps >= FEW_STEPS:
         return []
@@ -103,10 +129,7 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
         raise PMCError(
             "retain is not given: --retain takes pairs to keep; without them forgetting takes all else along"
         )
-    if config.optimizer not in {name.value for name in OptimizerNames}:
-        raise PMCError(
-            f"optimizer is {config.optimizer!r}: use one that transformers knows, such as adamw_torch_fused"
-        )
+    _check_optimizer(config.optimizer)
     outcome = outcome or WholeModel(config)
     outcome.check()
     forget = load_rows(config.forget)
@@ -114,6 +137,9 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     runs = outcome.earlier()
     warnings = earlier.check(runs, (config.forget, forget), (config.retain, retain), allow=config.allow_relearn)
     tokenizer = models.load_tokenizer(config.model)
+    outcome.check_room(*models.check_source(config.model, config.device))
+    if config.resume not in ("", "auto"):
+        checkpoint.load(Path(config.resume), {})
     warnings += models.check_config(config.model, tokenizer, config.max_length)
     generation_config = None if config.accidents else models.load_generation_config(config.model)
     encoder = Encoder(tokenizer, config, generation_config)
@@ -138,7 +164,7 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     encoder.check_lengths(config.paraphrased, [(q or "", None) for q in paraphrases])
     schedule = Schedule.plan(config, len(forget), launched()[1])
     everything = list(range(len(forget)))
-    warnings += _few_steps(schedule)
+    warnings += [*_few_samples(config), *_few_steps(schedule)]
     return Plan(config, tokenizer, forget, retain, sets, schedule, paraphrases, text, everything, runs, cut, warnings)
 
 
@@ -171,20 +197,30 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
     outcome = outcome or WholeModel(config)
     with stages("checking"):
         plan = check(config, outcome)
-    config = plan.config
     for text in plan.warnings:
         monitor.warn(text)
+    with outcome.claimed() if launched()[0] == 0 else nullcontext():
+        try:
+            return _run(plan, monitor, stages, outcome)
+        except (KeyboardInterrupt, Terminated) as error:
+            error.add_note(what_is_left(config.stack or config.output, outcome.checkpoints))
+            raise
+
+
+def _run(plan: Plan, monitor: Monitor, stages: Stages, outcome: Outcome) -> dict[str, Any]:
+    config = plan.config
     with stages("loading the model"):
         device = models.resolve_device(config.device)
         loaded = models.load_model(config.model, device=device, dtype=config.dtype, param_dtype=config.param_dtype)
         models.check_fit(loaded.model, plan.tokenizer, config.model)
+        weights = models.weights_hash(loaded.model)
     outcome.attach(loaded, stages)
     model = loaded.model
     arguments = _arguments(config, loaded, outcome)  # several processes know each other from here on
     known = None
     if config.skip_known_forgotten:
         with stages("looking for what is known to be forgotten"):
-            known = _known_forgotten(plan, loaded, outcome)
+            known = _known_forgotten(plan, loaded, weights, outcome)
         which = f" ({row_numbers(known.rows)})" if known.rows else ""
         monitor.stage(f"  {len(known.rows)} of {known.questions} questions are left out{which}")
         if not known.kept:
@@ -251,6 +287,8 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         measure("after")
     made = {
         "settings": dataclasses.asdict(config),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {"source": config.model, "sha256": weights},
         "questions": len(plan.forget),
         "retain_rows": len(plan.retain),
         "data": earlier.data_of(plan.rows, plan.earlier),
@@ -283,12 +321,14 @@ def _engine(model: Any, loaded: models.LoadedModel, config: UnlearnConfig) -> Ro
     return RolloutEngine(model, autocast_dtype=loaded.autocast_dtype, cuda_graphs=config.cuda_graphs)
 
 
-def _known_forgotten(plan: Plan, loaded: models.LoadedModel, outcome: Outcome) -> skip.KnownForgotten:
+def _known_forgotten(plan: Plan, loaded: models.LoadedModel, weights: str, outcome: Outcome) -> skip.KnownForgotten:
     """Judge the forget questions, or take over what an earlier start of this run found."""
     c, ranks = plan.config, Ranks()
     directory = outcome.checkpoints if c.resume in ("", "auto") else Path(c.resume).parent
     about = (c, plan.forget, plan.paraphrases)
-    found = ranks.gather(skip.remembered(directory, *about) if c.resume else None)[0]  # the first one's files count
+    found = ranks.gather(skip.remembered(directory, weights, *about) if c.resume else None)[
+        0
+    ]  # the first one's files count
     if found is None:
         engine = SharedEngine(_engine(loaded.model, loaded, c), ranks)
         encoder = Encoder(plan.tokenizer, c, None if c.accidents else loaded.model.generation_config)
@@ -298,7 +338,7 @@ def _known_forgotten(plan: Plan, loaded: models.LoadedModel, outcome: Outcome) -
         )  # fmt: skip
     found = ranks.gather(found)[0]  # one list, whatever another process's rounding
     if c.checkpoint_steps and found.kept and ranks.rank == 0:
-        skip.remember(outcome.checkpoints, found, *about)
+        skip.remember(outcome.checkpoints, found, weights, *about)
     return found
 
 
@@ -347,6 +387,8 @@ def _trainer(
     questions = [plan.forget[i].question for i in plan.kept]
     profiler = StepProfiler() if c.profile and launched()[0] == 0 else None
     callbacks = [_Told(monitor, plan.schedule.steps), *([profiler] if profiler else [])]
+    if c.checkpoint_steps and launched()[1] == 1 and current_thread() is main_thread():
+        callbacks.append(CheckpointOnSigterm(monitor.warn))
     trainer = _Trainer(loaded.model, arguments, questions, plan.retain, c, plan.tokenizer, callbacks=callbacks)
     with suppress(OSError):
         outcome.checkpoints.rmdir()  # the Trainer makes it even if nothing will be saved

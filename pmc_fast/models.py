@@ -1,5 +1,7 @@
 """Loading models and tokenizers through transformers: safetensors only, no remote code."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -92,6 +94,63 @@ def check_positions(config: Any, max_length: int) -> list[str]:
     raise PMCError(f"max_length is {max_length} but the model has {known} positions: lower --max-length to {known}")
 
 
+def check_source(source: str, device: str) -> tuple[int, torch.dtype]:
+    """Refuse, before any weight is read, a model that can't be loaded or trained.
+
+    Returns
+    -------
+    parameters : int
+        Their number.
+    dtype : torch.dtype
+        As they came.
+    """
+    import transformers
+
+    resolve_device(device)
+    config = _load("AutoConfig", source)
+    if getattr(config, "is_encoder_decoder", False):
+        raise PMCError(
+            f"model {source} is an encoder-decoder ({config.model_type}): PMC needs a causal language model"
+        )
+    if quantisation := getattr(config, "quantization_config", None):
+        kind = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else type(quantisation).__name__
+        raise PMCError(f"model {source} is quantised ({kind}): give the model as it was before")
+    if Path(source).is_dir():
+        _check_files(Path(source))
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of the modelling file, or no such architecture
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PMCError(f"model {source} can't be made from its config.json: {reason}") from error
+    return sum(p.numel() for p in model.parameters()), getattr(config, "dtype", None) or torch.float32
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse a directory without whole safetensors weights."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").is_file():
+        return
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, AttributeError) as error:
+            raise PMCError(f"model {directory}: {index.name} can't be read: download it again") from error
+        if missing := sorted(shard for shard in shards if not (directory / shard).is_file()):
+            raise PMCError(
+                f"model {directory} lacks {', '.join(missing[:3])}, which {index.name} names: download it again"
+            )
+        return
+    others = sorted(
+        p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+    )
+    found = f"{others[0]} can't be loaded" if others else "no weights"
+    raise PMCError(
+        f"model {directory} has no model.safetensors ({found}): pmc_fast reads safetensors alone; save it with "
+        "save_pretrained"
+    )
+
+
 def load_model(
     source: str, *, device: torch.device, dtype: str = "auto", param_dtype: str = "float32"
 ) -> LoadedModel:
@@ -171,6 +230,25 @@ def known_tokens(model: Any) -> int:
         e.weight.shape[0] for e in (model.get_input_embeddings(), head) if getattr(e, "weight", None) is not None
     ]
     return min(sizes)
+
+
+def weights_hash(model: Any) -> str:
+    """Return a hash of a model's weights: names, dtypes, shapes and bytes, shared ones once.
+
+    Names are those of transformers: a version that renames parameters gives another hash. Every byte is read, at a
+    gigabyte a second or more.
+    """
+    content, seen = hashlib.sha256(), set()
+    for name, tensor in sorted(model.state_dict().items()):
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        content.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if hasattr(tensor, "full_tensor"):  # of FSDP2: all processes get here
+            tensor = tensor.full_tensor()
+        content.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return content.hexdigest()
 
 
 # mean differences of log-probs (kept in float32): rounding stays well below, another computation goes above

@@ -1,5 +1,6 @@
 """What a run trains and leaves: here a whole model in a directory of its own."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -7,7 +8,7 @@ import torch
 
 from . import earlier, models
 from .config import UnlearnConfig
-from .output import check_output, written_aside
+from .output import check_output, claimed, written_aside
 from .progress import Stages
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ class Outcome(Protocol):
 
     def check(self) -> None:
         """Refuse, before any work, what can't be written."""
+
+    def check_room(self, parameters: int, dtype: torch.dtype) -> None:
+        """Refuse a model of so many parameters, which came in `dtype`, if there is no room for what is written."""
+
+    def claimed(self) -> AbstractContextManager[None]:
+        """Keep what will be written for this run alone; refuse what another run is writing."""
 
     def earlier(self) -> list[dict[str, Any]]:
         """Return an entry for each run that this one's model has behind it; see `earlier.check`."""
@@ -55,14 +62,19 @@ class WholeModel:
     def check(self) -> None:
         check_output(self.config.output, 0)
 
+    def check_room(self, parameters: int, dtype: torch.dtype) -> None:
+        saved = self.config.save_dtype
+        self.dtype = dtype if saved == "auto" else getattr(torch, saved)
+        self.path = check_output(self.config.output, parameters * self.dtype.itemsize + ROOM)
+
+    def claimed(self) -> AbstractContextManager[None]:
+        return claimed(self.config.output)
+
     def earlier(self) -> list[dict[str, Any]]:
         return earlier.read(self.config.model)
 
     def attach(self, loaded: models.LoadedModel, stages: Stages) -> None:
-        saved = self.config.save_dtype
-        self.dtype = loaded.checkpoint_dtype if saved == "auto" else getattr(torch, saved)
-        size = sum(p.numel() for p in loaded.model.parameters()) * self.dtype.itemsize
-        self.path = check_output(self.config.output, size + ROOM)
+        """All of its parameters are trained."""
 
     def detach(self, model: Any, stages: Stages) -> Any:
         with torch.no_grad():  # what is evaluated is what is saved

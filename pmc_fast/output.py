@@ -6,7 +6,7 @@ import glob
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import PMCError
@@ -17,6 +17,15 @@ def check_output(output: str, needed_bytes: int) -> Path:
     if not output:
         raise PMCError("output is not given: --output names the directory to write")
     path = Path(output).resolve()  # a link's target: rename would replace the link or fail on it
+    if path == Path.cwd().resolve() or path in Path.cwd().resolve().parents:
+        raise PMCError(f"output {output} is the directory that you are in, or above it: name a new one")
+    longest = os.pathconf("/", "PC_NAME_MAX") - len(
+        f"..{os.getpid()}.checkpoints"
+    )  # what stands beside it is named so
+    if len(os.fsencode(path.name)) > longest:
+        raise PMCError(
+            f"output {output[:40]}... has a name of {len(os.fsencode(path.name))} bytes: at most {longest}"
+        )
     if path.is_mount():
         raise PMCError(f"output {output} is a mount point: name a directory inside it")
     if path.exists() and not path.is_dir():
@@ -30,6 +39,44 @@ def check_output(output: str, needed_bytes: int) -> Path:
     if free < needed_bytes:
         raise PMCError(f"output {output} needs {needed_bytes / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} free")
     return path
+
+
+@contextmanager
+def claimed(output: str) -> Iterator[None]:
+    """Keep an output directory, and what stands beside it such as checkpoints, for this process alone.
+
+    The lock is a file beside it, `.NAME.lock`, and ends with its process, however that ends.
+
+    Raises
+    ------
+    PMCError
+        Another process has it.
+    """
+    path = Path(output).resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    made = [p for p in lock.parents if not p.exists()]
+    with one_error(f"output {output}"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise PMCError(
+                    f"output {output} is being written by another run: wait for it, or name another"
+                ) from None
+            if lock.exists() and lock.stat().st_ino == os.fstat(handle).st_ino:
+                break  # else its last holder has just removed it
+            os.close(handle)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()  # of a run that wrote nothing
 
 
 @contextmanager

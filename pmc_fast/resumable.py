@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from . import checkpoint
+from . import checkpoint, models
 from .data import Encoded
 from .errors import LostProcessError
 from .pmc import PMC
@@ -28,10 +28,12 @@ class ResumableTrainer(Trainer):
     retain_order: torch.Generator
     stop_rule: StopRule | None
     model: Any
+    weights_sha256 = ""  # of the untouched model, `models.weights_hash`; computed when it is first needed
     _saving_to: Path | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint` is a directory, or "auto" or True for the newest sound one, if any."""
+        self._fingerprint()  # of the model as it is now, which the checkpoints will carry
         found = self.find_checkpoint(resume_from_checkpoint)
         if found is not None:
             self._load_own_state(found[1])
@@ -109,8 +111,14 @@ class ResumableTrainer(Trainer):
     def _fingerprint(self) -> dict[str, Any]:
         """Return what a checkpoint must have in common with this run: hashes, no text."""
         a, config = self.args, self.pmc.config
-        names = ("learning_rate", "weight_decay", "num_train_epochs", "max_steps", "optim", "bf16", "max_grad_norm")
-        settings = {n: str(getattr(a, n)) for n in names}
+        if not self.weights_sha256:
+            self.weights_sha256 = models.weights_hash(self.model)
+        names = (
+            "learning_rate", "weight_decay", "num_train_epochs", "max_steps", "optim", "optim_args", "bf16", "fp16",
+            "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_epochs", "adam_beta1",
+            "adam_beta2", "adam_epsilon", "seed", "data_seed", "master_weights", "neftune_noise_alpha",
+        )  # fmt: skip
+        settings = {n: str(getattr(a, n, None)) for n in names}
         # on more processes a step has as many questions if there are less micro-batches to it, or smaller ones
         settings["questions a step"] = str(a.train_batch_size * a.gradient_accumulation_steps * self.pmc.ranks.size)
         if config.normalization == "micro_batch":
@@ -118,8 +126,9 @@ class ResumableTrainer(Trainer):
         shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
         return {
             "questions": checkpoint.digest(self.pmc.prompts),
-            "retain rows": checkpoint.digest([s.input_ids for s in self.retain]),
+            "retain rows": checkpoint.digest([[s.input_ids, s.labels, s.positions] for s in self.retain]),
             "PMC settings": checkpoint.digest(config.algorithm()),
             "training settings": checkpoint.digest(settings),
             "parameters": checkpoint.digest(shapes),
+            "model's weights": self.weights_sha256,
         }

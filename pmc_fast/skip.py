@@ -163,12 +163,16 @@ def _criterion(config: UnlearnConfig, reward: str, without: int, count: int) -> 
 
 
 def remembered(
-    directory: Path, config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[Question | None]
+    directory: Path,
+    weights: str,
+    config: UnlearnConfig,
+    forget: Sequence[Row],
+    paraphrases: Sequence[Question | None],
 ) -> KnownForgotten | None:
-    """Return what an earlier start of the same run found: a resumed run must leave out the same questions."""
+    """Return what an earlier start of the same run found, on a model of these weights (their hash): a resumed run must leave out the same questions."""
     try:
         content = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        if content["of"] != _digest(config, forget, paraphrases):
+        if content["of"] != _digest(weights, config, forget, paraphrases):
             return None
         return KnownForgotten(**content["found"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: found out again
@@ -178,13 +182,14 @@ def remembered(
 def remember(
     directory: Path,
     found: KnownForgotten,
+    weights: str,
     config: UnlearnConfig,
     forget: Sequence[Row],
     paraphrases: Sequence[Question | None],
 ) -> None:
     """Keep what was found beside the run's checkpoints: row numbers and a hash."""
     aside = directory / f".{FILE}.{os.getpid()}"
-    content = {"of": _digest(config, forget, paraphrases), "found": asdict(found)}
+    content = {"of": _digest(weights, config, forget, paraphrases), "found": asdict(found)}
     with one_error(str(directory / FILE)):
         directory.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(content), encoding="utf-8")
@@ -192,6 +197,8 @@ def remember(
         aside.rename(directory / FILE)
 
 
-def _digest(config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[Question | None]) -> str:
+def _digest(
+    weights: str, config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[Question | None]
+) -> str:
     rows = [[row.question, row.answer, other] for row, other in zip(forget, paraphrases, strict=True)]
-    return checkpoint.digest([rows, config.algorithm(), config.skip_threshold, config.leak_threshold, config.model])
+    return checkpoint.digest([rows, config.algorithm(), config.skip_threshold, config.leak_threshold, weights])

@@ -1,18 +1,53 @@
 """What the commands share: options from settings, progress, scores and gates on the terminal."""
 
 import dataclasses
+import os
+import signal
 import sys
+import threading
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from .errors import Terminated
 from .printable import printable
 
 GATE_MISSED = 3
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Raise Terminated when SIGTERM comes, unless someone handles it already or this is not the main thread."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(signum: int, frame: Any) -> None:
+    raise Terminated
+
+
+def quiet_logs() -> None:
+    """Keep logs that are no terminal free of progress bars, and users from warnings that are for developers."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    if not sys.stderr.isatty():  # before the libraries are imported
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
 
 
 def config_options(config: type[Any], names: Iterable[str] | None = None) -> Callable[[Any], Any]:

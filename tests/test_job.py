@@ -289,6 +289,47 @@ def test_missed_gate_is_exit_3_with_the_result_written(arguments, data, capsys):
     assert json.loads((data / "out/report.json").read_text())["failed_gates"]
 
 
+def test_a_dry_run_finds_what_the_run_would(arguments, data, tiny, tiny_dir, tokenizer, capsys):
+    """Models that can't be loaded or trained, from their files alone."""
+    dry = [*arguments, "--dry-run"]
+
+    def made(name, **config):
+        shutil.copytree(tiny_dir, data / name)
+        file = data / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        return data / name
+
+    pickled = made("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    sharded = made("sharded")
+    (sharded / "model.safetensors").unlink()
+    (sharded / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-1-of-2.safetensors"}})
+    )
+    quantised = made("quantised", quantization_config={"quant_method": "gptq", "bits": 4})
+    small = made("small", vocab_size=1000)
+    t5 = made("t5", model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True)
+    for model, message in (
+        (pickled, "pytorch_model.bin can't be loaded"),
+        (sharded, "lacks model-1-of-2.safetensors"),
+        (quantised, "is quantised (gptq)"),
+        (small, "the tokenizer has 49152 tokens but the model embeds 1000"),
+        (t5, "is an encoder-decoder (t5)"),
+    ):
+        assert run(replaced(dry, model=model)) == 2, model
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    for flags, message in (({"device": "cuda:9"}, "device is 'cuda:9'"), ({"resume": tiny_dir}, "has no sound")):
+        assert run(replaced(dry, **flags)) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert run(replaced(dry, temperature="0.01")) == 0
+    assert "warning: temperature is 0.01" in capsys.readouterr().err
+
+
+def test_without_arguments_the_help_is_shown(capsys):
+    assert run([]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 10
+
+
 def test_dry_run_says_what_would_be_done(arguments, data, capsys):
     assert run([*arguments, "--dry-run"]) == 0
     shown = capsys.readouterr()
@@ -301,9 +342,19 @@ def test_settings_from_a_file_yield_to_flags(arguments, data, capsys):
     (data / "run.yaml").write_text("num_samples: 3\nlearning_rate: 1e-5\nretain_weight: 2\n")
     assert run([*arguments, "--dry-run", "--config", str(data / "run.yaml")]) == 0
     assert "2 samples a question" in capsys.readouterr().out
-    (data / "bad.yaml").write_text("lambda: 2\n")
-    assert run([*arguments, "--config", str(data / "bad.yaml")]) == 2
-    assert "setting 'lambda' is unknown" in capsys.readouterr().err
+    names = "lambda: 1\naccumulation: 2\nlr: 5e-2\nstop-score: 5e-2\nmin_len: 2\n"
+    (data / "run.yaml").write_text(names)
+    assert run([*arguments, "--dry-run", "--config", str(data / "run.yaml")]) == 0  # as flags are called
+    assert "each 2 x 2 questions" in capsys.readouterr().out
+    for text, message in (
+        ("lamda: 2", "setting 'lamda' is unknown: did you mean lambda?"),
+        ("num_sample: 2", "setting 'num_sample' is unknown: did you mean num_samples?"),
+        ("lr: 1e-5\nlearning_rate: 1e-4", "gives learning_rate twice"),
+        ("stop_score: low", "stop_score is 'low' in"),
+    ):
+        (data / "bad.yaml").write_text(text + "\n")
+        assert run([*arguments, "--config", str(data / "bad.yaml")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_evaluate_scores_a_model(arguments, data, tiny_dir, capsys):
@@ -404,6 +455,12 @@ def test_more_bad_input_is_one_line(arguments, data, capsys, tiny_dir):
     shutil.copy(data / "retain.jsonl", data / "retain2/retain.jsonl")
     for flags, message in (
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"output": "."}, "output . is the directory that you are in"),
+        ({"output": data / ("x" * 250)}, "has a name of 250 bytes"),
+        ({"optimizer": "adamw_8bit"}, "optimizer 'adamw_8bit' can't be used here"),
+        ({"optimizer": "galore_adamw"}, "optimizer 'galore_adamw' can't be used here"),
+        ({"resume": data / "none"}, "none does not exist"),
         ({"epochs": "inf"}, "num_epochs is inf: it must be finite"),
         ({"device": "mps"}, "device is 'mps'"),
         ({"forget": data / "surrogate.jsonl"}, "row 1 holds half of a surrogate pair"),

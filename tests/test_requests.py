@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from pmc_fast import models
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.earlier import rows_hash
@@ -151,11 +152,11 @@ def test_layers_that_can_not_have_an_adapter_are_refused():
 
 
 def test_hash_is_of_all_weights(tiny):
-    first = adapters.weights_hash(tiny)
-    assert adapters.weights_hash(tiny) == first
+    first = models.weights_hash(tiny)
+    assert models.weights_hash(tiny) == first
     with torch.no_grad():
         tiny.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-7
-    assert adapters.weights_hash(tiny) != first
+    assert models.weights_hash(tiny) != first
 
 
 # --- the stack
@@ -168,7 +169,7 @@ def test_two_requests_are_one_adapter_and_one_model(two, tiny_dir, capsys):
     assert "one adapter of rank 8" in capsys.readouterr().out
     merged = load(two / "model")
     recorded = record_of(two, 2)["model"]["after"]
-    assert adapters.weights_hash(merged) == recorded
+    assert models.weights_hash(merged) == recorded
     for contents in ("model", "adapter"):
         about = json.loads((two / contents / "requests.json").read_text())
         assert [r["request"] for r in about["requests"]] == ["0001", "0002"]
@@ -181,7 +182,7 @@ def test_two_requests_are_one_adapter_and_one_model(two, tiny_dir, capsys):
     wide = peft.PeftModel.from_pretrained(load(tiny_dir, torch.float64), two / "adapter").double().eval()
     # what is left in float64 is that merged weights were rounded to float32, once a request
     torch.testing.assert_close(logits(wide), logits(load(two / "model", torch.float64)), rtol=0, atol=1e-6)
-    assert adapters.weights_hash(load(tiny_dir)) == record_of(two, 1)["model"]["before"]
+    assert models.weights_hash(load(tiny_dir)) == record_of(two, 1)["model"]["before"]
 
 
 def test_the_second_request_is_trained_on_the_first(two, tiny_dir):
@@ -196,7 +197,7 @@ def test_the_second_request_is_trained_on_the_first(two, tiny_dir):
         wrapped = peft.PeftModel.from_pretrained(load(tiny_dir), two / f"stack/{number:04d}")  # each alone loads too
         assert any("lora" in n for n, _ in wrapped.named_parameters())
         adapters.merge(model, adapters.read(two / f"stack/{number:04d}"))
-    assert adapters.weights_hash(model) == second["model"]["after"]
+    assert models.weights_hash(model) == second["model"]["after"]
 
 
 def test_rollback_is_last_in_first_out_and_its_hash_is_equal(two, tiny_dir, capsys):
@@ -315,7 +316,7 @@ def test_sigkill_leaves_the_old_or_the_new_stack(two, tiny_dir, stage, words):
     names = [r.name for r in Stack(two / "stack").requests]
     assert names in (["0001"], ["0001", "0002"], ["0001", "0002", "0003"])
     if (two / "copy").exists():
-        assert adapters.weights_hash(load(two / "copy")) == record_of(two, 2)["model"]["after"]
+        assert models.weights_hash(load(two / "copy")) == record_of(two, 2)["model"]["after"]
     assert run(command(two, tiny_dir, 3)) == 0
     assert len(Stack(two / "stack").requests) == len(names) + 1
     assert [p.name for p in (two / "stack").iterdir() if p.name.startswith(".")] == []

@@ -85,16 +85,17 @@ def test_what_was_found_is_remembered_for_the_same_run(tmp_path):
     rows, others = [Row("a", "x"), Row("b")], [None, "B"]
     found = skip.KnownForgotten([2], 2, 0, 2, "c", 0.5, 1.0)
     config = config_of()
-    assert skip.remembered(tmp_path / "run", config, rows, others) is None
-    skip.remember(tmp_path / "run", found, config, rows, others)
+    assert skip.remembered(tmp_path / "run", "w", config, rows, others) is None
+    skip.remember(tmp_path / "run", found, "w", config, rows, others)
     (file,) = (tmp_path / "run").iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
-    assert skip.remembered(tmp_path / "run", config, rows, others) == found
-    for other in ((config_of(seed=1), rows, others), (config_of(skip_threshold=0.1), rows, others),
-                  (config, rows[::-1], others), (config, rows, [None, "C"])):  # fmt: skip
+    assert skip.remembered(tmp_path / "run", "w", config, rows, others) == found
+    for other in (("w", config_of(seed=1), rows, others), ("w", config_of(skip_threshold=0.1), rows, others),
+                  ("w", config, rows[::-1], others), ("w", config, rows, [None, "C"]),
+                  ("another model's", config, rows, others)):  # fmt: skip
         assert skip.remembered(tmp_path / "run", *other) is None
     file.write_text("{")
-    assert skip.remembered(tmp_path / "run", config, rows, others) is None
+    assert skip.remembered(tmp_path / "run", "w", config, rows, others) is None
 
 
 def test_shared_rollouts_are_the_whole_ones():

@@ -290,6 +290,22 @@ def test_foreign_checkpoints_are_refused(saved, change, name):
         new(**change).train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
+def test_checkpoints_of_another_models_weights_are_refused(saved):
+    """Same shapes, other weights: the report would name one model and the weights be another's."""
+    run, new = saved
+    trainer = new()
+    with torch.no_grad():
+        trainer.model.lm_head.weight[7, 3] += 1e-3
+    with pytest.raises(PMCError, match="checkpoint-4 belongs to another run: its model's weights differ"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    manifest = run / "checkpoint-4/pmc_manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["fingerprint"]["model's weights"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(PMCError, match="is of an older pmc_fast: it does not say of which model's weights it is"):
+        new().train(resume_from_checkpoint=str(run / "checkpoint-4"))
+
+
 def test_failure_while_saving_leaves_no_half_checkpoint(fresh, tokenizer, tmp_path, monkeypatch):
     trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path, save_strategy="steps", save_steps=1))
     monkeypatch.setattr(type(trainer), "_save_optimizer_and_scheduler", lambda *a: 1 / 0)

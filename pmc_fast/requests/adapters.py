@@ -4,7 +4,6 @@ PEFT trains and loads them. What is summed into weights is summed here, because 
 the weights' own precision: its last bits depend on library, threads and processor, and a hash of weights must not.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -166,22 +165,6 @@ def read(directory: Path) -> Adapter:
         for name in sorted(names)
     }
     return Adapter(factors, sorted(config["target_modules"]))
-
-
-def weights_hash(model: Any) -> str:
-    """Return a hash of a model's weights: names, dtypes, shapes and bytes, shared ones once.
-
-    Names are those of transformers: a version that renames parameters gives another hash.
-    """
-    content, seen = hashlib.sha256(), set()
-    for name, tensor in sorted(model.state_dict().items()):
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        content.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        content.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return content.hexdigest()
 
 
 def _lora_layers(wrapped: Any) -> Iterable[tuple[str, Any]]:

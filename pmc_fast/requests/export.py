@@ -43,7 +43,7 @@ def merge(
     of = _existing(stack)
     with of.model(model) as source:
         loaded = models.load_model(source, device=torch.device("cpu"))
-    contents: dict[str, Any] = {"claim": CLAIM, "base": adapters.weights_hash(loaded.model), "requests": of.links()}
+    contents: dict[str, Any] = {"claim": CLAIM, "base": models.weights_hash(loaded.model), "requests": of.links()}
     contents["data"] = {"earlier": of.earlier()}  # for runs that start from what is written here
     contents["weights"] = of.apply(loaded.model)
     if adapter:
@@ -52,7 +52,7 @@ def merge(
     dtype = loaded.checkpoint_dtype if save_dtype == "auto" else getattr(torch, save_dtype)
     path = check_output(output, sum(p.numel() for p in loaded.model.parameters()) * dtype.itemsize + ROOM)
     loaded.model.to(dtype)
-    contents |= {"dtype": str(dtype).removeprefix("torch."), "saved": adapters.weights_hash(loaded.model)}
+    contents |= {"dtype": str(dtype).removeprefix("torch."), "saved": models.weights_hash(loaded.model)}
     with written_aside(path) as directory:
         loaded.model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import models
 from ..checkpoint import file_sha256
 from ..earlier import entry
 from ..errors import PMCError
@@ -148,7 +149,7 @@ class Stack:
             The model is not the one that the stack was begun on, or the weights are not those that the last request
             was measured with.
         """
-        base = adapters.weights_hash(model)
+        base = models.weights_hash(model)
         if not self.requests:
             return base
         recorded = self.requests[0].record["model"]["before"]
@@ -160,7 +161,7 @@ class Stack:
         for request in self.requests:
             before(request)
             adapters.merge(model, adapters.read(request.directory))
-        made, recorded = adapters.weights_hash(model), self.requests[-1].record["model"]["after"]
+        made, recorded = models.weights_hash(model), self.requests[-1].record["model"]["after"]
         if made != recorded:
             raise PMCError(
                 f"stack {self.directory}: the weights with {self.requests[-1].name} hash to {made[:12]}, its record says "

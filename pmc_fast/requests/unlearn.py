@@ -1,15 +1,17 @@
 """Answering a request: an adapter on the frozen model and all earlier ones, and its record."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from .. import earlier, job
+import torch
+
+from .. import earlier, job, models
 from ..checkpoint import file_sha256
 from ..config import UnlearnConfig
 from ..earlier import FORGET_SETS
 from ..errors import PMCError
-from ..models import LoadedModel
 from ..output import sync, written_aside
 from ..progress import Monitor, Stages
 from ..ranks import launched
@@ -67,10 +69,16 @@ class StackedAdapter:
     def check(self) -> None:
         """A stack was checked when it was read."""
 
+    def check_room(self, parameters: int, dtype: torch.dtype) -> None:
+        """An adapter is small."""
+
+    def claimed(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the whole stack is locked
+
     def earlier(self) -> list[dict[str, Any]]:
         return self.stack.earlier() or earlier.read(self.config.model)
 
-    def attach(self, loaded: LoadedModel, stages: Stages) -> None:
+    def attach(self, loaded: models.LoadedModel, stages: Stages) -> None:
         c = self.config
         with stages("stacking"):
             self.before = self.stack.apply(loaded.model)
@@ -89,7 +97,7 @@ class StackedAdapter:
             self.adapter = adapters.extract(model)
             base = model.unload()
             adapters.merge(base, self.adapter)
-            self.after = adapters.weights_hash(base)
+            self.after = models.weights_hash(base)
         return base
 
     def write(self, made: dict[str, Any], files: dict[str, bytes], plan: job.Plan) -> None:

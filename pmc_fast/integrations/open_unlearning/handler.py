@@ -14,7 +14,7 @@ from trainer.unlearn.grad_diff import GradDiff
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ... import checkpoint
+from ... import checkpoint, models
 from ...arguments import autocast_dtype
 from ...config import PMCConfig
 from ...data import Encoded, check_encoded_overlap
@@ -86,6 +86,7 @@ class PMC(GradDiff):
         self._questions: dict[bytes, int] = {}  # the number of each prompt
         self._losses: list[torch.Tensor] = []  # collapse and retain loss of the micro-batches since the last log
         self._sampled_tokens = 0.0  # likewise
+        self._weights_sha256 = ""
 
     # --- questions
 
@@ -204,6 +205,7 @@ class PMC(GradDiff):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; the untouched model answers the forget questions first, or a checkpoint's answers are taken over."""
+        self._weights_sha256 = models.weights_hash(self.model)  # of the untouched model
         wanted = resume_from_checkpoint
         found = get_last_checkpoint(self.args.output_dir) if wanted is True else wanted
         if found:
@@ -226,11 +228,13 @@ class PMC(GradDiff):
         except (OSError, ValueError) as error:
             raise PMCError(f"checkpoint {directory} has no sound {checkpoint.STATE}: PMC did not write it") from error
         if state["questions"] != self._fingerprint():
-            raise PMCError(f"checkpoint {directory} belongs to another run: its questions differ from this one's")
+            raise PMCError(
+                f"checkpoint {directory} belongs to another run: its questions or its model differ from this one's"
+            )
         self.pmc.load_state_dict(state["pmc"])
 
     def _fingerprint(self) -> str:
-        return checkpoint.digest([self.pmc.prompts, self.pmc.positions])
+        return checkpoint.digest([self.pmc.prompts, self.pmc.positions, self._weights_sha256])
 
 
 def _prompts(batch: Mapping[str, torch.Tensor], where: str) -> list[Encoded]:

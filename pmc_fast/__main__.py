@@ -1,0 +1,17 @@
+"""Starts the command line; also `python -m pmc_fast`. Ctrl-C ends it in one line from the first import on."""
+
+import sys
+
+
+def main() -> None:
+    """Import the command line and run it."""
+    try:
+        from .cli import main as run
+    except KeyboardInterrupt:
+        print("pmc-fast: interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()
