@@ -24,7 +24,7 @@ from .rollout import RolloutEngine, add_counters
 from .sharding import is_sharded
 from .steps import Loss, Retain, Step
 from .store import BestStore
-from .supported import check_model
+from .supported import check_float16, check_model
 from .words import says_nothing
 
 logger = logging.get_logger(__name__)
@@ -84,6 +84,7 @@ class PMC:
                 f"config is a {type(config).__name__}: it must be a PMCConfig, such as PMCConfig(num_samples=10)"
             )
         check_model(model)
+        check_float16(model, autocast_dtype)
         self.questions: list[Any] = questions_of(questions, "questions")
         self.model, self.config, self.ranks = model, config, Ranks(process_group)
         self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)

@@ -55,6 +55,15 @@ def check_model(model: Any, *, training: bool | None = None) -> None:
         )
 
 
+def check_float16(model: Any, autocast_dtype: torch.dtype | None) -> None:
+    """Refuse to compute in float16 on the CPU, for which there are no kernels."""
+    on_cpu = {autocast_dtype or p.dtype for p in model.parameters() if p.device.type == "cpu"}
+    if torch.float16 in on_cpu:
+        raise PMCError(
+            "the model would compute in float16 on the CPU: load it in float32 or bfloat16, and use no fp16"
+        )
+
+
 def check_adapters(model: Any) -> None:
     """Refuse PEFT adapters that add tokens, or whose effect on one token depends on others."""
     for name, config in (getattr(model, "peft_config", None) or {}).items():

@@ -1,5 +1,6 @@
 """PMC in OpenUnlearning, on a stand-in for its trainers: losses, gradients and prompts of plain padded passes."""
 
+import functools
 import json
 import os
 import shutil
@@ -214,9 +215,6 @@ def test_kl_is_the_base_classs(trainer_of):
     trainer.alpha = 0.0
     collapse = plain(trainer, batch, (2, 0, 3))
     assert loss.item() == pytest.approx((collapse + 1.5 * kl).item(), rel=1e-6)
-    other = trainer_of(retain_loss_type="else")
-    with pytest.raises(NotImplementedError, match="else"):
-        other.compute_loss(other.model, batch_of(other))
 
 
 def test_their_evaluators_are_called_as_before(trainer_of, tmp_path):
@@ -248,7 +246,7 @@ def test_resumed_is_uninterrupted(trainer_of, tmp_path):
     for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     state.write_text(json.dumps({"questions": "others", "pmc": {}}))
-    with pytest.raises(PMCError, match="belongs to another run: its questions differ"):
+    with pytest.raises(PMCError, match="belongs to another run: its questions or its model differ"):
         trainer_of().train(str(state.parent))
     state.unlink()
     with pytest.raises(PMCError, match=r"has no sound pmc_state\.json"):
@@ -272,6 +270,16 @@ def test_refusals(trainer_of, tokenizer, monkeypatch):
         PMC(model=None, tokenizer=tokenizer)
     with pytest.raises(PMCError, match=r"method_args\.gamma is 0: it must be above 0"):
         trainer_of(gamma=0)
+    with pytest.raises(PMCError, match=r"method_args\.alpha is 'x': it must be a number"):
+        trainer_of(alpha="x")
+    with pytest.raises(PMCError, match=r"method_args\.num_smaples is not a setting: did you mean num_samples\?"):
+        trainer_of(num_smaples=2)
+    with pytest.raises(
+        PMCError, match=r"method_args\.steering_coeff is not a setting: there are GradDiff's and those"
+    ):
+        trainer_of(steering_coeff=20)
+    with pytest.raises(PMCError, match=r"retain_loss_type is 'EMBED_DIFF', which .* does not know: use NLL or KL"):
+        trainer_of(retain_loss_type="EMBED_DIFF")  # RMU's
     with pytest.raises(PMCError, match=r"method_args\.retain_weight is not a setting here: alpha weighs"):
         trainer_of(retain_weight=1.0)
     with pytest.raises(PMCError, match=r"top_p is 2\.0"):
@@ -282,15 +290,64 @@ def test_refusals(trainer_of, tokenizer, monkeypatch):
         trainer_of(forget=[{"original": {}, "alternate": {}}]).train()
     base = PMC.__base__
     inner = base.__init__
-    monkeypatch.setattr(
-        base, "__init__", lambda self, *a, **k: inner(self, *a, **k) or vars(self).update(is_fsdp_enabled=True)
-    )
+
+    @functools.wraps(inner)  # its parameters are looked at
+    def under_fsdp(self, *a, **k):
+        inner(self, *a, **k)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(base, "__init__", under_fsdp)
     with pytest.raises(PMCError, match="which FSDP may shard: use accelerate's multi_gpu"):
         trainer_of()
     monkeypatch.undo()
     text = {"input_ids": torch.tensor([3, 4]), "labels": torch.tensor([3, 4])}
     with pytest.raises(PMCError, match="forget row 0 has no prompt before an answer"):
         trainer_of(forget=[text]).train()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"fp16": True}, "would compute in float16 on the CPU: load it in float32 or bfloat16"),
+        ({"auto_find_batch_size": True}, r"trainer\.args\.auto_find_batch_size is True: memory depends on"),
+        ({"label_smoothing_factor": 0.1}, r"trainer\.args\.label_smoothing_factor is 0\.1: PMC's loss is the plain"),
+        ({"remove_unused_columns": True}, r"trainer\.args\.remove_unused_columns is True: .* set it to false"),
+        ({"train_sampling_strategy": "group_by_length"}, "is 'group_by_length': rows are pairs of"),
+    ],
+)
+def test_arguments_that_cant_be_met_are_refused_at_construction(trainer_of, args, message):
+    with pytest.raises(PMCError, match=message):
+        trainer_of(args=args)
+
+
+def test_models_that_cant_be_trained_are_refused_at_construction(trainer_of, tiny_dir, monkeypatch):
+    peft = pytest.importorskip("peft")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def give(change, **how):
+        monkeypatch.setattr(
+            transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: change(load(tiny_dir, **how))
+        )
+
+    give(lambda model: model, dtype=torch.float16)
+    with pytest.raises(PMCError, match="would compute in float16 on the CPU"):
+        trainer_of()
+    give(lambda model: model.requires_grad_(False))
+    with pytest.raises(PMCError, match="has no parameter to train"):
+        trainer_of()
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    give(lambda model: peft.get_peft_model(model, prompt))
+    with pytest.raises(PMCError, match="PROMPT_TUNING, which adds tokens of its own"):
+        trainer_of()
+
+
+def test_a_run_goes_on_from_whole_checkpoints_only(trainer_of, tmp_path):
+    """OpenUnlearning saves the model alone by default, and evaluates into directories named as checkpoints."""
+    trainer_of(args={"save_strategy": "steps", "save_steps": 1, "save_only_model": True}).train()
+    again = trainer_of(args={"num_train_epochs": 2})
+    (tmp_path / "run/checkpoint-7/evals").mkdir(parents=True)
+    with pytest.raises(PMCError, match=r"checkpoint-1 holds the model alone.*save_only_model=false"):
+        again.train(resume_from_checkpoint=True)
 
 
 def launch(cwd, *arguments):
@@ -302,7 +359,8 @@ def launch(cwd, *arguments):
     )  # fmt: skip
 
 
-def test_launcher_runs_an_unchanged_checkout(tiny_dir, smollm2_dir, tmp_path):
+@pytest.mark.parametrize("last", [[], ["-m"]])
+def test_launcher_runs_an_unchanged_checkout(tiny_dir, smollm2_dir, tmp_path, last):
     pytest.importorskip("hydra")
     checkout = tmp_path / "open-unlearning"
     shutil.copytree(TREE, checkout, ignore=shutil.ignore_patterns("__pycache__"))
@@ -310,12 +368,54 @@ def test_launcher_runs_an_unchanged_checkout(tiny_dir, smollm2_dir, tmp_path):
     done = launch(
         checkout, "--config-name=unlearn.yaml", "trainer=PMC", f"model={tiny_dir}", f"tokenizer={smollm2_dir}",
         f"trainer.args.output_dir={tmp_path}/run", "trainer.method_args.num_samples=2", "+trainer.args.use_cpu=true",
-        "trainer.method_args.max_length=60",
+        "trainer.method_args.max_length=60", f"hydra.sweep.dir={tmp_path}/sweep", *last,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "'collapse_loss'" in done.stdout
     assert (tmp_path / "run/model.safetensors").is_file()
     assert sorted(p for p in checkout.rglob("*") if "__pycache__" not in p.parts) == before
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--info", "searchpath"]])
+def test_flags_may_stand_last(tmp_path, flags):
+    """Hydra takes overrides in one group only: none may be added behind a flag, nor before one."""
+    pytest.importorskip("hydra")
+    (tmp_path / "more/trainer").mkdir(parents=True)
+    (tmp_path / "more/trainer/Mine.yaml").write_text("defaults: [PMC]\nmethod_args: {num_samples: 77}\n")
+    own = f"hydra.searchpath=[file://{tmp_path}/more]"
+    done = launch(TREE, "--config-name=unlearn.yaml", "trainer=Mine", own, "model=x", "tokenizer=y", *flags)
+    assert done.returncode == 0, done.stderr
+    for text in ["handler: PMC", "num_samples: 77"] if "--cfg" in flags else ["pmc_fast", "more"]:
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("lines", "pin"),
+    [
+        ("torch==2.4.1\ntransformers==4.51.3  # newer models\n", "transformers==4.51.3"),
+        ("Transformers ~= 4.40\n", "Transformers~=4.40"),
+        ("transformers[torch]>=4.45,<5\n", "transformers[torch]<5,>=4.45"),
+        ("-r base.txt\n--index-url https://x\ntransformers==5.5.4\n", None),
+        ("transformers>=4.51\n", None),
+        ("git+https://github.com/huggingface/transformers\ntransformers-stream==0.4\n", None),
+    ],
+)
+def test_a_generation_for_transformers_4_is_refused_by_what_it_pins(tmp_path, capsys, monkeypatch, lines, pin):
+    from pmc_fast.integrations.open_unlearning import __main__ as launcher
+
+    (tmp_path / "src/trainer").mkdir(parents=True)
+    (tmp_path / "src/train.py").touch()
+    (tmp_path / "requirements.txt").write_text(lines)
+    monkeypatch.setattr(launcher, "import_module", lambda name: pytest.fail("imported") if pin else sys.exit(0))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        launcher.main()
+    assert stop.value.code == (2 if pin else 0)
+    said = capsys.readouterr().err.splitlines()
+    expected = f"this OpenUnlearning checkout requires {pin} (requirements.txt): pmc_fast needs its generation for"
+    assert [line[: len(expected)] for line in said] == ([expected] if pin else [])
+    assert all("pull/191/head" in line for line in said)
 
 
 def test_launcher_refuses_in_one_line(tmp_path):
@@ -331,10 +431,16 @@ def test_launcher_refuses_in_one_line(tmp_path):
     done = launch(tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "older than transformers 5 (load_trainer takes a tokenizer, not a processing_class): update it" in line
+    assert (
+        "older than transformers 5 (load_trainer takes a tokenizer, not a processing_class): pmc_fast needs" in line
+    )
     init.write_text("from transformers import no_longer_there")
     (line,) = launch(tmp_path).stderr.splitlines()
     assert "can't be imported" in line
+    assert "pull/191/head" in line
+    init.write_text("import deepspeeds")
+    (line,) = launch(tmp_path).stderr.splitlines()
+    assert line.endswith("can't be imported (No module named 'deepspeeds'): install what its requirements.txt lists")
 
 
 def test_a_question_to_be_forgotten_is_not_kept(trainer_of):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from trainer.unlearn.grad_diff import GradDiff
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ... import checkpoint, models
@@ -23,20 +22,13 @@ from ...data.packing import unpad
 from ...errors import PMCError
 from ...pmc import PMC as Core
 from ...steps import Step
+from ...supported import check_float16, check_model
+from .checks import check_arguments, check_names, check_weights
 
 logger = logging.get_logger(__name__)
 
+INPUTS = ("input_ids", "attention_mask", "labels")
 PART = "pmc"  # key of a micro-batch's answers in its inputs
-ELSEWHERE = {
-    "retain_weight": "alpha weighs the retain loss",
-    "prompt_format": "prompts come from OpenUnlearning's dataset",
-    "system_prompt": "prompts come from OpenUnlearning's dataset",
-    "date_string": "prompts come from OpenUnlearning's dataset",
-    "store": "it keeps token ids",
-    "stop_score": "the stopping rule is PMCTrainer's",
-    "stop_retain_loss": "the stopping rule is PMCTrainer's",
-    "stop_steps": "the stopping rule is PMCTrainer's",
-}
 
 
 class PMC(GradDiff):
@@ -65,21 +57,21 @@ class PMC(GradDiff):
                 "5; update it"
             )
         given = {f.name: kwargs.pop(f.name) for f in fields(PMCConfig) if f.name in kwargs}
-        for name in given:
-            if name in ELSEWHERE:
-                raise PMCError(f"method_args.{name} is not a setting here: {ELSEWHERE[name]}")
+        check_names(type(self), given, kwargs)
+        check_arguments(kwargs.get("args"))
+        check_model(kwargs.get("model"), training=True)
         if getattr(kwargs.get("args"), "n_gpu", 1) > 1:
             kwargs["args"]._n_gpu = 1  # no DataParallel, which splits a batch by rows: use accelerate launch
         super().__init__(*args, **kwargs)
         for name, on in (("DeepSpeed", self.is_deepspeed_enabled), ("FSDP", self.is_fsdp_enabled)):
             if on:
                 raise PMCError(f"PMC samples from whole weights, which {name} may shard: use accelerate's multi_gpu")
+        check_float16(self.model, autocast_dtype(self.args))
         # The loss is a mean of its micro-batch, and the Trainer divides by their number. It would not where it takes
         # the loss for one that the model has divided by the step's tokens.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
-        if not self.gamma > 0:
-            raise PMCError(f"method_args.gamma is {self.gamma!r}: it must be above 0")
+        check_weights(self.gamma, self.alpha)
         self._packs_retain = self.retain_loss_type == "NLL"
         lambda_ = self.alpha / self.gamma if self._packs_retain else 0.0
         self.pmc_config = PMCConfig(**{"seed": self.args.seed} | given, retain_weight=lambda_)
@@ -87,6 +79,23 @@ class PMC(GradDiff):
         self._losses: list[torch.Tensor] = []  # collapse and retain loss of the micro-batches since the last log
         self._sampled_tokens = 0.0  # likewise
         self._weights_sha256 = ""
+        self._check_retain_loss()
+
+    def _check_retain_loss(self) -> None:
+        """Refuse a retain_loss_type that compute_retain_loss does not know: it is tried on a row."""
+        rows: Any = getattr(self.train_dataset, "retain", None)
+        if self._packs_retain or not rows:
+            return
+        batch = self.data_collator([rows[0]])
+        retain = {name: batch[name].to(self.args.device) for name in INPUTS}
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self.compute_retain_loss(model=self.model, retain_inputs=retain)
+        except NotImplementedError as error:
+            raise PMCError(
+                f"method_args.retain_loss_type is {self.retain_loss_type!r}, which OpenUnlearning's GradDiff does not know: "
+                "use NLL or KL"
+            ) from error
 
     # --- questions
 
@@ -175,7 +184,7 @@ class PMC(GradDiff):
             (inputs,) = self._sampled([inputs])
         part: Step
         part, retain_tokens = inputs[PART]
-        retain = {name: inputs["retain"][name] for name in ("input_ids", "attention_mask", "labels")}
+        retain = {name: inputs["retain"][name] for name in INPUTS}
         out = self.pmc.loss(part, retain if self._packs_retain else [], model=model, retain_tokens=retain_tokens)
         # the core's loss is a share of the step's, but the Trainer divides by the number of micro-batches itself
         loss = self.gamma * part.parts * out.loss
@@ -207,7 +216,7 @@ class PMC(GradDiff):
         """Train; the untouched model answers the forget questions first, or a checkpoint's answers are taken over."""
         self._weights_sha256 = models.weights_hash(self.model)  # of the untouched model
         wanted = resume_from_checkpoint
-        found = get_last_checkpoint(self.args.output_dir) if wanted is True else wanted
+        found = _newest(Path(self.args.output_dir)) if wanted is True else wanted
         if found:
             self._load_own_state(Path(str(found)))
         self._ready()
@@ -227,6 +236,11 @@ class PMC(GradDiff):
             state = json.loads((directory / checkpoint.STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PMCError(f"checkpoint {directory} has no sound {checkpoint.STATE}: PMC did not write it") from error
+        if not any(directory.glob("rng_state*")):
+            raise PMCError(
+                f"checkpoint {directory} holds the model alone, and a run can't go on from it: save them with "
+                "trainer.args.save_only_model=false (OpenUnlearning's default is true)"
+            )
         if state["questions"] != self._fingerprint():
             raise PMCError(
                 f"checkpoint {directory} belongs to another run: its questions or its model differ from this one's"
@@ -235,6 +249,12 @@ class PMC(GradDiff):
 
     def _fingerprint(self) -> str:
         return checkpoint.digest([self.pmc.prompts, self.pmc.positions, self._weights_sha256])
+
+
+def _newest(directory: Path) -> str | None:
+    """Return the newest checkpoint; an evaluation alone is in a directory of such a name, too."""
+    found = [p for p in directory.glob("checkpoint-*") if (p / checkpoint.STATE).is_file()]
+    return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
 
 
 def _prompts(batch: Mapping[str, torch.Tensor], where: str) -> list[Encoded]:
