@@ -125,7 +125,7 @@ def _renew_generator(state: torch.Tensor) -> None:
     torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
-def fingerprint(model: torch.nn.Module, copies: Mapping[int, tuple[torch.Tensor | None, ...]]) -> list[Any]:
+def fingerprint(model: torch.nn.Module, copies: Mapping[Any, tuple[torch.Tensor | None, ...]]) -> list[Any]:
     """Return what captures of a model rely on: where its tensors lie, and how its modules are set.
 
     Weights may change in place, and a graph reads the new ones. A weight that moved, an adapter that was
@@ -134,8 +134,8 @@ def fingerprint(model: torch.nn.Module, copies: Mapping[int, tuple[torch.Tensor 
     Parameters
     ----------
     model : Module
-    copies : mapping of int to tuple of Tensor
-        id of a module -> tensors that are read in place of its own.
+    copies : mapping of modules to tuple of Tensor
+        A module -> tensors that are read in place of its own.
     """
     found: list[Any] = []
     for module in model.modules():  # flat, and without a call for what is simple: training asks before every pass
@@ -144,8 +144,8 @@ def fingerprint(model: torch.nn.Module, copies: Mapping[int, tuple[torch.Tensor 
             if type(value) in SIMPLE:
                 found.append(value)
             elif name != "forward":  # lent, anew each time
-                copied = name == "_parameters" and id(module) in copies
-                _note(found, copies[id(module)] if copied else value)
+                copied = name == "_parameters" and module in copies
+                _note(found, copies[module] if copied else value)
     return found
 
 

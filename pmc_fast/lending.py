@@ -50,10 +50,18 @@ class FastLayers:
 
     def __init__(self, model: Any, training: bool = False, *, backend: str | None = None) -> None:
         self.model, self.training, self._backend = model, training, backend
-        self._tried_with: set[tuple[torch.device, torch.dtype]] | None = None
+        self._tried_with: tuple[Any, ...] | None = None
         self._found: dict[Any, Forward] = {}
         self._rotaries: list[ModuleType] = []
         self._turns_alike: dict[tuple[Callable[..., Any], Situation], bool] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # what was found is the model's own: a copy finds its model's
+        return type(self)._of, (self.model, self.training, self._backend)
+
+    @classmethod
+    def _of(cls, model: Any, training: bool, backend: str | None) -> "FastLayers":
+        return cls(model, training, backend=backend)
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -67,9 +75,10 @@ class FastLayers:
         if (on_cpu and torch.is_autocast_enabled("cpu")) or (self.training and checkpointed(self.model)):
             yield
             return
-        if places != self._tried_with:  # the model is new here, or was moved
+        found_for = (places, *map(_makings, self.model.modules()))
+        if found_for != self._tried_with:  # the model is new here, was moved, or its layers were changed
             self._found, self._rotaries = self._find(), self._find_rotaries()
-            self._tried_with = places
+            self._tried_with = found_for
         originals = [(module, getattr(module, ROTARY)) for module in self._rotaries]
         free = {m: forward for m, forward in self._found.items() if "forward" not in vars(m)}
         if self.training and on_cpu:
@@ -283,6 +292,13 @@ def is_silu(function: Any) -> bool:
 def plain(*tensors: torch.Tensor) -> bool:
     """Return whether tensors are what their memory holds: no quantised, sharded or traced ones."""
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _makings(module: Any) -> tuple[Any, ...]:
+    """Return what a replacement took for granted of a layer, and its owner may change: code, epsilon, activation."""
+    own, parts = vars(module), vars(module)["_modules"]
+    act = parts.get("act_fn", own.get("act_fn"))
+    return type(module).forward, own.get("variance_epsilon"), own.get("eps"), act
 
 
 def _is_plain_linear(module: Any) -> bool:

@@ -130,6 +130,7 @@ class PackedPass:
 
         call = base if model is None else model
         with ExitStack() as stack:
+            stack.enter_context(patching.ONE_AT_A_TIME)
             stack.enter_context(patching.attention(base, ATTENTION))
             stack.enter_context(_checkpointing(base))
             stack.enter_context(patching.forward(base.get_output_embeddings(), head_forward))
@@ -150,7 +151,7 @@ class PackedPass:
         count = sum(map(num_targets, sequences))
         losses = []
         for p in pack([[s] for s in sequences], max_tokens):
-            scale = torch.full((len(p.targets),), 1 / count)
+            scale = torch.full((len(p.targets),), 1 / count, dtype=torch.float32)
             losses.append(self(p, scale, model=model)[0])
         return torch.stack(losses).sum()
 
@@ -165,7 +166,13 @@ class PackedPass:
         base, call = self.base, self.base if model is None else model
         embeddings = base.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad(), eval_mode(base), autocast(embeddings.device, autocast_dtype), own_errors(base):
+        with (
+            patching.ONE_AT_A_TIME,  # the plain forward is compared with
+            torch.no_grad(),
+            eval_mode(base),
+            autocast(embeddings.device, autocast_dtype),
+            own_errors(base),
+        ):
             self._recognised = recognise(base)
             lengths = [5, 9, *self._recognised.wide]
             vocab = known_tokens(base)

@@ -1,5 +1,6 @@
 """What is changed in a transformers model for the time of a pass, and put back after it."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ from .errors import PMCError
 
 UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask")  # what an attention may add that ours do not know
 HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_pre_hooks")
+
+# Models share modelling files, and threads may share a model: what one exchanges, another must not find or put back.
+ONE_AT_A_TIME = threading.RLock()
 
 
 def is_bare(module: Any) -> bool:

@@ -19,7 +19,7 @@ from .ops import row_scales
 from .packed_pass import PackedPass, causal_lm
 from .printable import row_numbers
 from .ranks import Ranks
-from .reward import ROUGE, Reward, Scorer, choose_scorer
+from .reward import ROUGE, Reward, Scorer, choose_scorer, judged
 from .rollout import RolloutEngine, add_counters
 from .sharding import is_sharded
 from .steps import Loss, Retain, Step
@@ -252,7 +252,7 @@ class PMC:
         picks = {}
         if asked:
             reward = self.reward or self.scorer.recall
-            scores = np.asarray(reward([self.initial_answers[i] for i in asked], texts, c.min_len), dtype=np.float64)
+            scores = judged(reward, [self.initial_answers[i] for i in asked], texts, c.min_len)
             for row, (i, visit) in enumerate(zip(asked, visits, strict=True)):
                 picks[i] = self._select(candidates[row], scores[row], (c.seed, i, visit))
         return picks, {name: float(n) for name, n in made.counters.items()}

@@ -156,6 +156,7 @@ def _probed(model: Any) -> dict[int, list[Layer]]:
     ids = torch.zeros((1, 3), dtype=torch.int64, device=weight.device)
     layers: dict[int, list[Layer]] = {}
     with (
+        patching.ONE_AT_A_TIME,
         eval_mode(model),
         patching.attention(model, PROBE),
         own_errors(model),

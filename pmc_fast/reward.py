@@ -51,6 +51,28 @@ def rouge_l_recall(initial: Sequence[str], candidates: Sequence[Sequence[str]], 
     return _with_penalty(recall, candidates, min_len, lambda text: len(text.strip().split(" ")))
 
 
+def judged(
+    reward: Reward, initial: Sequence[str], candidates: Sequence[Sequence[str]], min_len: int = 0
+) -> np.ndarray:
+    """Return what a reward, a user's own too, says of candidates; refuse what is not a score in [0, 1] of each."""
+    shape = (len(candidates), len(candidates[0]))
+    made = reward(initial, candidates, min_len)
+    try:
+        scores = np.asarray(made, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PMCError(
+            f"the reward returned a {type(made).__name__}: it must be an array {shape} of numbers"
+        ) from error
+    if scores.shape != shape:
+        raise PMCError(
+            f"the reward returned scores {scores.shape}: they must be {shape}, one of each sample of each question"
+        )
+    outside = ~((scores >= 0) & (scores <= 1))  # NaN too
+    if outside.any():
+        raise PMCError(f"the reward returned a score of {scores[outside][0]}: it must stay within 0 and 1")
+    return scores
+
+
 def unicode_recall(initial: Sequence[str], candidates: Sequence[Sequence[str]], min_len: int = 0) -> np.ndarray:
     """Score candidates as `rouge_l_recall` does, by the words of any script (`words.unicode_units`).
 

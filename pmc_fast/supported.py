@@ -48,6 +48,12 @@ def check_model(model: Any, *, training: bool | None = None) -> None:
         raise PMCError(f"{name} has no output embeddings: pmc_fast needs a causal language model")
     check_head(head, training=training)
     check_pass(base, model)
+    for module in model.modules():
+        if getattr(module, "merged_adapters", None) and any(p.requires_grad for p in module.parameters()):
+            raise PMCError(
+                f"adapter {module.merged_adapters[0]!r} is merged into the weights, where it gets no gradient: call "
+                "unmerge_adapter() to train it, or merge_and_unload() to train the model as a whole"
+            )
     if not any(p.requires_grad for p in model.parameters()):
         raise PMCError(
             f"{name} has no parameter to train, all are frozen: set requires_grad, or load its adapter with "

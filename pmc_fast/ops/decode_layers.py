@@ -35,7 +35,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     outer, inner = weight.shape
     if not weight.is_contiguous() or (bias is not None and (bias.shape != (outer,) or not bias.is_contiguous())):
         raise PMCError(f"linear: weight and bias must be contiguous, and the bias [{outer}]")
-    y = torch.empty(*x.shape[:-1], outer)
+    y = x.new_empty(*x.shape[:-1], outer)
     native.cpu().linear_f32(
         rows.data_ptr(),
         weight.data_ptr(),

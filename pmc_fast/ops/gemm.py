@@ -44,7 +44,7 @@ def gemm(
     if a.dim() != 2 or b.dim() != 2:
         raise PMCError(f"gemm: a is {tuple(a.shape)} and b {tuple(b.shape)}: need two matrices")
     (m, k), n = a.shape, b.shape[1]
-    c = torch.empty(m, n) if out is None else out
+    c = a.new_empty(m, n) if out is None else out
     if b.shape[0] != k or c.shape != (m, n) or (bias is not None and (add or bias.shape != (n,))):
         raise PMCError(f"gemm: a is {tuple(a.shape)}, b {tuple(b.shape)} and out {tuple(c.shape)}: they do not fit")
     if _rows_apart(c) is None or (add and out is None):

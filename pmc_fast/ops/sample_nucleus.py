@@ -81,7 +81,7 @@ def sample_nucleus(
     On CUDA there is no host sync, and what is launched depends on shapes and settings alone: it can be
     captured in a CUDA graph.
     """
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
         raise PMCError(
             f"sample_nucleus: temperature {temperature}, top_k {top_k}, top_p {top_p}: need temperature >= 0, "
             "top_k >= 0 and 0 < top_p <= 1"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .. import native
+from .. import native, patching
 from ..capture import CaptureError
 from ..errors import NotFiniteError, PMCError
 from ..models import CLOSE, check_placement, known_tokens, plain_logps
@@ -20,7 +20,7 @@ from ..supported import check_adapters
 from .histories import Histories, settings_of
 from .inputs import StepInputs, StepTensors
 from .model_step import ModelStep
-from .request import Request
+from .request import Request, whole
 
 # Rows up to which guesses cost next to nothing: a step reads all weights whatever its rows.
 GUESS_ROWS = {"cpu": 12, "cuda": 64}
@@ -159,6 +159,7 @@ class RolloutEngine:
         """
         if top_k is None:
             raise PMCError("top_k is None: it must be 0 (all tokens) or more")
+        seed = whole("seed", seed)
         work = Request.checked(
             self.model, prompts, num_samples, temperature, max_new_tokens, max_length, stream_ids, stop_ids, max_rows,
             pool_tokens, drafts, positions,
@@ -222,11 +223,17 @@ class RolloutEngine:
     def _check(self) -> None:
         """Compare the log-probs of short rollouts with the plain model's, before anything depends on them."""
         known = self._recognised = recognise(self.model)
+        dtype = self._step.autocast_dtype or next(self.model.parameters()).dtype
+        if self._step.device.type == "cpu" and dtype == torch.float16:
+            raise PMCError(
+                f"{type(self.model).__name__} computes in float16, in which rollouts on the CPU do not: use bfloat16 or "
+                "float32"
+            )
         vocab = known_tokens(self.model)
         generator = np.random.default_rng(0)
         draw = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
         errors = []
-        with own_errors(self.model):
+        with patching.ONE_AT_A_TIME, own_errors(self.model):  # the plain forward is compared with
             for lengths, samples in [((5, 9), 4), *(((n - 4,), 1) for n in known.wide)]:
                 prompts = [generator.integers(0, vocab, n).tolist() for n in lengths]
                 work = Request.checked(self.model, prompts, samples, 1.0, 4, None, None, (), 8, None, None)
@@ -234,7 +241,6 @@ class RolloutEngine:
                 for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
                     errors.append(np.abs(self._plain_logps(prompt, tokens) - np.stack(logps)).mean())
         error = max(errors)
-        dtype = self._step.autocast_dtype or next(self.model.parameters()).dtype
         if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
             raise PMCError(
                 f"{type(self.model).__name__}: rollouts do not compute what the model computes with attn_implementation "

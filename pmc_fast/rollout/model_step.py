@@ -62,6 +62,7 @@ class ModelStep:
         if (weight.device, weight.dtype) != (self.device, self._dtype):  # the model was moved
             self._forget_buffers()
         with ExitStack() as stack:
+            stack.enter_context(patching.ONE_AT_A_TIME)
             stack.enter_context(torch.no_grad())
             stack.enter_context(casting_afresh())  # under the caller's autocast; older torch: without their gradients
             stack.enter_context(eval_mode(self.model))
@@ -157,7 +158,7 @@ class ModelStep:
         weight = self.model.get_input_embeddings().weight
         self.device, self._dtype = weight.device, weight.dtype
         self.pool: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._copies: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._layers = FastLayers(self.model)
         self._span = 0
         if self.graphs is not None:
@@ -178,7 +179,7 @@ class ModelStep:
                 continue
             if self.autocast_dtype is None and lora.merges(module) and fast_linear_serves(module.base_layer.weight):
                 forwards[module] = functools.partial(linear, weight=self._merged(module), bias=module.base_layer.bias)
-            if type(module) is not torch.nn.Linear or not plain(module.weight):
+            if type(module) is not torch.nn.Linear or not plain(module.weight) or _makes_weight(module):
                 continue
             if self.autocast_dtype is not None and module.weight.dtype == torch.float32:
                 weight, bias = self._copy(module)
@@ -189,16 +190,15 @@ class ModelStep:
 
     def _merged(self, module: Any) -> torch.Tensor:
         weight = module.base_layer.weight
-        copy, _ = self._copies.setdefault(id(module), (torch.empty_like(weight, requires_grad=False), None))
+        copy, _ = self._copies.setdefault(module, (torch.empty_like(weight, requires_grad=False), None))
         lora.merge_into(copy, module)
         return copy
 
     def _copy(self, module: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-        key = id(module)
-        if key not in self._copies:
+        if module not in self._copies:
             low = functools.partial(torch.empty_like, dtype=self.autocast_dtype, requires_grad=False)
-            self._copies[key] = (low(module.weight), None if module.bias is None else low(module.bias))
-        weight, bias = self._copies[key]
+            self._copies[module] = (low(module.weight), None if module.bias is None else low(module.bias))
+        weight, bias = self._copies[module]
         weight.copy_(module.weight)
         if bias is not None:
             bias.copy_(module.bias)
@@ -226,6 +226,11 @@ def attention(
 
 
 patching.register_attention(ATTENTION, attention)
+
+
+def _makes_weight(module: torch.nn.Linear) -> bool:
+    """Return whether a layer's weight may be made in its call, by pruning, a weight norm or fake quantisation."""
+    return bool(module._forward_pre_hooks) or "weight" not in module._parameters
 
 
 def _longer(tensor: torch.Tensor, size: int) -> torch.Tensor:

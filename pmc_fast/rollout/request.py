@@ -1,6 +1,7 @@
 """What a rollout is asked for, checked before any work starts."""
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,14 +46,20 @@ class Request:
         drafts: Sequence[Sequence[Sequence[int]]] | None,
         positions: Sequence[Sequence[int] | None] | None = None,
     ) -> "Request":
+        num_samples = whole("num_samples", num_samples)
         if num_samples < 1:
             raise PMCError(f"num_samples is {num_samples}: it must be at least 1")
         if (max_new_tokens is None) == (max_length is None):
             raise PMCError("rollout needs max_new_tokens or max_length, and not both")
         if max_rows is not None and max_rows < 1:
             raise PMCError(f"max_rows is {max_rows}: it must be at least 1")
+        for name, n in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
+            if n is not None and whole(name, n) < 0:
+                raise PMCError(f"{name} is {n}: it must be 0 or more")
+        if isinstance(stop_ids, int):
+            raise PMCError(f"stop_ids is {stop_ids}: give a list")
         vocab = model.get_input_embeddings().weight.shape[0]
-        lists = [list(map(int, prompt)) for prompt in prompts]
+        lists = [[whole(f"a token of prompt {i}", t) for t in prompt] for i, prompt in enumerate(prompts)]
         for i, prompt in enumerate(lists):
             if not prompt:
                 raise PMCError(f"prompt {i} has no tokens: give it at least one")
@@ -93,6 +100,14 @@ class Request:
         lengths = [begin + new for begin, new in zip(begins, self.max_new, strict=True)]
         most = max(lengths, default=0)
         return most, f"prompt {lengths.index(most)} and its answer" if lengths else ""
+
+
+def whole(name: str, number: Any) -> int:
+    """Return a number as int, also of numpy's and torch's; refuse fractions rather than cut them off."""
+    try:
+        return operator.index(number)
+    except TypeError as error:
+        raise PMCError(f"{name} is {number!r}: it must be a whole number") from error
 
 
 def _stream_of(prompt: list[int]) -> int:
