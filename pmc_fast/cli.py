@@ -156,7 +156,11 @@ def env() -> None:
 
 def _print_plan(plan: "Plan") -> None:
     c, s = plan.config, plan.schedule
-    click.echo(f"forget    {len(plan.forget)} questions of {c.forget}")
+    answered = sum(bool(row.answer) for row in plan.forget)
+    click.echo(
+        f"forget    {len(plan.forget)} questions of {c.forget}, {answered or 'none'} with an answer"
+        + ("" if answered else ": the model's own first answers are taken for the truth")
+    )
     click.echo(f"retain    {len(plan.retain)} pairs of {c.retain}")
     click.echo(f"evaluate  {', '.join(f'{e.name} ({len(e.rows)})' for e in plan.sets) or 'nothing'}")
     click.echo(f"prompts   {c.prompt_format}, prompt and answer at most {c.max_length} tokens")

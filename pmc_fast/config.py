@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -11,6 +12,10 @@ from .errors import PMCError
 
 PromptFormat = Literal["tags", "chat"]
 RewardName = Literal["auto", "rouge", "unicode"]
+PATHS = (
+    "model", "before", "forget", "retain", "output", "paraphrased", "general", "resume", "side_effects_text", "stack",
+    "tofu", "retain_log", "requests",
+)  # fmt: skip
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -79,6 +84,7 @@ class PMCConfig:
 
     def __post_init__(self) -> None:
         self.validate()
+        _check_paths(self)
 
     def algorithm(self) -> dict[str, Any]:
         """Return the settings of PMC alone, whatever else a subclass holds."""
@@ -328,6 +334,7 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_paths(self)
         _require(bool(self.stack), "stack", self.stack, "the directory of the model's adapters")
         for name in ("min_quality", "min_utility"):
             gate = getattr(self, name)
@@ -369,6 +376,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 def _require(good: bool, name: str, value: object, range_: str) -> None:
     if not good:
         raise PMCError(f"{name} is {value!r}: it must be {range_}")
+
+
+def _check_paths(config: Any) -> None:
+    """Expand a path's ~, which no shell does in a file or after --output=; refuse names that no report could hold."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name not in PATHS or not value:
+            continue
+        for path in [value] if isinstance(value, str) else value:
+            if any("\ud800" <= c <= "\udfff" for c in path):
+                raise PMCError(
+                    f"{f.name} {path!a} is not UTF-8, or the locale is not: rename it, or set LC_ALL=C.UTF-8"
+                )
+        home = os.path.expanduser
+        setattr(config, f.name, home(value) if isinstance(value, str) else [home(path) for path in value])
 
 
 def _check_types(config: Any) -> None:

@@ -16,6 +16,8 @@ def check_output(output: str, needed_bytes: int) -> Path:
     """Refuse an output directory that can't take the result, before any work starts."""
     if not output:
         raise PMCError("output is not given: --output names the directory to write")
+    if output.startswith("~"):  # of a configuration file, or --output=~/..., which no shell expands
+        raise PMCError(f"output {output} begins with ~: write the path out")
     path = Path(output).resolve()  # a link's target: rename would replace the link or fail on it
     if path == Path.cwd().resolve() or path in Path.cwd().resolve().parents:
         raise PMCError(f"output {output} is the directory that you are in, or above it: name a new one")

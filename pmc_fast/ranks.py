@@ -110,8 +110,23 @@ class Ranks:
 
 
 def launched() -> tuple[int, int]:
-    """Return this process's rank and how many there are, as the launcher says, before torch.distributed is there."""
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    """Return this process's rank and how many there are, as the launcher says, before torch.distributed is there.
+
+    Raises
+    ------
+    PMCError
+        There is no launcher: a scheduler has set WORLD_SIZE alone.
+    """
+    try:
+        rank, ranks = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    except ValueError as error:
+        raise PMCError("RANK and WORLD_SIZE must be whole numbers: unset them") from error
+    if ranks > 1 and not os.environ.get("MASTER_ADDR"):
+        raise PMCError(
+            f"WORLD_SIZE is {ranks} but MASTER_ADDR is not set, so no launcher started this: unset WORLD_SIZE and RANK "
+            "for one process, or start with accelerate launch"
+        )
+    return rank, ranks
 
 
 def leave() -> None:

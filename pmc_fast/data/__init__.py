@@ -14,7 +14,14 @@ from .encoding import (
     stop_ids,
 )
 from .loading import load_rows, read_records
-from .overlap import check_datasets, check_encoded_overlap, check_overlap, same_rows
+from .overlap import (
+    check_answers,
+    check_datasets,
+    check_encoded_overlap,
+    check_overlap,
+    check_repeats,
+    same_rows,
+)
 from .records import Row, rows_of
 
 __all__ = [
@@ -24,9 +31,11 @@ __all__ = [
     "Question",
     "Row",
     "Turn",
+    "check_answers",
     "check_datasets",
     "check_encoded_overlap",
     "check_overlap",
+    "check_repeats",
     "collate",
     "decode_answers",
     "encode_pair",

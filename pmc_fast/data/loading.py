@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import PMCError
 from ..printable import names
-from .records import QUESTION_NAMES, Row, rows_of
+from .records import QUESTION_NAMES, Row, known_name, rows_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _NO_REPOSITORY = (*SUFFIXES, ".txt", ".ndjson", ".gz", ".zip", ".zst", ".xlsx", ".arrow", ".yaml")  # a file, mistyped
@@ -147,7 +147,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _table(text: str, delimiter: str) -> Iterator[dict[str, str]]:
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = next(lines, [])
-    if len(set(header)) < len(header) or (header and not set(header) & set(QUESTION_NAMES)):
+    if len(set(header)) < len(header) or (header and not set(map(known_name, header)) & set(QUESTION_NAMES)):
         raise ValueError(
             f"the first line must name the columns, each once, separated by {delimiter!r}, one of them {QUESTION_NAMES[0]}"
         )

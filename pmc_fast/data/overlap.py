@@ -9,11 +9,13 @@ from typing import Any
 
 from ..errors import PMCError
 from ..printable import row_numbers
-from .chats import Question, asked
+from ..words import count_words
+from .chats import Chat, Question, asked
 from .datasets import questions_of
 from .encoding import ANSWER_TAG, IGNORED, Encoded
 
 NEAR = 0.6  # of two questions' pieces, rare ones weighing more: one of TOFU's pairs of different questions has 0.5
+LONG = 3  # words of an answer that says something of its own: "Yes" and "in Paris" answer many questions
 SAMPLED = 5000  # rows that tell which pieces are rare
 _OF_A_NAME = set("#%&*@/\\§‰°′″†‡")  # "C#" is not "C"
 _WORD = re.compile(r"\w+")
@@ -66,6 +68,44 @@ def check_overlap(
                 warnings.append(
                     f"{wanted}, {row_numbers(b)}: nearly the same questions are to be forgotten ({source}, "
                     f"{row_numbers(a)}): if they ask for the same, keeping them teaches what is being forgotten"
+                )
+    return warnings
+
+
+def check_repeats(source: str, pairs: Sequence[tuple[Question, str | None]]) -> list[str]:
+    """Warn of a set's questions that stand in it twice: with two answers no model can give both."""
+    answers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    again, against = [], []
+    for number, (question, answer) in enumerate(pairs, start=1):
+        system = question[0].content if isinstance(question, Chat) and question[0].role == "system" else ""
+        given = answers[system, normalized(question)]
+        if given:
+            (again if normalized(answer or "") in given else against).append(number)
+        given.append(normalized(answer or ""))
+    warnings = []
+    if again:
+        warnings.append(f"{source}, {row_numbers(again)}: an earlier row asks and answers the same: it counts twice")
+    if against:
+        warnings.append(
+            f"{source}, {row_numbers(against)}: an earlier row asks the same and has another answer: no model gives both, "
+            "so that one of them always counts as not said; keep one"
+        )
+    return warnings
+
+
+def check_answers(forget: Mapping[str, Sequence[str | None]], keep: Mapping[str, Sequence[str | None]]) -> list[str]:
+    """Warn of answers to be kept that are to be forgotten, whatever they answer, if they have 3 words or more."""
+    warnings = []
+    gone = {source: [normalized(a or "") for a in answers] for source, answers in forget.items()}
+    for wanted, answers in keep.items():
+        kept = [normalized(a) if a and count_words(a) >= LONG else "" for a in answers]
+        for source, others in gone.items():
+            both = set(kept) & set(others) - {""}
+            if both:
+                rows, of = ([n for n, a in enumerate(side, start=1) if a in both] for side in (kept, others))
+                warnings.append(
+                    f"{wanted}, {row_numbers(rows)}: the answer is one that is to be forgotten ({source}, "
+                    f"{row_numbers(of)}): keeping it teaches it"
                 )
     return warnings
 

@@ -15,8 +15,20 @@ CONTEXT_NAMES = ("input", "context", "passage")
 SYSTEM_NAMES = ("system", "system_prompt")
 CHOICE_NAMES = ("choices", "options")
 OTHER_ANSWERS = ("truth", "gt", "ground_truth", "best_answer", "answerKey")  # asked about, never guessed
+# likewise, but beside an answer they are something else, such as a class
+MAYBE_ANSWERS = (
+    "target", "label", "reference", "reference_answer", "solution", "expected", "expected_output", "expected_answer",
+    "gold", "correct_answer", "reply", "chosen",
+)  # fmt: skip
 NOT_SERVED = ("tools", "functions", "history", "chat_template_kwargs", "images", "image", "videos", "audio")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+KNOWN = {
+    name.casefold(): name
+    for name in (
+        "paraphrased_question", "paraphrased_answer", *QUESTION_NAMES, *ANSWER_NAMES, *CHAT_NAMES, *CONTEXT_NAMES,
+        *SYSTEM_NAMES, *CHOICE_NAMES, *OTHER_ANSWERS, *MAYBE_ANSWERS, *NOT_SERVED,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +51,7 @@ def rows_of(
         where = f"{source}, row {number}"
         if not isinstance(record, Mapping):
             raise PMCError(f"{where} is {type(record).__name__}, not an object with a question")
-        row = _Record(record, where, paraphrased).row(answered=answers is not None)
+        row = _Record(known_columns(record, where), where, paraphrased).row(answered=answers is not None)
         for text in (str(row.question), row.answer or ""):
             if not _is_unicode(text):
                 raise PMCError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): mend its encoding")
@@ -52,6 +64,29 @@ def rows_of(
             raise PMCError(f"{where} has no answer: name the column one of {', '.join(ANSWER_NAMES)}")
         rows.append(row)
     return rows
+
+
+def known_name(given: Any) -> Any:
+    """Return the name that a column is read by: spaces around it and case don't matter."""
+    return KNOWN.get(given.strip().casefold(), given) if isinstance(given, str) else given
+
+
+def known_columns(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return a row with the names that are known however people write them: " Answer" is answer.
+
+    An answer under a name that is not read would be lost without a word.
+    """
+    written = {given: known_name(given) for given in record}
+    if all(given == name for given, name in written.items()):
+        return record
+    made: dict[str, Any] = {}
+    for given, name in written.items():
+        value = record[given]
+        if name in made and not is_missing(value) and not is_missing(made[name]) and value != made[name]:
+            raise PMCError(f"{where} has {name} twice, written in two ways: leave out what is not meant")
+        if name not in made or is_missing(made[name]):
+            made[name] = value
+    return made
 
 
 class _Record:
@@ -87,6 +122,11 @@ class _Record:
             raise PMCError(f"{self.where} has an answer in {source} and in {reply}: leave out what is not meant")
         if answered and answer is None:
             answer = self.choice(options, reply) if options else self.answer(reply)
+            if answer is None and (maybe := [name for name in MAYBE_ANSWERS if self.has(name)]):
+                raise PMCError(
+                    f"{self.where} has {maybe[0]} and no answer: if that is the answer, call the column answer, else "
+                    "leave it out"
+                )
         return Row(question_of(self.with_system(turns)), answer)
 
     def has(self, name: str) -> bool:

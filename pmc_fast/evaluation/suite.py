@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..config import RewardName, UnlearnConfig
-from ..data import Question, Row, check_overlap, load_rows, same_rows
+from ..data import Question, Row, check_answers, check_overlap, check_repeats, load_rows, same_rows
 from ..errors import PMCError
 from ..printable import printable, row_numbers
 from ..reward import Scorer, choose_scorer
@@ -57,8 +57,8 @@ def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row
 def check_sets(sets: Sequence[EvalSet], *, allow_overlap: bool) -> list[str]:
     """Refuse questions to be kept that are to be forgotten (or warn of them), and return what else to say.
 
-    That is: questions that are nearly the same, forget sets that ask the same, which then counts twice, and answers that
-    only a part of a forget set has.
+    That is: questions that are nearly the same, forget sets that ask the same, which then counts twice, questions that
+    stand twice in a set, answers to be kept that are to be forgotten, and those that only a part of a forget set has.
     """
     forget, keep = (
         {s.name: [row.question for row in s.rows] for s in sets if s.role == role} for role in ("forget", "keep")
@@ -71,7 +71,11 @@ def check_sets(sets: Sequence[EvalSet], *, allow_overlap: bool) -> list[str]:
                 f"{name}, {row_numbers(rows)}: the questions are those of {first[0]}, in the same words: they tell nothing "
                 "of other words, and count twice"
             )
+    truths = [{s.name: [row.answer for row in s.rows] for s in sets if s.role == role} for role in ("forget", "keep")]
+    warnings += check_answers(*truths)
     for s in sets:
+        if s.numbers is None:  # else drawn with replacement
+            warnings += check_repeats(s.name, s.pairs)
         without = [number for number, row in enumerate(s.rows, start=1) if not row.answer]
         if s.role == "forget" and 0 < len(without) < len(s.rows):
             warnings.append(
