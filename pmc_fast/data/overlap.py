@@ -75,7 +75,8 @@ def check_overlap(
 def check_repeats(source: str, pairs: Sequence[tuple[Question, str | None]]) -> list[str]:
     """Warn of a set's questions that stand in it twice: with two answers no model can give both."""
     answers: dict[tuple[str, str], list[str]] = defaultdict(list)
-    again, against = [], []
+    again: list[int] = []
+    against: list[int] = []
     for number, (question, answer) in enumerate(pairs, start=1):
         system = question[0].content if isinstance(question, Chat) and question[0].role == "system" else ""
         given = answers[system, normalized(question)]
