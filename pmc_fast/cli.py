@@ -29,7 +29,7 @@ EVALUATED = (
     "model", "before", "suite", "forget", "retain", "paraphrased", "general", "tofu", "split", "tofu_rows",
     "truth_ratio", "retain_log", "reward", "prompt_format", "system_prompt", "date_string", "max_length", "max_tokens", "device",
     "dtype", "cuda_graphs", "attack_samples", "attack_temperature", "attack_top_k", "attack_top_p", "attack_prefill",
-    "attack_first_words", "leak_threshold", "confidence", "side_effects_text", "seed", "min_quality", "min_utility",
+    "attack_first_words", "leak_threshold", "confidence", "side_effects_text", "seed", "min_quality", "min_utility", "max_degenerate",
     "log_text", "allow_control_tokens",
 )  # fmt: skip
 

@@ -186,6 +186,11 @@ class UnlearnConfig(PMCConfig):
     )
     min_quality: float | None = _option(None, "exit 3 if the unlearn quality (0 to 100) ends below this")
     min_utility: float | None = _option(None, "exit 3 if the utility (0 to 100) ends below this")
+    max_degenerate: float | None = _option(
+        0.5,
+        "exit 3 if more than this share (0 to 1) of a set's answers say nothing: under 3 words where the truth has more, or "
+        "the same few words over and over; a set that was no better before passes",
+    )
     log_text: bool = _option(False, "put questions and sampled answers into the report")
     profile: bool = _option(False, "write a torch profiler trace of two optimizer steps beside the report")
 
@@ -222,6 +227,8 @@ class UnlearnConfig(PMCConfig):
             gate = getattr(self, name)
             _require(gate is None or 0 <= gate <= 100, name, gate, "between 0 and 100")
             _require(gate is None or self.evaluate, name, gate, "left out, or evaluate left on")
+        share = self.max_degenerate
+        _require(share is None or 0 <= share <= 1, "max_degenerate", share, "between 0 and 1")
         self._validate_lora()
 
     def _validate_lora(self) -> None:
@@ -277,6 +284,9 @@ class EvaluateConfig(UnlearnConfig):
 
     suite: Literal["questions", "tofu"] = _option(
         "questions", "ask FORGET, RETAIN, PARAPHRASED and GENERAL, or TOFU's sets, and measure its metrics too"
+    )
+    max_degenerate: float | None = _option(  # with nothing to compare with, a model may always have been so
+        None, "exit 3 if more than this share (0 to 1) of a set's answers say nothing; see unlearn"
     )
     before: str = _option("", "a second model, evaluated first and shown beside MODEL: directory or hub id")
     tofu: str = _option("", "suite tofu: directory of TOFU's *_perturbed files, or its hub id locuslab/TOFU")

@@ -31,6 +31,11 @@ def question_hash(row: Row, salt: str) -> str:
     return hashlib.sha256(f"{salt}\0{normalized(row.question)}".encode()).hexdigest()[:32]
 
 
+def hashes_of(sets: Mapping[str, Sequence[Row]], salt: str) -> dict[str, Any]:
+    """Return the number of rows of each set and their hash."""
+    return {name: {"rows": len(rows), "sha256": rows_hash(rows, salt)} for name, rows in sets.items()}
+
+
 def data_of(sets: Mapping[str, Sequence[Row]], earlier: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Return what is written down of a run's data: hashes, no text.
 
@@ -41,7 +46,7 @@ def data_of(sets: Mapping[str, Sequence[Row]], earlier: Sequence[Mapping[str, An
         was to be forgotten; ``earlier``, as `read` returns it, for runs that start from this one's model.
     """
     salt = secrets.token_hex(16)
-    hashes = {name: {"rows": len(rows), "sha256": rows_hash(rows, salt)} for name, rows in sets.items()}
+    hashes = hashes_of(sets, salt)
     forgotten = (row for name, rows in sets.items() if name in FORGET_SETS for row in rows)
     hashed = sorted({question_hash(row, salt) for row in forgotten})
     return {"salt": salt, **hashes, "forgotten": hashed, "earlier": list(earlier)}

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import secrets
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
-from . import models
-from .config import EvaluateConfig, PromptFormat, UnlearnConfig
+from . import earlier, gates, models
+from .config import EvaluateConfig, PromptFormat
 from .data import Encoded, Encoder, load_rows
 from .environment import machine, versions
 from .errors import PMCError
@@ -122,12 +124,15 @@ def evaluate_model(
         with stages("checking the model's weights"):  # those of the other one are, once it is loaded
             _load(after, config)
     scores: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, str]] = {}
+    salt = secrets.token_hex(16)
     masses: dict[str, TokenMass] = {}
     for when, candidate in candidates.items():
         numbers: list[dict[str, Any]] = []
         title = f" {when}" if before else ""
         with stages(f"loading the model{title}"):
             loaded = _load(candidate, config)
+        found[when] = {"source": candidate.source, "sha256": models.weights_hash(loaded.model)}
         scores[when] = _score(candidate, loaded, config, asked, stages, title, numbers)
         if candidate.text:
             with stages(f"side effects{title}"):
@@ -135,13 +140,18 @@ def evaluate_model(
         del loaded  # before the next one comes
         if rows is not None:
             rows += [{"model": when, **row} for row in numbers]
+    judged = gates.judge(config, scores["after"], scores.get("before"))
     return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "models": found,
+        "data": {"salt": salt, **earlier.hashes_of({s.name: s.rows for s in asked.sets}, salt)},
         "settings": dataclasses.asdict(config),
         "versions": versions(),
         "machine": machine(),
         **scores,
         **with_side_effects(scores, masses),
-        "failed_gates": failed_gates(config, scores["after"]),
+        "gates": judged,
+        "failed_gates": gates.missed(judged),
         "warnings": warnings,
         "stage_seconds": stages.seconds,
     }
@@ -253,13 +263,3 @@ def _answers(
         retain_ratios=asked.retain_ratios,
         **how,
     )
-
-
-def failed_gates(config: UnlearnConfig, scores: dict[str, Any]) -> list[str]:
-    """Return a line for each gate of `config` that `scores` miss."""
-    gates = {"unlearn_quality": config.min_quality, "utility": config.min_utility}
-    return [
-        f"{name} is {scores[name]:.1f}, below {gate:g}"
-        for name, gate in gates.items()
-        if gate is not None and scores[name] < gate
-    ]

@@ -14,13 +14,12 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from . import checkpoint, earlier, models, report, skip
+from . import checkpoint, earlier, gates, models, report, skip
 from .arguments import PMCArguments
 from .config import UnlearnConfig
 from .data import Encoder, Question, Row, load_rows
 from .environment import machine, versions
 from .errors import PMCError, Terminated
-from .evaluate_job import failed_gates
 from .evaluation import (
     EvalSet,
     SideEffects,
@@ -285,10 +284,15 @@ def _run(plan: Plan, monitor: Monitor, stages: Stages, outcome: Outcome) -> dict
     said.clear()
     if config.evaluate:
         measure("after")
+    history = [r for r in trainer.state.log_history if "collapse_loss" in r]
+    for text in gates.warnings(result.get("before", {}), result.get("after", {}), history):
+        plan.warnings.append(text)
+        monitor.warn(text)
+    judged = gates.judge(config, result.get("after", {}), result.get("before"))
     made = {
         "settings": dataclasses.asdict(config),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"source": config.model, "sha256": weights},
+        "models": {"before": {"source": config.model, "sha256": weights}},
         "questions": len(plan.forget),
         "retain_rows": len(plan.retain),
         "data": earlier.data_of(plan.rows, plan.earlier),
@@ -299,10 +303,11 @@ def _run(plan: Plan, monitor: Monitor, stages: Stages, outcome: Outcome) -> dict
         **({} if known is None else {"known_forgotten": dataclasses.asdict(known)}),
         **result,
         **with_side_effects(result, masses),
-        "history": [r for r in trainer.state.log_history if "collapse_loss" in r],
+        "history": history,
         "stopped": trainer.stopped,
         **({"sampled_answers": _sampled(pmc)} if config.log_text else {}),
-        "failed_gates": failed_gates(config, result.get("after", {})),
+        "gates": judged,
+        "failed_gates": gates.missed(judged),
         "warnings": plan.warnings,
         "stage_seconds": stages.seconds,
     }

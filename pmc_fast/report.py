@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import gates
 from .errors import PMCError
 from .printable import markdown
 
@@ -26,6 +27,8 @@ OF_A_SET = (
     ("rouge_l_recall", "ROUGE-L recall", ".3f"),
     ("mean_words", "words an answer", ".1f"),
     ("degenerate", "answers under 3 words", ".0%"),
+    ("says_nothing", "answers that say nothing", ".0%"),
+    ("answered", "rows still answered (recall of 0.5 or more)", "d"),
     ("probability", "probability", ".3f"),
     ("truth_ratio", "truth ratio", ".3f"),
 )
@@ -74,14 +77,43 @@ def html(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
     from .plots import plots
 
     values: dict[str, Any] = {"made": made, "plots": plots(made, rows), "rows": metric_rows(made)}
-    return _render("report.html.jinja", **values, leaks=leak_rows(made), texts=_texts(made), rewards=REWARDS)
+    values |= {"leaks": leak_rows(made), "texts": _texts(made), "rewards": REWARDS}
+    return _render("report.html.jinja", **values, verdict=verdict(made), hashes=_hashes(made))
+
+
+def verdict(made: dict[str, Any]) -> str:
+    """Return in a line whether the forget questions are still answered, and what became of the gates."""
+    after = made.get("after")
+    if not after:
+        return "Not evaluated."
+    forget = {name: s for name, s in after["sets"].items() if s["role"] == "forget" and "answered" in s}
+    told = [f"{s['answered']} of {s['rows']} questions of {name} still answered" for name, s in forget.items()]
+    if made.get("failed_gates"):
+        told.append(
+            f"{len(made['failed_gates'])} gates missed" if len(made["failed_gates"]) > 1 else "a gate was missed"
+        )
+    elif chosen := [gates.line(g) for g in made.get("gates", []) if g["name"] in gates.CHOSEN]:
+        told.append(f"all gates passed ({'; '.join(chosen)})")
+    else:
+        told.append("no gate was set for quality or utility")
+    return "; ".join(told) + "."
+
+
+def _hashes(made: dict[str, Any]) -> list[tuple[str, str]]:
+    models = [(f"model {when}: {of['source']}", of["sha256"]) for when, of in made.get("models", {}).items()]
+    sets = made.get("data", {}).items()
+    data = [
+        (f"{name}, {of['rows']} rows", of["sha256"]) for name, of in sets if isinstance(of, dict) and "sha256" in of
+    ]
+    return models + data
 
 
 def model_card(made: dict[str, Any]) -> str:
     """Return the model's README.md with the hub's metadata."""
     model = made["settings"]["model"]
     base = None if Path(model).exists() else model  # the hub refuses a card that names a local path
-    return _render("card.md.jinja", made=made, base=base, name=Path(model).name, rows=metric_rows(made))
+    values: dict[str, Any] = {"made": made, "base": base, "name": Path(model).name, "rows": metric_rows(made)}
+    return _render("card.md.jinja", **values, verdict=verdict(made))
 
 
 def metric_rows(made: dict[str, Any]) -> list[tuple[str, str, str]]:

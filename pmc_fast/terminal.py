@@ -102,7 +102,7 @@ def print_scores(made: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from .report import metric_rows
+    from .report import metric_rows, verdict
 
     rows = metric_rows(made)
     if not rows:
@@ -111,7 +111,9 @@ def print_scores(made: dict[str, Any]) -> None:
     table = Table("metric", *(["before"] if both else []), "after" if both else "value")
     for metric, before, after in rows:
         table.add_row(escape(metric), *([before] if both else []), after)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    console.print(escape(verdict(made)), soft_wrap=True)
 
 
 def print_gates(made: dict[str, Any]) -> int:

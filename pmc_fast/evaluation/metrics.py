@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from .. import words
 from ..config import RewardName
-from ..reward import choose_scorer
+from ..reward import Scorer, choose_scorer
 
 SHORT_ANSWER = 3  # words; an answer of fewer says nothing
+LONG_ANSWER, DISTINCT = 12, 0.25  # so does one of at least so many words of which so small a share is distinct
 
 
 def unlearn_quality(*forget_recalls: float) -> float:
@@ -34,3 +36,11 @@ def degenerate_share(answers: Sequence[str], reward: RewardName = "auto") -> flo
     """Return the share of answers of under 3 words: they have recall 0 and so feign forgetting."""
     count = choose_scorer(reward, answers).count_words
     return sum(count(a) < SHORT_ANSWER for a in answers) / len(answers)
+
+
+def says_nothing(answer: str, truth: str, scorer: Scorer) -> bool:
+    """Return whether an answer is none: under 3 words where the truth has more, or a few words over and over."""
+    if scorer.count_words(answer) < SHORT_ANSWER <= scorer.count_words(truth):
+        return True
+    said = words.unicode_units(answer, False)
+    return len(said) >= LONG_ANSWER and len(set(said)) < DISTINCT * len(said)

@@ -38,7 +38,7 @@ def record_of(made: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
         "data": made["data"],
         "metrics": {when: _numbers(made[when]) for when in ("before", "after") if when in made},
         "truth_of_forget": made["truth_of_forget"],
-        "gates": {name: settings[name] for name in ("min_quality", "min_utility")},
+        "gates": {name: settings[name] for name in ("min_quality", "min_utility", "max_degenerate")},
         "failed_gates": made["failed_gates"],
         "steps": len(made["history"]),
         "stopped": made["stopped"],
