@@ -304,6 +304,8 @@ class PMC:
         warn : callable, optional
             Hears of what is doubtful, such as questions that are nearly the same. By default it is logged.
         """
+        if self.ranks.size > 1 and isinstance(rows, Sequence) and not rows:
+            return []  # of a step that has no question for this process
         rows = listed(rows, name, "without pairs to keep, forgetting takes all else along")
         made = self.encode(rows, name)
         data = self.questions, rows, self.prompts, made, self.encoder.tokenizer
