@@ -11,17 +11,22 @@ from .errors import Terminated
 
 
 class CheckpointOnSigterm(TrainerCallback):
-    """On SIGTERM in training, writes a checkpoint after the step that is under way, then raises Terminated.
+    """While it is entered SIGTERM has a checkpoint written after the step that is under way; then Terminated is raised.
 
-    A second SIGTERM raises at once.
+    A second SIGTERM raises it at once.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self.warn, self.asked = warn, False
         self._before: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __enter__(self) -> None:
         self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+        if self.asked and kind is None:
+            raise Terminated
 
     def _ask(self, signum: int, frame: Any) -> None:
         if self.asked:
@@ -33,11 +38,6 @@ class CheckpointOnSigterm(TrainerCallback):
         if self.asked:
             control.should_save = control.should_training_stop = True
         return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-        if self.asked:
-            raise Terminated
 
 
 def what_is_left(output: str, checkpoints: Path) -> str:

@@ -275,7 +275,12 @@ def _run(plan: Plan, monitor: Monitor, stages: Stages, outcome: Outcome) -> dict
         sets = with_initial_answers(plan.sets, [initial[i] for i in range(len(plan.forget))])
         measure("before")
     with stages("unlearning" if resumed is None else f"unlearning, from {resumed[0].name} on"):
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
+        on_sigterm: Any = nullcontext()
+        if config.checkpoint_steps and ranks.size == 1 and current_thread() is main_thread():
+            on_sigterm = CheckpointOnSigterm(monitor.warn)
+            trainer.add_callback(on_sigterm)
+        with on_sigterm:
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise trainer.diverged()
     model = outcome.detach(model.eval(), stages)
@@ -392,8 +397,6 @@ def _trainer(
     questions = [plan.forget[i].question for i in plan.kept]
     profiler = StepProfiler() if c.profile and launched()[0] == 0 else None
     callbacks = [_Told(monitor, plan.schedule.steps), *([profiler] if profiler else [])]
-    if c.checkpoint_steps and launched()[1] == 1 and current_thread() is main_thread():
-        callbacks.append(CheckpointOnSigterm(monitor.warn))
     trainer = _Trainer(loaded.model, arguments, questions, plan.retain, c, plan.tokenizer, callbacks=callbacks)
     with suppress(OSError):
         outcome.checkpoints.rmdir()  # the Trainer makes it even if nothing will be saved

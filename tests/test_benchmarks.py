@@ -290,9 +290,10 @@ def test_gpu_runs_on_the_cpu(tiny_dir, tokenizer, tmp_path, monkeypatch):
         model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    rows = [{"question": r.question, "answer": r.answer, "paraphrased_question": r.question,
-             "paraphrased_answer": r.answer} for r in ROWS + KEPT]  # fmt: skip
     for name in ("forget10", "retain90", "forget10_perturbed", "real_authors", "world_facts"):
+        of = name.removesuffix("_perturbed")
+        rows = [{"question": f"{of}: {r.question}", "answer": r.answer, "paraphrased_question": f"{of}: {r.question}",
+                 "paraphrased_answer": r.answer} for r in ROWS + KEPT]  # fmt: skip
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shape = {"vocab_size": len(tokenizer) + 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip

@@ -238,6 +238,7 @@ import json, re, sys
 from pathlib import Path
 import torch, transformers
 from pmc_fast import PMC, PMCConfig, cli
+from pmc_fast.reward import rouge_l_recall  # random bytes hold no words that auto would compare
 
 model, data, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 rows = ({"question": f"Fact number {i}?"} for i in range(count))
@@ -254,7 +255,8 @@ config = transformers.LlamaConfig(
 )
 small = transformers.AutoModelForCausalLM.from_config(config)
 prompts = [[3 + i % 297, 3 + i // 297, *range(5, 13)] for i in range(count)]
-pmc = PMC(small, transformers.AutoTokenizer.from_pretrained(model), PMCConfig(max_length=20, num_samples=2), prompts)
+pmc = PMC(small, transformers.AutoTokenizer.from_pretrained(model), PMCConfig(max_length=20, num_samples=2), prompts,
+          reward=rouge_l_recall)
 seen, run = [], pmc.engine._run
 pmc.engine._run = lambda *a, **k: [seen.append(run(*a, **k)), seen[-1]][1]
 pmc.prepare()

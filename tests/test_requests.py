@@ -54,7 +54,8 @@ def command(data, model, number, *more):
         "unlearn", "--lora", "--model", str(model), "--stack", str(data / "stack"), "--forget",
         str(data / f"forget{number}.jsonl"), "--retain", str(data / "retain.jsonl"), "--general",
         str(data / "facts.jsonl"), "--preset", "small", "--epochs", "1", "--batch-size", "2", "--num-samples", "2",
-        "--max-length", "40", "--device", "cpu", "--lr", "0.02", "--lora-r", "3", *more,
+        "--max-length", "40", "--device", "cpu", "--lr", "0.02", "--lora-r", "3",
+        "--max-degenerate", "1", *more,  # a model of random weights babbles
     ]  # fmt: skip
 
 
