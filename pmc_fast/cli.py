@@ -78,7 +78,9 @@ def cli() -> None:
 @config_options(UnlearnConfig)
 def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **options: Any) -> int:
     """Unlearn the answers to the questions of FORGET; keep those of RETAIN."""
-    config = UnlearnConfig.merge(preset, _read_yaml(config_file), given(options))
+    settings = _read_yaml(config_file)
+    named = settings.pop("preset", None)
+    config = UnlearnConfig.merge(preset or (None if named is None else str(named)), settings, given(options))
     from . import job, report
     from .ranks import launched, leave
     from .requests.unlearn import check_request, unlearn_request

@@ -182,6 +182,7 @@ def _few_rows(config: EvaluateConfig, rows: int) -> list[str]:
 
 def _check(source: str, config: EvaluateConfig, asked: _Asked) -> _Candidate:
     tokenizer = models.load_tokenizer(source)
+    models.check_source(source, config.device)
     warnings = models.check_config(source, tokenizer, config.max_length)
     encoder = Encoder(tokenizer, config, None if config.accidents else models.load_generation_config(source))
     warnings += encoder.warnings

@@ -101,11 +101,17 @@ def _check_optimizer(name: str) -> None:
 
 
 def _few_samples(config: UnlearnConfig) -> list[str]:
-    if config.temperature >= COLD:
-        return []
+    """Warn of each setting under which nothing but greedy answers is drawn."""
+    cold = {
+        f"temperature is {config.temperature:g}": config.temperature < COLD,
+        f"top_k is {config.top_k}": config.top_k == 1,
+        f"top_p is {config.top_p:g}": config.top_p < COLD,
+    }
     return [
-        f"temperature is {config.temperature:g}: under {COLD} samples are nearly always the greedy answer, and none is "
-        "found that is unlike it; published are 0.9 and 1.25"
+        f"{what}: samples are nearly always the greedy answer then, and none is found that is unlike it; published are "
+        "temperatures of 0.9 and 1.25, top_k 50, top_p 0.95"
+        for what, is_cold in cold.items()
+        if is_cold
     ]
 
 
@@ -199,6 +205,8 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
     for text in plan.warnings:
         monitor.warn(text)
     with outcome.claimed() if launched()[0] == 0 else nullcontext():
+        if launched()[0] == 0:
+            outcome.check()  # another run may have ended here since
         try:
             return _run(plan, monitor, stages, outcome)
         except (KeyboardInterrupt, Terminated) as error:
@@ -212,7 +220,7 @@ def _run(plan: Plan, monitor: Monitor, stages: Stages, outcome: Outcome) -> dict
         device = models.resolve_device(config.device)
         loaded = models.load_model(config.model, device=device, dtype=config.dtype, param_dtype=config.param_dtype)
         models.check_fit(loaded.model, plan.tokenizer, config.model)
-        weights = models.weights_hash(loaded.model)
+        weights, base = models.weights_hash(loaded.model), loaded.model
     outcome.attach(loaded, stages)
     model = loaded.model
     arguments = _arguments(config, loaded, outcome)  # several processes know each other from here on
@@ -226,6 +234,8 @@ def _run(plan: Plan, monitor: Monitor, stages: Stages, outcome: Outcome) -> dict
             return {"questions": known.questions, "known_forgotten": dataclasses.asdict(known), "failed_gates": []}
         plan.keep(known.kept, monitor)
     trainer, profiler = _trainer(plan, loaded, arguments, monitor, outcome)
+    if model is base:
+        trainer.weights_sha256 = weights  # not read twice
     pmc, ranks = trainer.pmc, trainer.pmc.ranks
     engine = SharedEngine(pmc.engine, ranks)
     resumed = trainer.find_checkpoint(config.resume, warn=monitor.warn)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from .errors import PMCError
@@ -130,6 +131,7 @@ def _check_files(directory: Path) -> None:
     """Refuse a directory without whole safetensors weights."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").is_file():
+        _check_header(directory / "model.safetensors")
         return
     if index.is_file():
         try:
@@ -140,6 +142,8 @@ def _check_files(directory: Path) -> None:
             raise PMCError(
                 f"model {directory} lacks {', '.join(missing[:3])}, which {index.name} names: download it again"
             )
+        for shard in sorted(shards):
+            _check_header(directory / shard)
         return
     others = sorted(
         p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
@@ -149,6 +153,14 @@ def _check_files(directory: Path) -> None:
         f"model {directory} has no model.safetensors ({found}): pmc_fast reads safetensors alone; save it with "
         "save_pretrained"
     )
+
+
+def _check_header(file: Path) -> None:
+    """Refuse a safetensors file that is cut short or damaged at its head; no weight is read."""
+    try:
+        safetensors.safe_open(file, "pt")
+    except Exception as error:  # SafetensorError, OSError
+        raise PMCError(f"model {file.parent} can't be loaded: {file.name} is damaged ({error})") from error
 
 
 def load_model(
@@ -168,7 +180,12 @@ def load_model(
         What its parameters are kept in.
     """
     config = _load("AutoConfig", source)
-    model = _load("AutoModelForCausalLM", source, dtype=getattr(torch, param_dtype), use_safetensors=True).to(device)
+    how: dict[str, Any] = {"dtype": getattr(torch, param_dtype), "use_safetensors": True, "output_loading_info": True}
+    model, found = _load("AutoModelForCausalLM", source, **how)
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up, and say so in a table
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise PMCError(f"model {source} lacks weights that its config.json asks for ({missing[0]}{more}): mend it")
+    model = model.to(device)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise PMCError(f"{source} holds NaN or infinite weights in {name}: use a sound checkpoint")

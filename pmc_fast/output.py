@@ -21,9 +21,7 @@ def check_output(output: str, needed_bytes: int) -> Path:
     path = Path(output).resolve()  # a link's target: rename would replace the link or fail on it
     if path == Path.cwd().resolve() or path in Path.cwd().resolve().parents:
         raise PMCError(f"output {output} is the directory that you are in, or above it: name a new one")
-    longest = os.pathconf("/", "PC_NAME_MAX") - len(
-        f"..{os.getpid()}.checkpoints"
-    )  # what stands beside it is named so
+    longest = _longest_name()
     if len(os.fsencode(path.name)) > longest:
         raise PMCError(
             f"output {output[:40]}... has a name of {len(os.fsencode(path.name))} bytes: at most {longest}"
@@ -41,6 +39,11 @@ def check_output(output: str, needed_bytes: int) -> Path:
     if free < needed_bytes:
         raise PMCError(f"output {output} needs {needed_bytes / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} free")
     return path
+
+
+def _longest_name() -> int:
+    """Return how many bytes a name may have that others are made of, beside what it names."""
+    return os.pathconf("/", "PC_NAME_MAX") - len(f"..{os.getpid()}.checkpoints")
 
 
 @contextmanager
@@ -116,6 +119,9 @@ def check_new_files(files: Mapping[str, str | None]) -> None:
         path = Path(file).absolute()
         if path.exists() or not path.parent.is_dir():
             raise PMCError(f"{kind} file {file} exists, or its directory does not: name a new one")
+        longest = _longest_name()
+        if len(os.fsencode(path.name)) > longest:
+            raise PMCError(f"{kind} file {file[:40]}... has too long a name: at most {longest} bytes")
         if path in seen:
             raise PMCError(f"{seen[path]} file and {kind} file are both {file}: name two")
         seen[path] = kind

@@ -124,7 +124,12 @@ class ResumableTrainer(Trainer):
         if config.normalization == "micro_batch":
             settings["group"] = str(a.train_batch_size)
         shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
+        adapters = getattr(
+            self.model, "peft_config", None
+        )  # what of an adapter is not in its weights: alpha, dropout
+        how = {name: _settings(of) for name, of in adapters.items()} if isinstance(adapters, dict) else {}
         return {
+            **({"adapter's settings": checkpoint.digest(how)} if how else {}),
             "questions": checkpoint.digest(self.pmc.prompts),
             "retain rows": checkpoint.digest([[s.input_ids, s.labels, s.positions] for s in self.retain]),
             "PMC settings": checkpoint.digest(config.algorithm()),
@@ -132,3 +137,10 @@ class ResumableTrainer(Trainer):
             "parameters": checkpoint.digest(shapes),
             "model's weights": self.weights_sha256,
         }
+
+
+def _settings(adapter: Any) -> dict[str, str]:
+    """Return PEFT's settings of an adapter, but for those that say where it came from."""
+    about = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+    values = {name: value for name, value in adapter.to_dict().items() if name not in about}
+    return {name: str(sorted(value) if isinstance(value, set) else value) for name, value in values.items()}

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from pmc_fast import job
 from pmc_fast.output import claimed
 from tests.jobs import cut_short, left_behind, replaced, run
 
@@ -110,3 +111,20 @@ def test_of_two_processes_one_is_refused(arguments, data):
     assert "another run" in second.stderr or "is not empty" in second.stderr
     assert "\r" not in shown + second.stderr
     assert "Warning" not in shown
+
+
+def test_an_output_that_another_run_finished_meanwhile_is_refused(arguments, data, monkeypatch, capsys):
+    """It ended between this run's check and its lock: its model is not lost at the rename, nor this one's hours."""
+    check = job.check
+
+    def checked(*of):
+        plan = check(*of)
+        (data / "out").mkdir()
+        (data / "out/theirs").touch()
+        return plan
+
+    monkeypatch.setattr(job, "check", checked)
+    assert run(arguments) == 2
+    shown = capsys.readouterr().err
+    assert "is not empty" in shown.splitlines()[-1]
+    assert "loading the model" not in shown

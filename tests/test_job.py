@@ -309,7 +309,11 @@ def test_a_dry_run_finds_what_the_run_would(arguments, data, tiny, tiny_dir, tok
     quantised = made("quantised", quantization_config={"quant_method": "gptq", "bits": 4})
     small = made("small", vocab_size=1000)
     t5 = made("t5", model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True)
+    cut = made("cut")
+    content = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(content[: len(content) // 2])
     for model, message in (
+        (cut, "model.safetensors is damaged"),
         (pickled, "pytorch_model.bin can't be loaded"),
         (sharded, "lacks model-1-of-2.safetensors"),
         (quantised, "is quantised (gptq)"),
@@ -318,11 +322,33 @@ def test_a_dry_run_finds_what_the_run_would(arguments, data, tiny, tiny_dir, tok
     ):
         assert run(replaced(dry, model=model)) == 2, model
         assert message in capsys.readouterr().err.splitlines()[-1]
+        evaluation = ["evaluate", *replaced(arguments[1:7], model=model)]
+        assert run(evaluation) == 2, model
+        shown = capsys.readouterr().err
+        assert message in shown.splitlines()[-1]
+        assert "loading the model" not in shown
     for flags, message in (({"device": "cuda:9"}, "device is 'cuda:9'"), ({"resume": tiny_dir}, "has no sound")):
         assert run(replaced(dry, **flags)) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
-    assert run(replaced(dry, temperature="0.01")) == 0
-    assert "warning: temperature is 0.01" in capsys.readouterr().err
+    for flags, what in (
+        ({"temperature": 0.01}, "temperature is 0.01"), ({"top_k": 1}, "top_k is 1"), ({"top_p": 0.01}, "top_p is 0.01"),
+    ):  # fmt: skip
+        assert run(replaced(dry, **flags)) == 0
+        assert f"warning: {what}: samples are nearly always the greedy answer" in capsys.readouterr().err
+
+
+def test_weights_that_are_missing_are_not_made_up(arguments, data, tiny_dir, capsys):
+    """A config.json of more layers than the file has: transformers draws them at random, and quality is 100."""
+    shutil.copytree(tiny_dir, data / "deeper")
+    file = data / "deeper/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 3}))
+    for command in (
+        replaced(arguments, model=data / "deeper"),
+        ["evaluate", *replaced(arguments[1:7], model=data / "deeper")],
+    ):
+        assert run(command) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "lacks weights that its config.json asks for (model.layers.2." in last
 
 
 def test_without_arguments_the_help_is_shown(capsys):
@@ -342,6 +368,9 @@ def test_settings_from_a_file_yield_to_flags(arguments, data, capsys):
     (data / "run.yaml").write_text("num_samples: 3\nlearning_rate: 1e-5\nretain_weight: 2\n")
     assert run([*arguments, "--dry-run", "--config", str(data / "run.yaml")]) == 0
     assert "2 samples a question" in capsys.readouterr().out
+    (data / "run.yaml").write_text("preset: phi\n")
+    assert run([*replaced(arguments, preset=None), "--dry-run", "--config", str(data / "run.yaml")]) == 0
+    assert "each 2 x 4 questions" in capsys.readouterr().out
     names = "lambda: 1\naccumulation: 2\nlr: 5e-2\nstop-score: 5e-2\nmin_len: 2\n"
     (data / "run.yaml").write_text(names)
     assert run([*arguments, "--dry-run", "--config", str(data / "run.yaml")]) == 0  # as flags are called

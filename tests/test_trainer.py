@@ -306,6 +306,22 @@ def test_checkpoints_of_another_models_weights_are_refused(saved):
         new().train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
+def test_checkpoints_of_another_adapter_scale_are_refused(fresh, tokenizer, tmp_path):
+    """lora_alpha is in no weight: the run would go on with another function of the same numbers."""
+    peft = pytest.importorskip("peft")
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1)
+
+    def new(alpha):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        return trainer_of(peft.get_peft_model(fresh(), config), tokenizer, args)
+
+    new(8).train()
+    assert new(8).find_checkpoint(str(tmp_path / "run/checkpoint-2"))
+    with pytest.raises(PMCError, match="belongs to another run: its adapter's settings differ"):
+        new(64).find_checkpoint(str(tmp_path / "run/checkpoint-2"))
+
+
 def test_failure_while_saving_leaves_no_half_checkpoint(fresh, tokenizer, tmp_path, monkeypatch):
     trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path, save_strategy="steps", save_steps=1))
     monkeypatch.setattr(type(trainer), "_save_optimizer_and_scheduler", lambda *a: 1 / 0)
