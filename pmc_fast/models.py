@@ -252,8 +252,8 @@ def known_tokens(model: Any) -> int:
 def weights_hash(model: Any) -> str:
     """Return a hash of a model's weights: names, dtypes, shapes and bytes, shared ones once.
 
-    Names are those of transformers: a version that renames parameters gives another hash. Every byte is read, at a
-    gigabyte a second or more.
+    Names are those of transformers: a version that renames parameters gives another hash. Every byte is read: about a
+    second a gigabyte on one core (135M parameters in float32: 0.5 s).
     """
     content, seen = hashlib.sha256(), set()
     for name, tensor in sorted(model.state_dict().items()):

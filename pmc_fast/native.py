@@ -10,6 +10,7 @@ from .errors import PMCError
 ISAS = ("generic", "avx2", "avx512")  # as csrc/simd.h counts them
 
 
+@functools.cache  # asked for in every layer of every step
 def cpu() -> ModuleType:
     """Return the C++ module that every build of pmc_fast carries.
 
@@ -44,6 +45,7 @@ def isa() -> int:
     return ISAS.index(asked)
 
 
+@functools.cache
 def cuda() -> ModuleType:
     """Return the CUDA module, which is built where nvcc is found.
 

@@ -7,7 +7,7 @@ import pytest
 
 from pmc_fast import gates, report
 from pmc_fast.config import EvaluateConfig, UnlearnConfig
-from pmc_fast.evaluation.metrics import says_nothing
+from pmc_fast.evaluation.metrics import is_no_answer
 from pmc_fast.reward import ROUGE, UNICODE
 from tests.jobs import replaced, run
 
@@ -28,7 +28,7 @@ from tests.jobs import replaced, run
 )
 def test_answers_that_say_nothing(answer, truth, nothing):
     scorer = UNICODE if not truth.isascii() else ROUGE
-    assert says_nothing(answer, truth, scorer) == nothing
+    assert is_no_answer(answer, truth, scorer) == nothing
 
 
 def scored(share=0.0, utility=90.0, answered=0):

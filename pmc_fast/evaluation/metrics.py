@@ -38,7 +38,7 @@ def degenerate_share(answers: Sequence[str], reward: RewardName = "auto") -> flo
     return sum(count(a) < SHORT_ANSWER for a in answers) / len(answers)
 
 
-def says_nothing(answer: str, truth: str, scorer: Scorer) -> bool:
+def is_no_answer(answer: str, truth: str, scorer: Scorer) -> bool:
     """Return whether an answer is none: under 3 words where the truth has more, or a few words over and over."""
     if scorer.count_words(answer) < SHORT_ANSWER <= scorer.count_words(truth):
         return True

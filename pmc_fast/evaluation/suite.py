@@ -12,7 +12,7 @@ from ..data import Question, Row, check_answers, check_overlap, check_repeats, l
 from ..errors import PMCError
 from ..printable import printable, row_numbers
 from ..reward import Scorer, choose_scorer
-from .metrics import degenerate_share, mean_words, says_nothing, unlearn_quality, utility
+from .metrics import degenerate_share, is_no_answer, mean_words, unlearn_quality, utility
 
 RETAIN_ROWS = 400
 ANSWERED = 0.5  # recall: half of the truth's words, in order
@@ -137,7 +137,7 @@ def evaluate(
     -------
     dict
         ``reward``: the one that was used; ``sets``: per set its role, rows, mean ROUGE-L recall against the truth,
-        mean_words, the shares ``degenerate`` (under 3 words) and ``says_nothing`` (`metrics.says_nothing`), and
+        mean_words, the shares ``degenerate`` (under 3 words) and ``says_nothing`` (`metrics.is_no_answer`), and
         ``answered``, the number of rows with a recall of at least 0.5; ``unlearn_quality`` and ``utility`` (0 to 100) where a set speaks to them.
 
     Raises
@@ -161,7 +161,7 @@ def evaluate(
             "rouge_l_recall": float(recalls.mean()),
             "mean_words": mean_words(answers, scorer.name),
             "degenerate": degenerate_share(answers, scorer.name),
-            "says_nothing": sum(says_nothing(a, r.answer or "", scorer) for a, r in zip(answers, s.rows, strict=True))
+            "says_nothing": sum(is_no_answer(a, r.answer or "", scorer) for a, r in zip(answers, s.rows, strict=True))
             / len(answers),
             "answered": int((recalls >= ANSWERED).sum()),
         }
