@@ -1,12 +1,14 @@
 """PMC's training arguments: the published defaults, and which of the Trainer's settings are refused or warned about."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePath
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from .config import PMCConfig
 from .errors import PMCError
@@ -160,10 +162,25 @@ def check_arguments(args: TrainingArguments, config: PMCConfig) -> list[str]:
 
 def check_optimizer(args: TrainingArguments, model: Any) -> None:
     """Refuse an optimizer that can't be made, before any work: its package may not be installed."""
+    if reason := _why_no_optimizer(args, model):
+        raise PMCError(f"optim is {_shown(args.optim)}: {reason}")
+
+
+def check_optimizer_name(name: str) -> None:
+    """Do the same before there is a model, and refuse what transformers does not know."""
+    if name not in {known.value for known in OptimizerNames}:
+        raise PMCError(f"optimizer is {name!r}: use one that transformers knows, such as adamw_torch_fused")
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    if reason := _why_no_optimizer(SimpleNamespace(**defaults | {"optim": name}), None):
+        raise PMCError(f"optimizer {name!r} can't be used here: {reason}")
+
+
+def _why_no_optimizer(args: Any, model: Any) -> str:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
-    except (ImportError, ValueError) as error:
-        raise PMCError(f"optim is {_shown(args.optim)}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # ImportError, ValueError, AttributeError: each optimizer has its own
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 def check_overrides(trainer: type) -> None:

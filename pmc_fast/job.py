@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import current_thread, main_thread
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.training_args import OptimizerNames
+from transformers import PrinterCallback, TrainerCallback
 
 from . import checkpoint, earlier, gates, models, report, skip
-from .arguments import PMCArguments
+from .arguments import PMCArguments, check_optimizer_name
 from .config import UnlearnConfig
 from .data import Encoder, Question, Row, load_rows
 from .environment import machine, versions
@@ -88,18 +86,6 @@ class Plan:
                 monitor.warn(text)
 
 
-def _check_optimizer(name: str) -> None:
-    """Refuse an optimizer that transformers doesn't know, or whose package is missing: before, not after, the answers."""
-    if name not in {known.value for known in OptimizerNames}:
-        raise PMCError(f"optimizer is {name!r}: use one that transformers knows, such as adamw_torch_fused")
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**defaults | {"optim": name}))
-    except Exception as error:  # ImportError, ValueError, AttributeError: each has its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise PMCError(f"optimizer {name!r} can't be used here: {reason}") from error
-
-
 def _few_samples(config: UnlearnConfig) -> list[str]:
     """Warn of each setting under which nothing but greedy answers is drawn."""
     cold = {
@@ -134,7 +120,7 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
         raise PMCError(
             "retain is not given: --retain takes pairs to keep; without them forgetting takes all else along"
         )
-    _check_optimizer(config.optimizer)
+    check_optimizer_name(config.optimizer)
     outcome = outcome or WholeModel(config)
     outcome.check()
     forget = load_rows(config.forget)
@@ -204,8 +190,9 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         plan = check(config, outcome)
     for text in plan.warnings:
         monitor.warn(text)
-    with outcome.claimed() if launched()[0] == 0 else nullcontext():
-        if launched()[0] == 0:
+    first = launched()[0] == 0
+    with outcome.claimed() if first else nullcontext():
+        if first:
             outcome.check()  # another run may have ended here since
         try:
             return _run(plan, monitor, stages, outcome)

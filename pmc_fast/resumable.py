@@ -124,9 +124,7 @@ class ResumableTrainer(Trainer):
         if config.normalization == "micro_batch":
             settings["group"] = str(a.train_batch_size)
         shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
-        adapters = getattr(
-            self.model, "peft_config", None
-        )  # what of an adapter is not in its weights: alpha, dropout
+        adapters = getattr(self.model, "peft_config", None)  # alpha and dropout are not in an adapter's weights
         how = {name: _settings(of) for name, of in adapters.items()} if isinstance(adapters, dict) else {}
         return {
             **({"adapter's settings": checkpoint.digest(how)} if how else {}),
