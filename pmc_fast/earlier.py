@@ -13,6 +13,7 @@ from .errors import PMCError
 from .printable import row_numbers
 
 FORGET_SETS = ("forget", "forget_paraphrased")
+PROMPT = ("prompt_format", "system_prompt", "date_string")  # settings of a prompt; with tags the first one counts
 REPORT, MERGED = "report.json", "requests.json"  # beside a model that `unlearn` or `merge` wrote
 
 
@@ -70,6 +71,27 @@ def read(model: str) -> list[dict[str, Any]]:
         except (OSError, ValueError, LookupError, TypeError):  # no such file, or another program's
             continue
     return found
+
+
+def check_prompts(model: str, settings: Any) -> list[str]:
+    """Return a warning if questions are put in other prompts than in the run that made a model.
+
+    Parameters
+    ----------
+    model : str
+        A directory beside whose weights `unlearn` left a report, or any other.
+    settings : UnlearnConfig
+        Its prompt_format is resolved ("tags" or "chat").
+    """
+    try:
+        was = json.loads((Path(model) / REPORT).read_text(encoding="utf-8"))["settings"]
+        fields = PROMPT[: 1 if settings.prompt_format == "tags" else None]
+        other = [f"{f} {was[f]!r}, now {getattr(settings, f)!r}" for f in fields if was[f] != getattr(settings, f)]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    if not other:
+        return []
+    return [f"{model} was unlearned with {'; '.join(other)}: it is asked otherwise than it was trained"]
 
 
 def check(

@@ -186,6 +186,7 @@ def _check(source: str, config: EvaluateConfig, asked: _Asked) -> _Candidate:
     warnings = models.check_config(source, tokenizer, config.max_length)
     encoder = Encoder(tokenizer, config, None if config.accidents else models.load_generation_config(source))
     warnings += encoder.warnings
+    warnings += earlier.check_prompts(source, dataclasses.replace(config, prompt_format=encoder.format))
     for s in asked.sets:
         if cut := encoder.check_lengths(s.name, s.pairs):
             warnings.append(encoder.cut_warning(s.name, cut, len(s.rows)))

@@ -53,19 +53,44 @@ def output_head(model: Any, *, check: bool = True) -> Head:
 @torch.no_grad()
 def _check_logits(model: Any, head: Head) -> None:
     ids = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
-    with eval_mode(model):
-        out = model(ids, output_hidden_states=True, use_cache=False)
-    hidden = out.hidden_states[-1][0].to(head.weight.dtype)
-    x = hidden.float() @ head.weight.float().T
-    ours = transform_logits(x, head.bias, 1.0, head.softcap, head.logit_scale)
-    theirs = out.logits[0].float()
+    cuda = [ids.device] if ids.device.type == "cuda" else []
+    for mode in {False, model.training}:
+        with eval_mode(model) if not mode else torch.random.fork_rng(cuda):
+            out = model(ids, output_hidden_states=True, use_cache=False)
+        hidden = out.hidden_states[-1][0].to(head.weight.dtype)
+        x = hidden.float() @ head.weight.float().T
+        ours = transform_logits(x, head.bias, 1.0, head.softcap, head.logit_scale)
+        _require_equal(model, ours, out.logits[0], head.weight.dtype, mode)
+
+
+@torch.no_grad()
+def check_logits(model: Any, products: torch.Tensor, logits: torch.Tensor) -> None:
+    """Refuse a model that makes of its head's output other logits than `weighted_nll` assumes.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    products : Tensor [1, M, any]
+        What the head's forward returned in a pass of the model, logits or whatever stood in for them.
+    logits : Tensor [1, M, any]
+        What the model returned as logits in the same pass, in whatever mode it is.
+    """
+    head = read_head(model)
+    ours = transform_logits(products.float(), None, 1.0, head.softcap, head.logit_scale)
+    _require_equal(model, ours, logits, products.dtype, model.training)
+
+
+def _require_equal(model: Any, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype, training: bool) -> None:
     # low precision rounds the model's logits; a missing scale or cap is off by far more
-    allowed = 1e-3 if head.weight.dtype == torch.float32 else 3e-2
-    error, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    allowed = 1e-3 if dtype == theirs.dtype == torch.float32 else 3e-2
+    same = ours.shape == theirs.shape
+    error = float((ours - theirs.float()).abs().max()) if same else float("inf")
+    size = float(theirs.abs().max())
     if not error <= allowed * max(size, 1e-3):
+        mode = " in train mode" if training else ""
         raise PMCError(
-            f"{type(model).__name__}: its logits are not what its head's weight, bias, softcap and scale give (off by "
-            f"{error:.3g} of {size:.3g}): this family is not supported"
+            f"{type(model).__name__}: its logits{mode} are not what its head's weight, bias, softcap and scale give (off "
+            f"by {error:.3g} of {size:.3g}): this family is not supported"
         )
 
 

@@ -136,6 +136,7 @@ def check(config: UnlearnConfig, outcome: Outcome | None = None) -> Plan:
     encoder = Encoder(tokenizer, config, generation_config)
     warnings += encoder.warnings + (encoder.text_warnings() if config.store != "ids" else [])
     config = dataclasses.replace(config, prompt_format=encoder.format)
+    warnings += earlier.check_prompts(config.model, config)
     # the evaluation alone sees the forget answers: training gets the questions
     sets = load_sets(config, forget, retain) if config.evaluate else []
     every = [EvalSet(config.forget, "forget", forget), EvalSet(config.retain, "keep", retain)]

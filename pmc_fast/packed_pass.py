@@ -13,7 +13,7 @@ from .capture import CaptureError, CudaRecorder
 from .data import Encoded
 from .data.packing import Pack, num_targets, pack
 from .errors import PMCError
-from .head import read_head
+from .head import check_logits, read_head
 from .lending import FastLayers, checkpointed
 from .models import CLOSE, autocast, check_placement, eval_mode, known_tokens, plain_logps
 from .ops.packed_attention import ATTENTION
@@ -58,6 +58,7 @@ class PackedPass:
         self._layers = FastLayers(base, training=True)
         self._cuda_graphs = cuda_graphs
         self.graphs: PassGraphs | None = None
+        self._compared: set[bool] = set()  # modes (train, eval) in which what follows the head was looked at
 
     def __call__(
         self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
@@ -86,8 +87,9 @@ class PackedPass:
         check_pass(self.base, call)
         check_adapters(call)
         device = self.base.get_input_embeddings().weight.device
-        replayed = self._replayed(pack, row_scale, call, device)
-        return replayed or self._compute(pack.to(device), row_scale.to(device), model=model)
+        replayed = self._replayed(pack, row_scale, call, device)  # never the first pass of a size or mode
+        new_mode = self.base.training not in self._compared
+        return replayed or self._compute(pack.to(device), row_scale.to(device), model=model, compare=new_mode)
 
     def _replayed(
         self, pack: Pack, row_scale: torch.Tensor, call: Any, device: torch.device
@@ -108,10 +110,11 @@ class PackedPass:
             return None
 
     def _compute(
-        self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
+        self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None, compare: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         base = self.base
         made: dict[str, torch.Tensor] = {}
+        around: list[torch.Tensor] = []  # what the head's forward returned, and what the model made of it
 
         def head_forward(hidden: torch.Tensor) -> torch.Tensor:
             patching.check_rows(base, hidden.shape[1], len(pack.hidden_rows))
@@ -120,12 +123,16 @@ class PackedPass:
             made["loss"], made["logps"] = weighted_nll(
                 hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options()
             )
+            if compare:
+                around.append(hidden.detach().clone())  # a model may scale in place
             return hidden  # in place of logits, which nobody reads
 
         inner = base.forward
 
         def base_forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-            inner(*args, **kwargs)
+            out = inner(*args, **kwargs)
+            if compare:
+                around.append(getattr(out, "logits", out[0]).detach())
             return made  # what a wrapper sees as the module's output: it must find the loss there
 
         call = base if model is None else model
@@ -144,6 +151,9 @@ class PackedPass:
                 logits_to_keep=pack.hidden_rows,
                 packed_segments=pack.segments,
             )
+        if compare:
+            check_logits(base, *around)
+            self._compared.add(base.training)
         return out["loss"], out["logps"]
 
     def mean_nll(self, sequences: Sequence[Encoded], *, max_tokens: int = 8192, model: Any = None) -> torch.Tensor:

@@ -107,3 +107,21 @@ def test_hashes_are_of_the_question_and_salted():
 def test_other_programs_reports_are_passed_over(tmp_path, content):
     (tmp_path / "report.json").write_text(content)
     assert earlier.read(str(tmp_path)) == []
+
+
+def test_questions_put_in_other_prompts_than_the_run_before_are_told(arguments, data, capsys):
+    """A preset may ask with tags where `evaluate` takes the chat template: scores of two different things."""
+    assert run(arguments) == 0
+    evaluated = ["evaluate", "--model", str(data / "out"), "--device", "cpu", "--max-length", "40"]
+    evaluated += ["--forget", str(data / "forget.jsonl")]
+    said = "was unlearned with prompt_format 'tags', now 'chat'; system_prompt"
+    for more, warned in (["--system-prompt", "Be brief."], True), (["--prompt-format", "tags"], False):
+        capsys.readouterr()
+        assert run([*evaluated, *more]) == 0
+        assert (said in capsys.readouterr().err) is warned
+    again = replaced(
+        arguments, model=data / "out", prompt_format="chat", output=data / "again", system_prompt="Be brief."
+    )
+    assert run([*again, "--allow-relearn", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert said in shown.err + shown.out

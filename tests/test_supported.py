@@ -11,6 +11,7 @@ from pmc_fast import PMC, PMCConfig
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import pack
 from pmc_fast.errors import PMCError
+from pmc_fast.head import output_head
 from pmc_fast.packed_pass import PackedPass, causal_lm
 from pmc_fast.rollout import rollout
 from pmc_fast.supported import check_model
@@ -235,3 +236,43 @@ def test_no_top_k_is_0():
     for ask in (lambda: PMCConfig(top_k=None), lambda: rollout(llama(), PROMPTS, **HOW | {"top_k": None})):
         with pytest.raises(PMCError, match=r"top_k is None: it must be 0 \(all tokens\) or more"):
             ask()
+
+
+def scaled(logits):
+    return logits * 2
+
+
+def scaled_in_place(logits):
+    return logits.mul_(2)
+
+
+def with_dropout(logits):
+    return torch.nn.functional.dropout(logits, 0.2)
+
+
+@pytest.mark.parametrize("change", [scaled, scaled_in_place, with_dropout])
+def test_logits_that_differ_in_train_mode_alone_are_refused(change):
+    """Checks before the run are in eval mode, and training forms no logits: its first pass compares."""
+
+    class Changes(tf.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            if self.training:
+                out.logits = change(out.logits)
+            return out
+
+    torch.manual_seed(0)
+    model = Changes(tf.LlamaConfig(**SIZES)).eval()
+    packed = PackedPass(model)
+    packed.check()
+    output_head(model)
+    made = pack([[s] for s in SEQUENCES], 100)[0]
+    scale = torch.ones(len(made.targets))
+    packed(made, scale)  # in eval mode as ever
+    model.train()
+    with pytest.raises(PMCError, match="Changes: its logits in train mode are not what"):
+        packed(made, scale)
+    state = torch.get_rng_state()
+    with pytest.raises(PMCError, match="Changes: its logits in train mode are not what"):
+        output_head(model)
+    assert torch.equal(torch.get_rng_state(), state)
