@@ -217,6 +217,16 @@ def check_precision(model: Any, args: TrainingArguments, optimizer: Any = None) 
         )
 
 
+def training_settings(args: Any) -> dict[str, str]:
+    """Return the settings that a run's course depends on, as text: a checkpoint is of them."""
+    names = (
+        "learning_rate", "weight_decay", "num_train_epochs", "max_steps", "optim", "optim_args", "bf16", "fp16",
+        "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_epochs", "adam_beta1",
+        "adam_beta2", "adam_epsilon", "seed", "data_seed", "master_weights", "neftune_noise_alpha",
+    )  # fmt: skip
+    return {name: str(getattr(args, name, None)) for name in names}
+
+
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     """Return what a run computes in under autocast; `accelerate launch --mixed_precision` tells it, too."""
     name = args.mixed_precision

@@ -12,6 +12,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from . import checkpoint, models
+from .arguments import training_settings
 from .data import Encoded
 from .errors import LostProcessError
 from .pmc import PMC
@@ -113,12 +114,7 @@ class ResumableTrainer(Trainer):
         a, config = self.args, self.pmc.config
         if not self.weights_sha256:
             self.weights_sha256 = models.weights_hash(self.model)
-        names = (
-            "learning_rate", "weight_decay", "num_train_epochs", "max_steps", "optim", "optim_args", "bf16", "fp16",
-            "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_epochs", "adam_beta1",
-            "adam_beta2", "adam_epsilon", "seed", "data_seed", "master_weights", "neftune_noise_alpha",
-        )  # fmt: skip
-        settings = {n: str(getattr(a, n, None)) for n in names}
+        settings = training_settings(a)
         # on more processes a step has as many questions if there are less micro-batches to it, or smaller ones
         settings["questions a step"] = str(a.train_batch_size * a.gradient_accumulation_steps * self.pmc.ranks.size)
         if config.normalization == "micro_batch":

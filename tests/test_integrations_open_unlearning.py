@@ -245,12 +245,72 @@ def test_resumed_is_uninterrupted(trainer_of, tmp_path):
     assert again.pmc.state_dict() == whole.pmc.state_dict()
     for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-    state.write_text(json.dumps({"questions": "others", "pmc": {}}))
-    with pytest.raises(PMCError, match="belongs to another run: its questions or its model differ"):
+    state.write_text(json.dumps({"fingerprint": {"questions": "others"}, "pmc": {}}))
+    with pytest.raises(PMCError, match="belongs to another run: its questions differ"):
         trainer_of().train(str(state.parent))
     state.unlink()
     with pytest.raises(PMCError, match=r"has no sound pmc_state\.json"):
         trainer_of().train(str(state.parent))
+
+
+class Drawing(transformers.TrainerCallback):
+    """Draws from the global generator in every step, as dropout does."""
+
+    def on_substep_end(self, args, state, control, **others):
+        torch.rand(3)
+
+    on_step_end = on_substep_end
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_within_an_epoch_is_uninterrupted(trainer_of, tmp_path, accumulation):
+    """OpenUnlearning's train.py hands no checkpoint over, and its loader has drawn a retain row ahead of each step."""
+    saving = {
+        "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2, "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": accumulation,
+    }  # fmt: skip
+    whole = trainer_of(args=saving)
+    whole.add_callback(Drawing())
+    whole.train()
+    for step in range(1, whole.state.global_step):
+        part = trainer_of(args=saving | {"resume_from_checkpoint": str(tmp_path / f"run/checkpoint-{step}")})
+        part.add_callback(Drawing())
+        torch.rand(step)  # whatever was drawn before
+        part.train()
+        assert len(part.state.log_history) == len(whole.state.log_history)  # it did go on from there
+        assert part.pmc.state_dict() == whole.pmc.state_dict()
+        for a, b in zip(part.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(a, b), step
+
+
+def test_the_newest_checkpoint_is_found_from_the_command_line(trainer_of, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2, "resume_from_checkpoint": "auto"}
+    trainer_of(args=saving).train()  # there is none yet
+    state = tmp_path / "run/checkpoint-2/pmc_state.json"
+    before = state.stat().st_mtime_ns
+    again = trainer_of(args=saving)
+    again.train()
+    assert again.state.global_step == 2
+    assert state.stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused(trainer_of, tmp_path):
+    from data import Rows
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    trainer_of(args=saving).train()
+    found = str(tmp_path / "run/checkpoint-1")
+    others = {
+        "training settings": {"args": saving | {"learning_rate": 1e-4}},
+        "PMC settings": {"alpha": 3.0},
+    }
+    for what, change in others.items():
+        with pytest.raises(PMCError, match=f"belongs to another run: its {what} differ"):
+            trainer_of(**{"args": saving} | change).train(found)
+    again = trainer_of(args=saving)
+    again.train_dataset.retain = Rows(again.processing_class, [("8?", "It is.")])
+    with pytest.raises(PMCError, match="belongs to another run: its retain rows differ"):
+        again.train(found)
 
 
 def test_settings(trainer_of):

@@ -24,7 +24,10 @@ UNMET = {  # of trainer.args: which values can't be meant, and why
     **{
         name: REFUSED[name] for name in ("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "optim")
     },
-    **{name: REFUSED[name] for name in ("auto_find_batch_size", "enable_jit_checkpoint", "parallelism_config")},
+    **{
+        name: REFUSED[name]
+        for name in ("auto_find_batch_size", "enable_jit_checkpoint", "parallelism_config", "ignore_data_skip")
+    },
     "remove_unused_columns": (bool, "it would drop the forget and retain parts of a batch: set it to false"),
     "train_sampling_strategy": (lambda x: x == "group_by_length", "rows are pairs of a forget and a retain row"),
 }

@@ -14,7 +14,7 @@ from trainer.unlearn.grad_diff import GradDiff
 from transformers.utils import logging
 
 from ... import checkpoint, models
-from ...arguments import autocast_dtype
+from ...arguments import autocast_dtype, training_settings
 from ...config import PMCConfig
 from ...data import Encoded, check_encoded_overlap
 from ...data.encoding import IGNORED
@@ -24,6 +24,7 @@ from ...pmc import PMC as Core
 from ...steps import Step
 from ...supported import check_float16, check_model
 from .checks import check_arguments, check_names, check_weights
+from .draws import Draws
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +79,9 @@ class PMC(GradDiff):
         self._questions: dict[bytes, int] = {}  # the number of each prompt
         self._losses: list[torch.Tensor] = []  # collapse and retain loss of the micro-batches since the last log
         self._sampled_tokens = 0.0  # likewise
-        self._weights_sha256 = ""
+        self._weights_sha256 = self._retain_sha256 = ""
+        self._draws: Draws | None = None  # of one process that fetches its rows itself
+        self._resumed_draws: dict[str, str] | None = None
         self._check_retain_loss()
 
     def _check_retain_loss(self) -> None:
@@ -119,9 +122,11 @@ class PMC(GradDiff):
             asked.append(prompt.input_ids)
             if self._questions.setdefault(_key(prompt), len(prompts)) == len(prompts):
                 prompts.append(prompt)
+        retain = self._retain_rows()
+        self._retain_sha256 = checkpoint.digest([[s.input_ids, s.labels, s.positions] for s in retain])
         for text in check_encoded_overlap(
             asked,
-            self._retain_rows(),
+            retain,
             self.processing_class.decode,
             allow=self.pmc_config.allow_overlap,
         ):
@@ -213,14 +218,37 @@ class PMC(GradDiff):
     # --- a run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; the untouched model answers the forget questions first, or a checkpoint's answers are taken over."""
+        """Train; the untouched model answers the forget questions first, or a checkpoint's answers are taken over.
+
+        OpenUnlearning's train.py gives no checkpoint: `trainer.args.resume_from_checkpoint` is one, or "auto" or True
+        for the newest of output_dir, if any.
+        """
         self._weights_sha256 = models.weights_hash(self.model)  # of the untouched model
-        wanted = resume_from_checkpoint
-        found = _newest(Path(self.args.output_dir)) if wanted is True else wanted
+        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        found = _newest(Path(self.args.output_dir)) if wanted in ("auto", True) else wanted
         if found:
             self._load_own_state(Path(str(found)))
         self._ready()
         return super().train(found or None, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's loader; a resumed run's draws the retain rows that it would have drawn."""
+        rows = self.train_dataset
+        if self.args.world_size == 1 and not self.args.dataloader_num_workers:
+            self.train_dataset = self._draws = Draws(rows, self._resumed_draws)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the generators; torch's is where it was once the first rows are drawn, if they are already."""
+        state = torch.get_rng_state()
+        super()._load_rng_state(checkpoint)
+        if self._draws is not None and self._resumed_draws is not None:
+            if self._draws.state is None:
+                torch.set_rng_state(state)
+            self._draws.state = None  # at the beginning of an epoch nothing was fetched ahead
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -228,8 +256,10 @@ class PMC(GradDiff):
         if self.args.should_save and directory.is_dir():
             # beside OpenUnlearning's own files: its evaluation writes into the same directory, which is thus not sealed
             descriptor = os.open(directory / checkpoint.STATE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            draws = None if self._draws is None else self._draws.state_dict()
+            state = {"fingerprint": self._fingerprint(), "pmc": self.pmc.state_dict(), "draws": draws}
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"questions": self._fingerprint(), "pmc": self.pmc.state_dict()}, file)
+                json.dump(state, file)
 
     def _load_own_state(self, directory: Path) -> None:
         try:
@@ -241,14 +271,25 @@ class PMC(GradDiff):
                 f"checkpoint {directory} holds the model alone, and a run can't go on from it: save them with "
                 "trainer.args.save_only_model=false (OpenUnlearning's default is true)"
             )
-        if state["questions"] != self._fingerprint():
-            raise PMCError(
-                f"checkpoint {directory} belongs to another run: its questions or its model differ from this one's"
-            )
+        kept = state.get("fingerprint", {})
+        for name, value in self._fingerprint().items():
+            if kept.get(name) != value:
+                raise PMCError(f"checkpoint {directory} belongs to another run: its {name} differ from this one's")
         self.pmc.load_state_dict(state["pmc"])
+        self._resumed_draws = state["draws"]
 
-    def _fingerprint(self) -> str:
-        return checkpoint.digest([self.pmc.prompts, self.pmc.positions, self._weights_sha256])
+    def _fingerprint(self) -> dict[str, str]:
+        """Return what a checkpoint must have in common with this run: hashes, no text."""
+        a = self.args
+        steps = [a.train_batch_size, a.gradient_accumulation_steps, a.world_size]
+        losses = [self.gamma, self.alpha, self.retain_loss_type]
+        return {
+            "questions": checkpoint.digest([self.pmc.prompts, self.pmc.positions]),
+            "retain rows": self._retain_sha256,
+            "PMC settings": checkpoint.digest([self.pmc_config.algorithm(), losses]),
+            "training settings": checkpoint.digest([training_settings(a), steps]),
+            "model's weights": self._weights_sha256,
+        }
 
 
 def _newest(directory: Path) -> str | None:
