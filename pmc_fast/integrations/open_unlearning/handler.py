@@ -51,6 +51,8 @@ class PMC(GradDiff):
     with the same prompt are one question.
     """
 
+    train_dataset: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "tokenizer" in kwargs:
             raise PMCError(
