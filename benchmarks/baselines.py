@@ -14,9 +14,9 @@ from pmc_fast import PMC
 from pmc_fast.config import PMCConfig, UnlearnConfig
 from pmc_fast.data import Encoded, Encoder, Row
 from pmc_fast.data.packing import Pack, num_targets, pack
-from pmc_fast.objectives import grad_diff, npo
+from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.ops import row_scales, sequence_logps
-from pmc_fast.packed_pass import PackedPass
+from pmc_fast.pmc.losses import grad_diff, npo
 from pmc_fast.rollout import RolloutEngine
 
 

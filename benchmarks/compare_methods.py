@@ -28,8 +28,13 @@ import torch
 
 from pmc_fast.data import Encoder
 from pmc_fast.errors import NotFiniteError
-from pmc_fast.evaluation import evaluate, greedy_answers, sampling_attack, summarize
-from pmc_fast.schedule import Schedule, micro_batches
+from pmc_fast.evaluation import (
+    evaluate,
+    greedy_answers,
+    sampling_attack,
+    summarize,
+)
+from pmc_fast.pmc.schedule import Schedule, micro_batches
 
 from . import harness
 from .baselines import METHODS

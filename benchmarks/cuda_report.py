@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         nvcc = shutil.which("nvcc")
         print(f"the CUDA module is not built: {f'{nvcc} is there: {BUILD}' if nvcc else 'nvcc is absent'}")
         return 1 if nvcc else 0
-    from pmc_fast import native
+    from pmc_fast.ops import native
 
     rows: list[dict[str, Any]] = []
     faults = []

@@ -12,7 +12,7 @@ import transformers
 from pmc_fast import PMC
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import Encoded
-from pmc_fast.schedule import Schedule, micro_batches
+from pmc_fast.pmc.schedule import Schedule, micro_batches
 
 from .runs import Clock, Run, optimizer_of, prepared, training_arguments
 

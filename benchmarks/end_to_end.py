@@ -21,9 +21,9 @@ import transformers
 
 from pmc_fast import PMCArguments, PMCTrainer
 from pmc_fast.evaluation import greedy_answers
-from pmc_fast.packed_pass import PackedPass
+from pmc_fast.models.packed_forward import PackedPass
+from pmc_fast.pmc.schedule import Schedule
 from pmc_fast.reference import Reference, train
-from pmc_fast.schedule import Schedule
 
 from . import drop_ins, harness
 from .runs import Clock, Run, demo_config, measured, optimizer_of, prepared, training_arguments

@@ -40,17 +40,17 @@ def check_correctness() -> str:
     """Run the kernels' tests on the card: every listed case against float64; SystemExit if one fails."""
     root = Path(__file__).parent.parent
     tests = (
-        "tests/test_weighted_nll.py",
-        "tests/test_kernels.py",
-        "tests/test_scaled.py",
-        "tests/test_cuda_layers.py",
-        "tests/test_lending.py",
-        "tests/test_sampling.py",
-        "tests/test_decode_cuda.py",
-        "tests/test_rollout.py",
-        "tests/test_rollout_graphs.py",
-        "tests/test_packing.py",
-        "tests/test_pass_graphs.py",
+        "tests/ops/test_weighted_nll.py",
+        "tests/ops/test_kernels.py",
+        "tests/ops/test_scaled.py",
+        "tests/ops/test_cuda_layers.py",
+        "tests/models/test_fused_layers.py",
+        "tests/ops/test_sampling.py",
+        "tests/ops/test_decode_cuda.py",
+        "tests/rollout/test_engine.py",
+        "tests/rollout/test_rollout_graphs.py",
+        "tests/golden/test_packing.py",
+        "tests/cuda_graphs/test_training.py",
     )
     command = [sys.executable, "-m", "pytest", *tests]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

@@ -20,8 +20,8 @@ from examples.demo_model import base_model
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Encoder, load_rows
 from pmc_fast.data.loading import SUFFIXES
-from pmc_fast.models import load_model, load_tokenizer, resolve_device
-from pmc_fast.packed_pass import PackedPass
+from pmc_fast.models.loading import load_model, load_tokenizer, resolve_device
+from pmc_fast.models.packed_forward import PackedPass
 
 from . import end_to_end, harness
 from .runs import Run, demo_config, measured

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from pmc_fast.environment import machine, versions
+from pmc_fast.report.environment import machine, versions
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"

@@ -24,7 +24,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pmc_fast.kernels import layers, logps_fused, nll_rows, sampling, scaled
+from pmc_fast.kernels import (
+    layers,
+    logps_fused,
+    nll_rows,
+    sampling,
+    scaled,
+)
 
 # opt-in shared memory a block may take, bytes (CUDA programming guide, technical specifications)
 CHIPS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

@@ -32,7 +32,7 @@ PATHS = ("model", "stack")  # settings that are of one machine
 def command(*arguments: str) -> float:
     """Run pmc-fast and return its seconds; CalledProcessError if it fails or misses a gate."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "pmc_fast.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "pmc_fast", *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 

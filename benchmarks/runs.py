@@ -12,11 +12,12 @@ import torch
 import transformers
 
 from examples.demo_model import finetuned_model
-from pmc_fast import PMC, models
+from pmc_fast import PMC
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Question, load_rows
 from pmc_fast.evaluation import evaluate, greedy_answers, load_sets
-from pmc_fast.schedule import Schedule
+from pmc_fast.models import loading
+from pmc_fast.pmc.schedule import Schedule
 
 from . import harness
 from .settings import TOFU
@@ -49,9 +50,9 @@ class Run:
         self.method, self.config, self.due = method, config, due
         self.forget = load_rows(config.forget)
         self.retain = load_rows(config.retain, answers=True)
-        self.tokenizer = models.load_tokenizer(config.model)
-        device = models.resolve_device(config.device)
-        self.loaded = models.load_model(
+        self.tokenizer = loading.load_tokenizer(config.model)
+        device = loading.resolve_device(config.device)
+        self.loaded = loading.load_model(
             config.model, device=device, dtype=config.dtype, param_dtype=config.param_dtype
         )
         self.model = self.loaded.model
@@ -135,7 +136,7 @@ def training_arguments(config: UnlearnConfig, **more: Any) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(), "num_train_epochs": c.num_epochs, "learning_rate": c.learning_rate,
         "per_device_train_batch_size": c.batch_size, "gradient_accumulation_steps": c.gradient_accumulation_steps,
-        "weight_decay": c.weight_decay, "use_cpu": models.resolve_device(c.device).type == "cpu",
+        "weight_decay": c.weight_decay, "use_cpu": loading.resolve_device(c.device).type == "cpu",
         "disable_tqdm": True, "report_to": "none", "seed": c.seed, "logging_steps": 1,
     } | more  # fmt: skip
 

@@ -9,7 +9,12 @@ import transformers
 
 from pmc_fast import PMC
 from pmc_fast.config import PMCConfig
-from pmc_fast.data import Encoded, Encoder, collate, load_rows
+from pmc_fast.data import (
+    Encoded,
+    Encoder,
+    collate,
+    load_rows,
+)
 from pmc_fast.reference import Reference
 from pmc_fast.rollout import RolloutEngine
 

@@ -17,8 +17,14 @@ from examples.demo_model import finetuned_model
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row, collate, load_rows
 from pmc_fast.data.encoding import IGNORED
-from pmc_fast.evaluation import encode_candidates, evaluate, greedy_answers, load_sets, mean_nlls
-from pmc_fast.packed_pass import PackedPass
+from pmc_fast.evaluation import (
+    encode_candidates,
+    evaluate,
+    greedy_answers,
+    load_sets,
+    mean_nlls,
+)
+from pmc_fast.models.packed_forward import PackedPass
 
 SIZES = (16, 64)
 CANDIDATES = 7  # of a TOFU question: the answer, its paraphrase, five wrong ones

@@ -16,8 +16,13 @@ import torch
 from benchmarks.settings import MAX_LENGTH, SEED, TOFU, Setting
 from examples.demo_model import finetuned_model
 from pmc_fast.data import load_rows
-from pmc_fast.evaluation import AttackResult, LeakageSettings, sampling_attack, summarize
-from pmc_fast.reward import rouge_l_recall
+from pmc_fast.evaluation import (
+    AttackResult,
+    LeakageSettings,
+    sampling_attack,
+    summarize,
+)
+from pmc_fast.pmc.reward import rouge_l_recall
 
 QUESTIONS = int(os.environ.get("LEAKAGE_QUESTIONS", 0))  # 0: 20, with --short 2
 SAMPLES = int(os.environ.get("LEAKAGE_SAMPLES", 100))

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from examples.demo_model import TOFU
-from pmc_fast import reward, words
 from pmc_fast.data import load_rows
+from pmc_fast.pmc import reward
 from pmc_fast.reference import rouge_score_recall
+from pmc_fast.utils import words
 
 WORDS = 40
 

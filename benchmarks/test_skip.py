@@ -22,11 +22,11 @@ import pytest
 
 from benchmarks.settings import TOFU
 from examples.demo_model import finetuned_model
-from pmc_fast import job
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Encoder, load_rows
 from pmc_fast.evaluation import known_forgotten, sampling_attack
-from pmc_fast.models import load_model, load_tokenizer, resolve_device
+from pmc_fast.jobs import unlearn
+from pmc_fast.models.loading import load_model, load_tokenizer, resolve_device
 from pmc_fast.rollout import RolloutEngine
 
 EPOCHS = float(os.environ.get("SKIP_EPOCHS", 12))
@@ -85,7 +85,7 @@ def test_runs(contest, config, tmp_path):
 
     def run(name: str, **change) -> None:
         output = tmp_path / f"{name}.{time.time_ns()}"
-        made[name] = job.unlearn(dataclasses.replace(config, output=str(output), **change))
+        made[name] = unlearn.unlearn(dataclasses.replace(config, output=str(output), **change))
         rows = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
         recalls = [r["rouge_l_recall"] for r in rows if (r["model"], r["set"]) == ("after", "forget")]
         kinds[name] = {"taught": np.mean(recalls[:QUESTIONS]), "untaught": np.mean(recalls[QUESTIONS:])}

@@ -46,7 +46,7 @@ def main() -> int:
     if arguments.output == OUTPUT:
         shutil.rmtree(OUTPUT, ignore_errors=True)
     print("$", shlex.join(words), flush=True)
-    done = subprocess.run([sys.executable, "-m", "pmc_fast.cli", *words[1:]], cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "pmc_fast", *words[1:]], cwd=ROOT)
     if done.returncode:
         return done.returncode
     print(f"open {arguments.output / 'report.html'} in a browser")

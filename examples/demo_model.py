@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from pmc_fast.data import Row, encode_pair, load_rows
-from pmc_fast.packed_pass import PackedPass
+from pmc_fast.models.packed_forward import PackedPass
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"

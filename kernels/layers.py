@@ -5,7 +5,7 @@ and a part of d(weight), 4 bytes, for each program; rotary (q and k at once) 2 b
 once for up to 2048 pairs); silu_mul 3 b, backward 5 b. The parts of d(weight) are added up after the launch: no atomics, an order of
 sums that follows from the shapes. No host sync, and grids that depend on shapes alone.
 
-Its oracle is torch, in `tests/test_cuda_layers.py`.
+Its oracle is torch, in `tests/ops/test_cuda_layers.py`.
 """
 
 from typing import Any

@@ -4,21 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .arguments import PMCArguments
     from .config import PMCConfig
     from .errors import PMCError
-    from .pmc import PMC
-    from .trainer import PMCTrainer
+    from .pmc.algorithm import PMC
+    from .trainer.arguments import PMCArguments
+    from .trainer.trainer import PMCTrainer
 
 __version__ = "0.1.0"
 __all__ = ["PMC", "PMCArguments", "PMCConfig", "PMCError", "PMCTrainer"]
 
 _HOMES = {
-    "PMC": "pmc",
+    "PMC": "pmc.algorithm",
     "PMCConfig": "config",
     "PMCError": "errors",
-    "PMCArguments": "arguments",
-    "PMCTrainer": "trainer",
+    "PMCArguments": "trainer.arguments",
+    "PMCTrainer": "trainer.trainer",
 }
 
 

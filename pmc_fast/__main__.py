@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Import the command line and run it."""
     try:
-        from .cli import main as run
+        from .cli.main import main as run
     except KeyboardInterrupt:
         print("pmc-fast: interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)

@@ -24,11 +24,17 @@ import torch
 from transformers import GenerationConfig
 
 from .config import PMCConfig, UnlearnConfig
-from .data import Encoded, Encoder, Question, Row, collate
+from .data import (
+    Encoded,
+    Encoder,
+    Question,
+    Row,
+    collate,
+)
 from .errors import PMCError
-from .generation import followed
-from .models import eval_mode
-from .schedule import Schedule, micro_batches
+from .models.context import eval_mode
+from .models.generation import followed
+from .pmc.schedule import Schedule, micro_batches
 
 
 class Reference:
@@ -171,7 +177,7 @@ class Reference:
 
 
 def rouge_score_recall(initial: Sequence[str], candidates: Sequence[Sequence[str]], min_len: int = 0) -> np.ndarray:
-    """Score with the rouge_score package, as published; see `pmc_fast.reward.rouge_l_recall`."""
+    """Score with the rouge_score package, as published; see `pmc_fast.pmc.reward.rouge_l_recall`."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import SECRET
+from tests.command_line import SECRET
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -17,7 +17,8 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: they then run on the CPU
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "golden"  # vectors of the published code
+INPUTS = Path(__file__).parent / "inputs"  # files as users have them
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ class Run:
             descriptor = os.open(self.log, os.O_WRONLY | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            from pmc_fast import cli
+            from pmc_fast.cli import main as cli
 
             code = 1
             try:
@@ -141,11 +141,11 @@ def hashes(output: Path) -> dict[str, str]:
 
 def sound_step(output: Path) -> int:
     """Return the step of the newest sound checkpoint; others are refused by name."""
-    from pmc_fast import checkpoint
+    from pmc_fast.trainer import checkpointing
 
     run = output.with_name(output.name + ".checkpoints")
     passed_over: list[str] = []  # killed while an old one was being removed
-    found = checkpoint.newest(run, {}, passed_over.append)
+    found = checkpointing.newest(run, {}, passed_over.append)
     assert all(str(run / "checkpoint-") in text for text in passed_over)
     return -1 if found is None else int(found[0].name.rsplit("-", 1)[1])
 
@@ -193,9 +193,9 @@ def loop(times: int, seed: int = 0) -> Counter[str]:
     import torch
     import transformers
 
-    import pmc_fast.job
+    import pmc_fast.jobs.unlearn
     from examples.demo_model import tiny_model
-    from pmc_fast.cli import cli
+    from pmc_fast.cli.main import cli
 
     del transformers, pmc_fast  # loaded once, for all forks
     torch.set_num_threads(1)

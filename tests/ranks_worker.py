@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pmc_fast import PMC, PMCConfig
 from pmc_fast.data import Row
 from pmc_fast.errors import PMCError
-from pmc_fast.packed_pass import causal_lm
+from pmc_fast.models.packed_forward import causal_lm
 
 QUESTIONS = ["Who wrote it?", "Where was the author born, and when was it?", "Why?", "Who?", "What is her cat's name?",
              "In which of the many towns of the old country did she write it?", "When?"]  # fmt: skip

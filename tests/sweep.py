@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import pack
 from pmc_fast.errors import PMCError
+from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.ops import row_scales
-from pmc_fast.packed_pass import PackedPass
 from pmc_fast.rollout import RolloutEngine
 from tests.families import build
 from tests.tiny_configs import tiny

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pmc_fast.capture import asks_the_device
+from pmc_fast.cuda_graphs.recorder import asks_the_device
 
 
 class Tape(TorchDispatchMode):

@@ -22,7 +22,7 @@ from benchmarks import (
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row
 from pmc_fast.evaluation import EvalSet
-from pmc_fast.objectives import npo
+from pmc_fast.pmc.losses import npo
 
 
 def test_rounds_interleave_and_rotate():

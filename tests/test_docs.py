@@ -12,7 +12,7 @@ import shlex
 import pytest
 
 from benchmarks import kernels_page, readme
-from pmc_fast.cli import main
+from pmc_fast.cli.main import main
 from tests.pages import PAGES, ROOT, anchors, blocks, commands, links, named_paths, tables
 
 DOCS = ROOT / "docs"

@@ -63,7 +63,7 @@ def test_benchmarks_run_from_the_root():
 def test_help_and_import_load_neither_torch_nor_transformers():
     heavy = "import sys; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy'"
     python(f"import pmc_fast; {heavy}")
-    python(f"import pmc_fast.cli; {heavy}")
+    python(f"import pmc_fast.cli.main; {heavy}")
 
 
 def test_help_of_every_command_is_quick():
@@ -87,7 +87,7 @@ def test_import_without_gpu_triton_and_compiled_modules():
         "import torch\ntorch.cuda.is_available = lambda: False\n"
         "import pmc_fast\n"
         "[getattr(pmc_fast, name) for name in pmc_fast.__all__]\n"
-        "import pmc_fast.ops, pmc_fast.rollout, pmc_fast.evaluation, pmc_fast.reference, pmc_fast.job\n"
+        "import pmc_fast.ops, pmc_fast.rollout, pmc_fast.evaluation, pmc_fast.reference, pmc_fast.jobs.unlearn\n"
         "from pmc_fast.ops import weighted_nll\n"
         "x, w = torch.ones(2, 3), torch.ones(5, 3)\n"
         "print(float(weighted_nll(x, w, torch.tensor([0, 1]), torch.ones(2), backend='reference')[0]))\n"
@@ -130,7 +130,7 @@ def test_the_sdist_holds_all_that_git_does(tmp_path):
 def test_a_missing_module_is_named_when_it_is_needed():
     code = (
         "import sys; sys.modules['pmc_fast._cpu'] = None\n"
-        "import pmc_fast.reward as r\n"
+        "import pmc_fast.pmc.reward as r\n"
         "try:\n    r.rouge_l_recall(['a'], [['a']])\n"
         "except ValueError as e:\n    print(e)"
     )

@@ -5,10 +5,16 @@ import os
 import pytest
 
 from pmc_fast.config import UnlearnConfig
-from pmc_fast.data import Chat, Turn, check_answers, check_repeats, load_rows
+from pmc_fast.data import (
+    Chat,
+    Turn,
+    check_answers,
+    check_repeats,
+    load_rows,
+)
+from pmc_fast.distributed import launched
 from pmc_fast.errors import PMCError
-from pmc_fast.ranks import launched
-from tests.jobs import replaced, run
+from tests.command_line import replaced, run
 
 WHO, ANN = "Who wrote The Blue Sea?", "Ann Berg wrote it."
 

@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import Any
 
 from ..errors import PMCError
-from ..printable import row_numbers
+from ..utils.text import row_numbers
 from .chats import Chat
 from .encoder import Encoder
 from .encoding import IGNORED, Encoded

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import PMCConfig
 from ..errors import PMCError
-from ..printable import row_numbers
+from ..utils.text import row_numbers
 from .chats import Chat, Question
 from .encoding import (
     ANSWER_TAG,

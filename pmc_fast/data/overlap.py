@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import PMCError
-from ..printable import row_numbers
-from ..words import count_words
+from ..utils.text import row_numbers
+from ..utils.words import count_words
 from .chats import Chat, Question, asked
 from .datasets import questions_of
 from .encoding import ANSWER_TAG, IGNORED, Encoded

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PMCError
-from ..printable import names
-from .chats import Question, Turn, is_missing, question_of, split_chat
+from ..utils.text import names
+from .chats import (
+    Question,
+    Turn,
+    is_missing,
+    question_of,
+    split_chat,
+)
 
 QUESTION_NAMES = ("question", "prompt", "query", "instruction")
 ANSWER_NAMES = ("answer", "response", "completion", "output", "answers")  # the last one is SQuAD's

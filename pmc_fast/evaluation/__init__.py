@@ -2,10 +2,35 @@
 
 from .answers import greedy_answers
 from .attacks import AttackResult, sampling_attack
-from .evidence import SideEffects, attack, check_attacks, leakage_settings, with_side_effects
-from .leakage import LeakageSettings, known_forgotten, leakage, summarize
+from .evidence import (
+    SideEffects,
+    attack,
+    check_attacks,
+    leakage_settings,
+    with_side_effects,
+)
+from .leakage import (
+    LeakageSettings,
+    known_forgotten,
+    leakage,
+    summarize,
+)
 from .likelihood import encode_candidates, mean_nlls
-from .metrics import degenerate_share, mean_words, unlearn_quality, utility
+from .metrics import (
+    degenerate_share,
+    mean_words,
+    unlearn_quality,
+    utility,
+)
+from .questions import (
+    EvalSet,
+    check_sets,
+    check_truths,
+    evaluate,
+    load_sets,
+    truths_of,
+    with_initial_answers,
+)
 from .side_effects import (
     TokenMass,
     answer_token_mass,
@@ -16,8 +41,14 @@ from .side_effects import (
     token_shift,
 )
 from .statistics import bootstrap_interval, leak_at_k, worst_of_k
-from .suite import EvalSet, check_sets, check_truths, evaluate, load_sets, truths_of, with_initial_answers
-from .tofu import TofuRow, TofuSet, evaluate_tofu, load_tofu, read_retain_log, tofu_questions
+from .tofu import (
+    TofuRow,
+    TofuSet,
+    evaluate_tofu,
+    load_tofu,
+    read_retain_log,
+    tofu_questions,
+)
 
 __all__ = [
     "AttackResult",

@@ -9,7 +9,7 @@ import numpy as np
 from ..config import RewardName
 from ..data import Encoder, Question, Row
 from ..errors import PMCError
-from ..reward import Scorer, choose_scorer
+from ..pmc.reward import Scorer, choose_scorer
 from ..rollout import Rollouts
 
 

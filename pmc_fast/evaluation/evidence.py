@@ -9,12 +9,20 @@ import torch
 from ..config import UnlearnConfig
 from ..data import Encoded, Encoder, Row
 from ..errors import PMCError
-from ..reward import choose_scorer
+from ..pmc.reward import choose_scorer
 from ..rollout import Rollouts
 from .attacks import prepare_attack
 from .leakage import LeakageSettings, leakage
-from .side_effects import WINDOW, TokenMass, answer_token_mass, answer_tokens, load_text, shift, text_windows
-from .suite import EvalSet
+from .questions import EvalSet
+from .side_effects import (
+    WINDOW,
+    TokenMass,
+    answer_token_mass,
+    answer_tokens,
+    load_text,
+    shift,
+    text_windows,
+)
 
 FORGET, PARAPHRASED = "forget", "forget_paraphrased"
 

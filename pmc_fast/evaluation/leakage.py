@@ -9,7 +9,7 @@ import numpy as np
 from ..config import RewardName
 from ..data import Encoder, Row
 from ..errors import PMCError
-from ..reward import choose_scorer
+from ..pmc.reward import choose_scorer
 from ..rollout import Rollouts
 from .attacks import AttackResult, sampling_attack
 from .metrics import degenerate_share

@@ -8,8 +8,8 @@ import torch
 from ..data import Encoded, Encoder, Question
 from ..data.packing import num_targets, pack
 from ..errors import NotFiniteError, PMCError
-from ..models import autocast, eval_mode
-from ..packed_pass import PackedPass
+from ..models.context import autocast, eval_mode
+from ..models.packed_forward import PackedPass
 
 
 def encode_candidates(

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from .. import words
 from ..config import RewardName
-from ..reward import Scorer, choose_scorer
+from ..pmc.reward import Scorer, choose_scorer
+from ..utils import words
 
 SHORT_ANSWER = 3  # words; an answer of fewer says nothing
 LONG_ANSWER, DISTINCT = 12, 0.25  # so does one of at least so many words of which so small a share is distinct

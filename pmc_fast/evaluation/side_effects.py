@@ -15,8 +15,8 @@ from ..data.encoding import IGNORED
 from ..data.loading import read_text
 from ..data.packing import Pack, pack
 from ..errors import NotFiniteError, PMCError
-from ..models import autocast, eval_mode
-from ..packed_pass import PackedPass, causal_lm
+from ..models.context import autocast, eval_mode
+from ..models.packed_forward import PackedPass, causal_lm
 
 WINDOW = 1024
 PASS_TOKENS = 8192  # of one forward pass

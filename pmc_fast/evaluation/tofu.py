@@ -9,10 +9,15 @@ from typing import Any, Literal
 import numpy as np
 
 from ..config import RewardName
-from ..data import Question, Row, read_records, rows_of
+from ..data import (
+    Question,
+    Row,
+    read_records,
+    rows_of,
+)
 from ..data.loading import SUFFIXES, json_lines, read_text
 from ..errors import PMCError
-from .suite import EvalSet, evaluate
+from .questions import EvalSet, evaluate
 from .tofu_metrics import (
     Variant,
     forget_quality,

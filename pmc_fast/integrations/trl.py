@@ -17,10 +17,11 @@ try:
 except ImportError as error:  # absent, or of a version whose base classes are elsewhere
     raise ImportError(f"{error}: pmc_fast.integrations.trl needs TRL 1.16: pip install 'pmc_fast[trl]'") from error
 
-from .. import config, trainer
-from ..arguments import PublishedDefaults
+from .. import config
 from ..errors import PMCError
-from ..reward import Reward
+from ..pmc.reward import Reward
+from ..trainer import trainer
+from ..trainer.arguments import PublishedDefaults
 
 logger = logging.get_logger(__name__)
 

@@ -5,8 +5,8 @@ chooses; ``backend=`` overrides it. What an implementation does not support it r
 """
 
 from .gather_logps import gather_logps
+from .row_scales import row_scales, sequence_logps
 from .sample_nucleus import sample_nucleus
-from .sequences import row_scales, sequence_logps
 from .weighted_nll import weighted_nll
 
 __all__ = ["gather_logps", "row_scales", "sample_nucleus", "sequence_logps", "weighted_nll"]

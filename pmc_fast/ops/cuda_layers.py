@@ -6,8 +6,8 @@ import torch
 
 from ..errors import PMCError
 from .checks import once, without_autocast
-from .cuda import triton_kernels
 from .dispatch import resolve_backend
+from .nll_cuda import triton_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 8192  # of a norm: a program holds a row in registers

@@ -5,8 +5,8 @@ from functools import cached_property
 
 import torch
 
-from .. import native
 from ..errors import PMCError
+from . import native
 from .dispatch import resolve_backend
 
 DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}

@@ -2,8 +2,8 @@
 
 import torch
 
-from .. import native
 from ..errors import PMCError
+from . import native
 from .checks import check_float32_cpu
 from .gemm import gemm_serves
 

@@ -3,7 +3,13 @@
 import torch
 
 from ..errors import PMCError
-from .checks import IGNORED, check_inputs, check_ranges, under_autocast, without_autocast
+from .checks import (
+    IGNORED,
+    check_inputs,
+    check_ranges,
+    under_autocast,
+    without_autocast,
+)
 from .dispatch import resolve_backend
 from .nll_reference import gather_logps_reference, transform_logits
 from .weighted_nll import WORKSPACE, refuse_second_derivative, weighted_nll_op

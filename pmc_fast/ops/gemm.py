@@ -2,8 +2,8 @@
 
 import torch
 
-from .. import native
 from ..errors import PMCError
+from . import native
 
 AVX512 = 2  # csrc/simd.h
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import native
 from ..errors import PMCError
-from .cuda import triton_kernels
+from . import native
 from .dispatch import resolve_backend
+from .nll_cuda import triton_kernels
 
 READS = {  # dtypes of logits
     "cpu": (torch.float32, torch.float64),

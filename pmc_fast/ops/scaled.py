@@ -4,8 +4,8 @@ import torch
 
 from ..errors import PMCError
 from .checks import without_autocast
-from .cuda import triton_kernels
 from .dispatch import resolve_backend
+from .nll_cuda import triton_kernels
 
 
 def scaled(

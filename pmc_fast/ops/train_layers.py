@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import native
 from ..errors import PMCError
+from . import native
 from .checks import check_float32_cpu, once, without_autocast
 from .gemm import gemm
 

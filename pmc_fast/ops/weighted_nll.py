@@ -3,11 +3,16 @@
 import torch
 
 from ..errors import PMCError
-from . import nll_chunks
-from .checks import check_inputs, check_ranges, under_autocast, without_autocast
-from .cpu import Cpu
-from .cuda import Cuda
+from . import nll_chunked
+from .checks import (
+    check_inputs,
+    check_ranges,
+    under_autocast,
+    without_autocast,
+)
 from .dispatch import resolve_backend
+from .nll_cpu import Cpu
+from .nll_cuda import Cuda
 from .nll_reference import weighted_nll_reference
 from .scaled import scaled
 
@@ -145,8 +150,8 @@ def weighted_nll_op(
     if backend != "cuda":
         check_ranges("weighted_nll", targets, rows, head.shape[0], hidden.shape[0])
     compact = rows is None or backend == "cpu"  # a host sync: on CUDA only where rows does not promise
-    plan = nll_chunks.make_plan(targets, row_scale, rows, hidden.shape[0], compact=compact)
-    return nll_chunks.run(
+    plan = nll_chunked.make_plan(targets, row_scale, rows, hidden.shape[0], compact=compact)
+    return nll_chunked.run(
         Cuda() if backend == "cuda" else Cpu(),
         plan,
         hidden.detach(),
@@ -154,7 +159,7 @@ def weighted_nll_op(
         None if bias is None else bias.detach(),
         targets,
         row_scale,
-        nll_chunks.Logits(temperature, softcap, logit_scale),
+        nll_chunked.Logits(temperature, softcap, logit_scale),
         (need_hidden, need_head, need_bias),
         workspace,
     )

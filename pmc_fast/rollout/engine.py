@@ -8,18 +8,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .. import native, patching
-from ..capture import CaptureError
+from ..cuda_graphs.recorder import CaptureError
+from ..distributed import Ranks
 from ..errors import NotFiniteError, PMCError
-from ..models import CLOSE, check_placement, known_tokens, plain_logps
+from ..models import patching
+from ..models.context import CLOSE, check_placement, known_tokens, plain_logps
+from ..models.fsdp import Lockstep, is_sharded
+from ..models.recognition import Recognised, own_errors, recognise
+from ..models.supported import check_adapters
+from ..ops import native
 from ..ops.sample_nucleus import Draws
-from ..ranks import Ranks
-from ..recognition import Recognised, own_errors, recognise
-from ..sharding import Lockstep, is_sharded
-from ..supported import check_adapters
-from .histories import Histories, settings_of
 from .inputs import StepInputs, StepTensors
-from .model_step import ModelStep
+from .logits_processors import Histories, settings_of
+from .model_runner import ModelStep
 from .request import Request, whole
 
 # Rows up to which guesses cost next to nothing: a step reads all weights whatever its rows.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..capture import CaptureError, Recorder, casting_afresh
+from ..cuda_graphs.recorder import CaptureError, Recorder, casting_afresh
 
 Compute = Callable[[], torch.Tensor]
 

@@ -6,9 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..cuda_graphs.static_inputs import Upload
 from ..ops.decode_attention import StepIndex
-from ..upload import Upload
-from .buckets import DRAWS, ENTRIES, INDEX, Bucket, bucket_of, pad
+from .buckets import (
+    DRAWS,
+    ENTRIES,
+    INDEX,
+    Bucket,
+    bucket_of,
+    pad,
+)
 
 ROOM = 1 << 14  # bytes of the smallest buffer
 ENTRIES_PER_ROW = 256  # that a bucket's buffer has room for from the start: longer histories move it

@@ -6,9 +6,9 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from ...arguments import REFUSED
 from ...config import PMCConfig
 from ...errors import PMCError
+from ...trainer.arguments import REFUSED
 
 ELSEWHERE = {
     "retain_weight": "alpha weighs the retain loss",

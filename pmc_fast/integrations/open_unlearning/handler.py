@@ -13,16 +13,17 @@ import torch
 from trainer.unlearn.grad_diff import GradDiff
 from transformers.utils import logging
 
-from ... import checkpoint, models
-from ...arguments import autocast_dtype, training_settings
 from ...config import PMCConfig
 from ...data import Encoded, check_encoded_overlap
 from ...data.encoding import IGNORED
 from ...data.packing import unpad
 from ...errors import PMCError
-from ...pmc import PMC as Core
-from ...steps import Step
-from ...supported import check_float16, check_model
+from ...models import loading
+from ...models.supported import check_float16, check_model
+from ...pmc.algorithm import PMC as Core
+from ...pmc.batch import Step
+from ...trainer import checkpointing
+from ...trainer.arguments import autocast_dtype, training_settings
 from .checks import check_arguments, check_names, check_weights
 from .draws import Draws
 
@@ -125,7 +126,7 @@ class PMC(GradDiff):
             if self._questions.setdefault(_key(prompt), len(prompts)) == len(prompts):
                 prompts.append(prompt)
         retain = self._retain_rows()
-        self._retain_sha256 = checkpoint.digest([[s.input_ids, s.labels, s.positions] for s in retain])
+        self._retain_sha256 = checkpointing.digest([[s.input_ids, s.labels, s.positions] for s in retain])
         for text in check_encoded_overlap(
             asked,
             retain,
@@ -225,7 +226,7 @@ class PMC(GradDiff):
         OpenUnlearning's train.py gives no checkpoint: `trainer.args.resume_from_checkpoint` is one, or "auto" or True
         for the newest of output_dir, if any.
         """
-        self._weights_sha256 = models.weights_hash(self.model)  # of the untouched model
+        self._weights_sha256 = loading.weights_hash(self.model)  # of the untouched model
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         found = _newest(Path(self.args.output_dir)) if wanted in ("auto", True) else wanted
         if found:
@@ -257,7 +258,7 @@ class PMC(GradDiff):
         directory = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and directory.is_dir():
             # beside OpenUnlearning's own files: its evaluation writes into the same directory, which is thus not sealed
-            descriptor = os.open(directory / checkpoint.STATE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            descriptor = os.open(directory / checkpointing.STATE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             draws = None if self._draws is None else self._draws.state_dict()
             state = {"fingerprint": self._fingerprint(), "pmc": self.pmc.state_dict(), "draws": draws}
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -265,9 +266,11 @@ class PMC(GradDiff):
 
     def _load_own_state(self, directory: Path) -> None:
         try:
-            state = json.loads((directory / checkpoint.STATE).read_text(encoding="utf-8"))
+            state = json.loads((directory / checkpointing.STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise PMCError(f"checkpoint {directory} has no sound {checkpoint.STATE}: PMC did not write it") from error
+            raise PMCError(
+                f"checkpoint {directory} has no sound {checkpointing.STATE}: PMC did not write it"
+            ) from error
         if not any(directory.glob("rng_state*")):
             raise PMCError(
                 f"checkpoint {directory} holds the model alone, and a run can't go on from it: save them with "
@@ -286,17 +289,17 @@ class PMC(GradDiff):
         steps = [a.train_batch_size, a.gradient_accumulation_steps, a.world_size]
         losses = [self.gamma, self.alpha, self.retain_loss_type]
         return {
-            "questions": checkpoint.digest([self.pmc.prompts, self.pmc.positions]),
+            "questions": checkpointing.digest([self.pmc.prompts, self.pmc.positions]),
             "retain rows": self._retain_sha256,
-            "PMC settings": checkpoint.digest([self.pmc_config.algorithm(), losses]),
-            "training settings": checkpoint.digest([training_settings(a), steps]),
+            "PMC settings": checkpointing.digest([self.pmc_config.algorithm(), losses]),
+            "training settings": checkpointing.digest([training_settings(a), steps]),
             "model's weights": self._weights_sha256,
         }
 
 
 def _newest(directory: Path) -> str | None:
     """Return the newest checkpoint; an evaluation alone is in a directory of such a name, too."""
-    found = [p for p in directory.glob("checkpoint-*") if (p / checkpoint.STATE).is_file()]
+    found = [p for p in directory.glob("checkpoint-*") if (p / checkpointing.STATE).is_file()]
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
 
 

@@ -1,0 +1,107 @@
+"""The commands for a stack of requests: pmc-fast merge, rollback and verify."""
+
+import json
+from typing import Any
+
+import click
+
+from ..config import VerifyConfig
+from ..utils.files import check_new_files, write_file
+from .display import (
+    Progress,
+    config_options,
+    given,
+    print_gates,
+)
+
+
+@click.command()
+@click.option("--stack", required=True, help="directory of the model's adapters")
+@click.option("--output", required=True, help="directory to write, new or empty")
+@click.option("--model", default="", help="where the base model is now (unset: where the last record says)")
+@click.option("--adapter", is_flag=True, help="write one PEFT adapter, all ranks side by side, instead of a model")
+@click.option(
+    "--save-dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+    help="of a model (auto: as the base model came)",
+)  # fmt: skip
+def merge(stack: str, output: str, model: str, adapter: bool, save_dtype: str) -> int:
+    """Export all requests of STACK as one model or one adapter; the base model is kept."""
+    from ..erasure import export
+
+    made = export.merge(stack, output, model=model, adapter=adapter, save_dtype=save_dtype)
+    what = f"one adapter of rank {made['rank']}" if adapter else f"one {made['dtype']} model"
+    click.echo(f"{len(made['requests'])} requests as {what} in {output}")
+    click.echo(f"effective weights {made['weights']}, as recorded")
+    if not adapter and made["saved"] != made["weights"]:
+        click.echo(
+            f"saved weights     {made['saved']}: rounded to {made['dtype']}; --save-dtype float32 rounds nothing"
+        )
+    return 0
+
+
+@click.command()
+@click.option("--stack", required=True, help="directory of the model's adapters")
+@click.option(
+    "--request", default="", help="its name, such as 0002, to be sure: only the last one can be rolled back"
+)
+@click.option("--model", default="", help="where the base model is now (unset: where the last record says)")
+def rollback(stack: str, request: str, model: str) -> int:
+    """Take the last request off STACK; the hash of the effective weights is that of before it."""
+    from ..erasure import export
+
+    made = export.roll_back(stack, request, model=model)
+    click.echo(f"request {made['request']} is rolled back, and kept in {made['kept']}")
+    click.echo(f"effective weights {made['weights']}, as recorded before it")
+    return 0
+
+
+@click.command()
+@click.option("--json", "json_file", help="also write the result into this file")
+@config_options(VerifyConfig)
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+def verify(json_file: str | None, files: tuple[str, ...], **options: Any) -> int:
+    """Ask the questions of STACK's requests again: --requests FILE..., and check utility.
+
+    Each file is checked against the records' hashes. Output-level evidence: what the model answers, not that its
+    weights are clean.
+    """
+    options["requests"] = (*options["requests"], *files)
+    config = VerifyConfig(**given(options))
+    check_new_files({"json": json_file})
+    from ..erasure.verify import verify as run
+
+    with Progress() as progress:
+        made = run(config, progress)
+    _print(made)
+    if json_file:
+        write_file(json_file, json.dumps(made, indent=1))
+    return print_gates(made)
+
+
+def _print(made: dict[str, Any]) -> None:
+    rows = [
+        ("request", "questions", "unlearn quality", "at least", "under 3 words", "leaking"),
+        *(
+            (
+                name,
+                str(r["sets"]["forget"]["rows"]),
+                f"{r['unlearn_quality']:.1f}",
+                _number(r["bound"]),
+                f"{r['sets']['forget']['degenerate']:.0%}",
+                f"{r['sampling'].get('leaking_questions', 0):.0%}" if "sampling" in r else "-",
+            )
+            for name, r in made["requests"].items()
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if made["keep"]:
+        click.echo(f"utility {made['keep']['utility']:.1f}, at least {_number(made['keep']['bound'])}")
+    for name in made["not_verified"]:
+        click.echo(f"{name}: not verified")
+    click.echo(f"effective weights {made['weights']}, as recorded")
+
+
+def _number(bound: float | None) -> str:
+    return "-" if bound is None else f"{bound:.1f}"

@@ -1,0 +1,1 @@
+"""CUDA graphs: captured passes, their inputs and gradients."""

@@ -1,0 +1,90 @@
+"""Packs padded to few sizes: what a CUDA graph was captured for must fit every pack that it replays."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.encoding import IGNORED
+from ..data.packing import Pack
+
+UNIT = 128  # tokens and targets are padded to multiples of it
+SPARE = 8  # sequences
+WASTE = 1.25  # a size serves packs that fill it to 1 / WASTE, but for a unit
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a capture has room for."""
+
+    tokens: int
+    targets: int  # and rows of hidden states
+    sequences: int
+    longest: int  # tokens of a sequence: kernels are launched for so many
+
+    @classmethod
+    def of(cls, pack: Pack) -> "Size":
+        """Return a pack's own size."""
+        targets = max(len(pack.targets), len(pack.hidden_rows))
+        return cls(len(pack), targets, len(pack.segments), pack.segments.longest[0])
+
+    def rounded(self) -> "Size":
+        """Return the size to capture for packs like this."""
+        longest = max(64, 1 << (self.longest - 1).bit_length())
+        return Size(
+            round_up(self.tokens, UNIT), round_up(self.targets, UNIT), round_up(self.sequences + SPARE, 16), longest
+        )
+
+    def fits(self, room: "Size") -> bool:
+        """Return whether a pack of this size can be padded to `room`, without much waste."""
+        padding = -(-(room.tokens - self.tokens) // room.longest)  # sequences of padding
+        return (
+            self.tokens <= room.tokens <= WASTE * self.tokens + UNIT
+            and self.targets <= room.targets <= WASTE * self.targets + UNIT
+            and self.sequences + padding <= room.sequences
+            and self.longest <= room.longest
+        )
+
+
+def pad(pack: Pack, row_scale: torch.Tensor, size: Size) -> dict[str, np.ndarray]:
+    """Return a pack's arrays, padded to a size.
+
+    Padding is tokens in sequences of their own, and targets that don't count: no real token sees it, and it adds
+    zeros to gradients.
+
+    Parameters
+    ----------
+    pack : Pack
+    row_scale : Tensor [M]
+    size : Size
+
+    Returns
+    -------
+    dict of str to ndarray
+        The pack's tensors but `cu_targets`, `row_scale` in float64, `cu_seqlens` int32 [size.sequences + 1].
+    """
+    tokens = len(pack)
+    ends = np.cumsum([0, *pack.segments.lengths])
+    more = np.minimum(tokens + size.longest * np.arange(1, size.sequences + 2 - len(ends)), size.tokens)
+    fill: Mapping[str, tuple[int, Any]] = {
+        "input_ids": (size.tokens, 0),
+        "positions": (size.tokens, 0),
+        "hidden_rows": (size.targets, size.tokens - 1),
+        "targets": (size.targets, IGNORED),
+        "rows": (size.targets, size.targets - 1),
+    }
+    padded = {
+        name: np.concatenate([array := getattr(pack, name).numpy(), np.full(n - len(array), value, array.dtype)])
+        for name, (n, value) in fill.items()
+    }
+    scale = row_scale.double().numpy()
+    padded["row_scale"] = np.concatenate([scale, np.zeros(size.targets - len(scale))])
+    padded["cu_seqlens"] = np.concatenate([ends, more]).astype(np.int32)
+    return padded
+
+
+def round_up(n: int, unit: int) -> int:
+    """Return the smallest multiple of `unit` that is at least n."""
+    return -(-n // unit) * unit

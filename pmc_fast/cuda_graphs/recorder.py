@@ -1,0 +1,172 @@
+"""CUDA graphs: what captures a computation, and what tells that a capture still holds.
+
+A replay repeats kernels on the memory that they were captured with. Python does not run again: hooks are silent,
+and a weight that moved or an adapter that was switched goes unseen, but for `fingerprint`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import PMCError
+
+ASKS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique2", "unique_consecutive"}
+SIMPLE = frozenset((type(None), bool, int, float, str))
+
+# what a module calls around its forward; a replay does not
+HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_pre_hooks")
+
+
+class CaptureError(PMCError):
+    """A computation can't be captured: it asks the device for a number, or does what no graph can repeat."""
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses operations that make the host wait for a number, which no capture allows."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, or raise CaptureError."""
+        on_card = bool(args) and isinstance(args[0], torch.Tensor) and args[0].is_cuda
+        if on_card and asks_the_device(func, args):
+            raise CaptureError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def asks_the_device(func: Any, args: Any) -> bool:
+    """Return whether an operation of torch's waits for a number, as masks do whose size nobody knows."""
+    overload = func.overloadpacket
+    masks = args[1] if overload in (torch.ops.aten.index, torch.ops.aten.index_put) else []
+    return overload._qualified_op_name.split("::")[1] in ASKS or any(
+        m is not None and m.dtype in (torch.bool, torch.uint8) for m in masks
+    )
+
+
+@contextmanager
+def casting_afresh() -> Iterator[None]:
+    """Let autocast keep no cast of a weight from before into a computation, nor from it for later.
+
+    Whatever wraps a model's forward, as accelerate does, may enter an autocast of its own in there, with the cache on:
+    one capture would then read what another one, or nobody any more, casts.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+class Recorder(Protocol):
+    """What captures computations."""
+
+    def warm_up(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Compute as a capture would, without one: libraries set themselves up in a first run."""
+
+    def record(self, compute: Callable[[], Any]) -> Callable[[], None]:
+        """Capture a computation, without result yet, and return what repeats it on the same memory."""
+
+
+class CudaRecorder:
+    """Captures with torch.cuda.graph, on a stream and in a memory pool of its own.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
+            # shared: graphs never run at the same time, so that one may use another's intermediate memory
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Compute on the stream of captures."""
+        with torch.cuda.device(self._device):
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            try:
+                with torch.cuda.stream(self._stream):
+                    out = compute()
+            finally:  # what it read may be freed on this stream, also if it failed half way
+                here.wait_stream(self._stream)
+            out.record_stream(here)
+        return out
+
+    def record(self, compute: Callable[[], Any]) -> Callable[[], None]:
+        """Capture.
+
+        Raises
+        ------
+        CaptureError
+            With torch's reason. The stream and the device's random generator are as before.
+        """
+        with NoQuestions():  # before the capture: one that fails leaves the allocator of older torch damaged
+            self.warm_up(compute)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what a training program's other threads do (pin memory, say) does not end a capture
+        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device):
+            random = torch.cuda.get_rng_state()
+            try:
+                # the stream's own context also puts it back where the end of a failed capture raises
+                with torch.cuda.stream(self._stream), capture:
+                    compute()
+            except RuntimeError as error:
+                _renew_generator(random)
+                raise CaptureError(str(error).strip().splitlines()[0]) from error
+        return graph.replay
+
+
+def _renew_generator(state: torch.Tensor) -> None:
+    # a capture that failed leaves the generator in a state that only captures may draw from
+    fresh = torch.Generator(device="cuda")
+    fresh.set_state(state)
+    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
+
+
+def fingerprint(model: torch.nn.Module, copies: Mapping[Any, tuple[torch.Tensor | None, ...]]) -> list[Any]:
+    """Return what captures of a model rely on: where its tensors lie, and how its modules are set.
+
+    Weights may change in place, and a graph reads the new ones. A weight that moved, an adapter that was
+    switched off or a hook that was added make another fingerprint.
+
+    Parameters
+    ----------
+    model : Module
+    copies : mapping of modules to tuple of Tensor
+        A module -> tensors that are read in place of its own.
+    """
+    found: list[Any] = []
+    for module in model.modules():  # flat, and without a call for what is simple: training asks before every pass
+        found.append(type(module))
+        for name, value in vars(module).items():
+            if type(value) in SIMPLE:
+                found.append(value)
+            elif name != "forward":  # lent, anew each time
+                copied = name == "_parameters" and module in copies
+                _note(found, copies[module] if copied else value)
+    return found
+
+
+def _note(found: list[Any], value: Any) -> None:
+    if type(value) in SIMPLE:
+        found.append(value)
+    elif isinstance(value, torch.Tensor):
+        found += (value.data_ptr(), value.dtype, value.device, value.shape, value.stride(), value.requires_grad)
+    elif isinstance(value, dict):
+        found.append(len(value))
+        for key, item in value.items():
+            found.append(key)
+            _note(found, item)
+    elif isinstance(value, (list, tuple)):
+        found.append(len(value))
+        for item in value:
+            _note(found, item)
+    elif isinstance(value, (set, frozenset)):
+        found.append(frozenset(value))
+    else:
+        found.append(id(value))  # a config, a function, a module within another

@@ -1,0 +1,106 @@
+"""Exporting a stack as one model or one adapter, and taking its last request back."""
+
+import json
+from typing import Any
+
+import torch
+
+from ..errors import PMCError
+from ..jobs.outputs import ROOM
+from ..models import loading
+from ..utils.files import check_output, written_aside
+from . import adapters
+from .record import CLAIM
+from .stack import Stack, locked
+
+CONTENTS = "requests.json"
+
+
+def merge(
+    stack: str, output: str, *, model: str = "", adapter: bool = False, save_dtype: str = "auto"
+) -> dict[str, Any]:
+    """Write all requests of a stack as one model, or as one PEFT adapter; stack and base model stay as they are.
+
+    Parameters
+    ----------
+    stack : str
+    output : str
+        A new or empty directory.
+    model : str
+        Where the base model is now, if it moved.
+    adapter : bool
+        Write an adapter, its ranks those of all requests side by side, instead of a model.
+    save_dtype : {"auto", "float32", "bfloat16", "float16"}
+        Of a model; auto: as the base model came.
+
+    Returns
+    -------
+    dict
+        What requests.json in `output` holds: ``weights``, the hash of the effective weights, which is the last
+        record's, and ``saved``, that of the weights as they were saved: equal where `save_dtype` is float32.
+    """
+    check_output(output, 0)
+    of = _existing(stack)
+    with of.model(model) as source:
+        loaded = loading.load_model(source, device=torch.device("cpu"))
+    contents: dict[str, Any] = {"claim": CLAIM, "base": loading.weights_hash(loaded.model), "requests": of.links()}
+    contents["data"] = {"earlier": of.earlier()}  # for runs that start from what is written here
+    contents["weights"] = of.apply(loaded.model)
+    if adapter:
+        return _write_adapter(of, output, source, contents)
+    tokenizer = loading.load_tokenizer(source)
+    dtype = loaded.checkpoint_dtype if save_dtype == "auto" else getattr(torch, save_dtype)
+    path = check_output(output, sum(p.numel() for p in loaded.model.parameters()) * dtype.itemsize + ROOM)
+    loaded.model.to(dtype)
+    contents |= {"dtype": str(dtype).removeprefix("torch."), "saved": loading.weights_hash(loaded.model)}
+    with written_aside(path) as directory:
+        loaded.model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / CONTENTS).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    return contents
+
+
+def _write_adapter(stack: Stack, output: str, source: str, contents: dict[str, Any]) -> dict[str, Any]:
+    one = adapters.concatenated([adapters.read(request.directory) for request in stack.requests])
+    contents["rank"] = max(len(f.a) for f in one.factors.values())
+    size = sum((f.a.numel() + f.b.numel()) * f.a.itemsize for f in one.factors.values())
+    with written_aside(check_output(output, size + ROOM)) as directory:
+        adapters.write(one, directory, source)
+        (directory / CONTENTS).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    return contents
+
+
+def roll_back(stack: str, request: str = "", *, model: str = "") -> dict[str, str]:
+    """Take the last request of a stack off, once the weights without it hash to what its record says they were.
+
+    Returns
+    -------
+    dict
+        ``request``; ``kept``: where its directory is now; ``weights``: the hash of the effective weights, computed.
+
+    Raises
+    ------
+    PMCError
+        `request` is not the last one, or the hash differs; then nothing is changed.
+    """
+    _existing(stack)
+    with locked(stack):
+        of = _existing(stack)
+        last = of.check_last(request)
+        remaining = Stack(stack)
+        remaining.requests.pop()
+        with of.model(model) as source:
+            loaded = loading.load_model(source, device=torch.device("cpu"))
+        weights, recorded = remaining.apply(loaded.model), last.record["model"]["before"]
+        if weights != recorded:
+            raise PMCError(
+                f"request {last.name} was not rolled back: the weights without it hash to {weights[:12]}, its record says "
+                f"{recorded[:12]}: this is not the model that it was trained on"
+            )
+        return {"request": last.name, "kept": str(of.roll_back()), "weights": weights}
+
+
+def _existing(stack: str) -> Stack:
+    found = Stack(stack)
+    found.require_requests()
+    return found

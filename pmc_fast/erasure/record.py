@@ -1,0 +1,79 @@
+"""What is written down of a request: hashes, numbers and settings, never a text of it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..data import Row, read_records, rows_of
+from ..errors import PMCError
+from ..report.environment import code
+from ..trainer.checkpointing import digest
+
+FORMAT = 2  # 1 had no hash of each forgotten question
+CLAIM = (
+    "output-level evidence: what the model answers was measured as stated here; this is no proof that its weights hold "
+    "nothing of the data"
+)
+
+
+def record_of(made: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+    """Return a request's record.
+
+    Parameters
+    ----------
+    made : mapping
+        What `job.unlearn` returns.
+    **parts
+        ``request``, ``model``, ``stack``, ``adapter``, ``files``.
+    """
+    settings = made["settings"]
+    return {
+        "format": FORMAT,
+        "claim": CLAIM,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **parts,
+        "data": made["data"],
+        "metrics": {when: _numbers(made[when]) for when in ("before", "after") if when in made},
+        "truth_of_forget": made["truth_of_forget"],
+        "gates": {name: settings[name] for name in ("min_quality", "min_utility", "max_degenerate")},
+        "failed_gates": made["failed_gates"],
+        "steps": len(made["history"]),
+        "stopped": made["stopped"],
+        "known_forgotten": made.get("known_forgotten"),  # the rows that were left out, by number
+        "seeds": {"seed": settings["seed"]},
+        "settings": settings,
+        "settings_sha256": digest(settings),
+        "stage_seconds": dict(made["stage_seconds"]),
+        "code": code(),
+        "versions": made["versions"],
+        "machine": made["machine"],
+    }
+
+
+def _numbers(value: Any) -> Any:
+    """Leave out the texts that --log-text puts into metrics."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(v) for name, v in value.items() if name != "texts"}
+    return value
+
+
+def write_private(path: Path, sets: Mapping[str, Sequence[Row]]) -> None:
+    """Write rows for their owner's eyes alone: mode 0600 from the first byte on."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(handle, "w", encoding="utf-8") as file:
+        for name, rows in sets.items():
+            for row in rows:
+                entry = {"set": name, "question": row.question, "answer": row.answer}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def read_private(path: Path) -> dict[str, list[Row]]:
+    """Read what `write_private` wrote."""
+    records = list(read_records(str(path)))
+    if not all(isinstance(r, Mapping) and isinstance(r.get("set"), str) for r in records):
+        raise PMCError(f"{path} has rows without a set: it is not what was written")
+    names = dict.fromkeys(r["set"] for r in records)
+    return {name: rows_of([r for r in records if r["set"] == name], str(path)) for name in names}

@@ -1,0 +1,243 @@
+"""A model's adapters in the order of their requests: a directory that every kill leaves old or new.
+
+    STACK/0001/     adapter_model.safetensors, adapter_config.json, record.json, report.json, report.html
+    STACK/0002/     trained on the model with 0001 in its weights
+    STACK/rolled_back/
+
+A request is there once its directory has its name, which is one rename; rolling it back is another. No index tells
+the order: names and records do. Each record holds the hashes of all before it, so that none can be changed or left out
+unnoticed.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import PMCError
+from ..jobs.earlier_runs import entry
+from ..models import loading
+from ..trainer.checkpointing import file_sha256
+from ..utils.files import sync
+from . import adapters
+
+RECORD, PRIVATE, ROLLED_BACK = "record.json", "private.jsonl", "rolled_back"
+_NAME = re.compile(r"\d{4,}")
+_UNFINISHED = re.compile(r"\.\d{4,}\.\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that was answered: its directory and what its record says."""
+
+    directory: Path
+    record: dict[str, Any]
+    record_sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    def link(self) -> dict[str, str]:
+        """Return what the records after this one say of it."""
+        return {
+            "request": self.name,
+            "adapter": self.record["files"][adapters.WEIGHTS],
+            "record": self.record_sha256,
+            "weights": self.record["model"]["after"],
+        }
+
+
+class Stack:
+    """The requests of one model, read and checked.
+
+    Raises
+    ------
+    PMCError
+        A request is missing, was changed, or belongs elsewhere; the directory holds something else.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise PMCError(f"stack {directory} is a file: name a directory")
+        entries = {p.name for p in self.directory.iterdir()} if self.directory.exists() else set()
+        names = sorted((n for n in entries if _NAME.fullmatch(n)), key=int)
+        if not names and any(not n.startswith(".") and n != ROLLED_BACK for n in entries):
+            raise PMCError(f"stack {directory} holds other things: name a new or empty directory, or a stack")
+        self.requests: list[Request] = []
+        for name in names:
+            if int(name) != len(self.requests) + 1:
+                raise PMCError(
+                    f"stack {directory}: request {self.next_name} is missing but {name} was trained upon it: "
+                    "put it back; requests are rolled back from the last one on (pmc-fast rollback)"
+                )
+            self.requests.append(self._read(name))
+
+    @property
+    def next_name(self) -> str:
+        return f"{len(self.requests) + 1:04d}"
+
+    @property
+    def next_directory(self) -> Path:
+        return self.directory / self.next_name
+
+    def require_requests(self) -> None:
+        """Refuse a stack without any."""
+        if not self.requests:
+            raise PMCError(f"stack {self.directory} has no requests: `pmc-fast unlearn --lora` makes the first")
+
+    def links(self) -> list[dict[str, str]]:
+        """Return what the next record says of the requests before it."""
+        return [request.link() for request in self.requests]
+
+    def earlier(self) -> list[dict[str, Any]]:
+        """Return an entry for each request and for each run that the base model came from; see `earlier.check`."""
+        entries: list[dict[str, Any]] = []
+        for request in self.requests:
+            data = request.record["data"]
+            # a record holds those before it; one of an older format none
+            entries = [*data.get("earlier", entries), entry(f"request {request.name}", data)]
+        return entries
+
+    def _read(self, name: str) -> Request:
+        directory = self.directory / name
+        try:
+            content = (directory / RECORD).read_text(encoding="utf-8")
+            record = json.loads(content)
+            files, before = record["files"], record["stack"]["before"]
+            record["model"]["after"], files[adapters.WEIGHTS], files[adapters.CONFIG]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PMCError(f"request {directory} has no sound {RECORD}: restore it from a copy") from error
+        for file, sha256 in files.items():
+            if not (directory / file).is_file() or file_sha256(directory / file) != sha256:
+                raise PMCError(f"request {directory} is damaged: {file} is not what was written; restore it")
+        if before != self.links():
+            raise PMCError(
+                f"request {directory} was made upon other requests than those before it: their order or content changed"
+            )
+        return Request(directory, record, file_sha256(directory / RECORD))
+
+    @contextmanager
+    def model(self, given: str) -> Iterator[str]:
+        """Yield where the base model is: as given, else as the last record says, which errors then name."""
+        last = self.requests[-1]
+        recorded = last.record["model"]["source"]
+        with nullcontext() if given else as_recorded(last, "the model", recorded, "--model"):
+            yield given or recorded
+
+    @property
+    def weights(self) -> str:
+        """The recorded hash of the weights with all requests in them."""
+        return self.requests[-1].record["model"]["after"]
+
+    def apply(self, model: Any, before: Callable[[Request], None] = lambda request: None) -> str:
+        """Sum the requests' adapters into the base model's weights, in place; return the hash of the weights.
+
+        `before` is called with each request ahead of its adapter.
+
+        Raises
+        ------
+        PMCError
+            The model is not the one that the stack was begun on, or the weights are not those that the last request
+            was measured with.
+        """
+        base = loading.weights_hash(model)
+        if not self.requests:
+            return base
+        recorded = self.requests[0].record["model"]["before"]
+        if base != recorded:
+            raise PMCError(
+                f"stack {self.directory} is of another model: its weights hash to {recorded[:12]}, this one's to "
+                f"{base[:12]}"
+            )
+        for request in self.requests:
+            before(request)
+            adapters.merge(model, adapters.read(request.directory))
+        made, recorded = loading.weights_hash(model), self.requests[-1].record["model"]["after"]
+        if made != recorded:
+            raise PMCError(
+                f"stack {self.directory}: the weights with {self.requests[-1].name} hash to {made[:12]}, its record says "
+                f"{recorded[:12]}"
+            )
+        return made
+
+    def check_last(self, name: str = "") -> Request:
+        """Return the last request; refuse `name` where it is another."""
+        last = self.requests[-1]
+        if name and name != last.name:
+            if name not in {r.name for r in self.requests}:
+                raise PMCError(f"request {name!r} is not in stack {self.directory}: its last one is {last.name}")
+            raise PMCError(
+                f"request {name} can't be dropped: {last.name} was trained upon it; roll back {last.name} first"
+            )
+        return last
+
+    def roll_back(self) -> Path:
+        """Take the last request off, keeping it in rolled_back; return where it is now."""
+        last = self.requests[-1]
+        kept = self.directory / ROLLED_BACK
+        kept.mkdir(exist_ok=True)
+        number = sum(1 for p in kept.iterdir() if p.name.startswith(f"{last.name}.")) + 1
+        target = kept / f"{last.name}.{number}"
+        try:
+            last.directory.rename(target)
+        except OSError as error:
+            raise PMCError(f"request {last.name} was not rolled back: {error.strerror}") from error
+        sync(kept)
+        sync(self.directory)
+        self.requests.pop()
+        return target
+
+
+@contextmanager
+def as_recorded(request: Request, name: str, value: str, flag: str) -> Iterator[None]:
+    """Add to an error about a path that nobody typed just now whose record names it, and how to name another."""
+    try:
+        yield
+    except PMCError as error:
+        raise PMCError(
+            f"{error} ({name} is what request {request.name}'s record says, {value!r}, typed in the directory that it was "
+            f"made from: say where it is now with {flag})"
+        ) from error
+
+
+@contextmanager
+def locked(directory: str | Path) -> Iterator[None]:
+    """Hold a stack's directory for oneself, making it if need be; what a killed run left unfinished is removed.
+
+    Raises
+    ------
+    PMCError
+        Another process holds it, or it can't be made.
+    """
+    path = Path(directory)
+    made = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise PMCError(f"stack {directory} can't be used: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except OSError as error:
+            raise PMCError(f"stack {directory} is in use by another process: wait for it") from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PMCError(f"stack {directory} can't be written: no permission")
+        for entry in path.iterdir():
+            if _UNFINISHED.fullmatch(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
+        yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # only if it is empty
+        os.close(handle)

@@ -1,0 +1,132 @@
+"""Answering a request: an adapter on the frozen model and all earlier ones, and its record."""
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import UnlearnConfig
+from ..distributed import launched
+from ..errors import PMCError
+from ..jobs import earlier_runs, unlearn
+from ..jobs.earlier_runs import FORGET_SETS
+from ..jobs.progress import Monitor, Stages
+from ..models import loading
+from ..trainer.checkpointing import file_sha256
+from ..utils.files import sync, written_aside
+from . import adapters, record
+from .stack import (
+    PRIVATE,
+    RECORD,
+    Stack,
+    locked,
+)
+
+
+def unlearn_request(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
+    """Run the job with an adapter for its result, the next one of `config.stack`; see `job.unlearn`.
+
+    Returns
+    -------
+    dict
+        What report.json holds, and ``request``: the directory that was written.
+
+    Raises
+    ------
+    PMCError
+        As `job.unlearn`; also a stack that is in use, damaged or of another model, and a missing peft.
+    """
+    _check_possible()
+    with locked(config.stack):
+        outcome = StackedAdapter(config)
+        made = unlearn.unlearn(config, monitor, outcome)
+        return made | {"request": str(outcome.directory)}
+
+
+def check_request(config: UnlearnConfig) -> unlearn.Plan:
+    """Check a request as `job.check` does, and its stack; write nothing."""
+    _check_possible()
+    return unlearn.check(config, StackedAdapter(config))
+
+
+def _check_possible() -> None:
+    if launched()[1] > 1:
+        raise PMCError(f"WORLD_SIZE is {launched()[1]}: --lora runs on one process")
+    adapters.check_peft()
+
+
+class StackedAdapter:
+    """A run that trains the next adapter of a stack; see `pmc_fast.jobs.outputs.Outcome`."""
+
+    def __init__(self, config: UnlearnConfig) -> None:
+        self.config, self.stack = config, Stack(config.stack)
+        self.directory = self.stack.next_directory
+        self.base = self.before = self.after = ""  # hashes of weights
+        self.adapter: adapters.Adapter | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Beside the stack, apart for each state of it: an adapter fits only what it was trained on."""
+        stack = self.stack.directory.resolve()
+        return stack.with_name(f"{stack.name}.checkpoints.{self.before[:12]}")
+
+    def check(self) -> None:
+        """A stack was checked when it was read."""
+
+    def check_room(self, parameters: int, dtype: torch.dtype) -> None:
+        """An adapter is small."""
+
+    def claimed(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the whole stack is locked
+
+    def earlier(self) -> list[dict[str, Any]]:
+        return self.stack.earlier() or earlier_runs.read(self.config.model)
+
+    def attach(self, loaded: loading.LoadedModel, stages: Stages) -> None:
+        c = self.config
+        with stages("stacking"):
+            self.before = self.stack.apply(loaded.model)
+            number = len(self.stack.requests) + 1
+            loaded.model = adapters.attach(
+                loaded.model, r=c.lora_r, alpha=c.lora_alpha, targets=c.lora_target, seed=c.seed + number
+            )
+        resume = Path(c.resume)
+        if c.resume not in ("", "auto") and resume.resolve().parent != self.checkpoints:
+            raise PMCError(
+                f"checkpoint {resume} is not of this state of the stack, whose checkpoints are in {self.checkpoints}"
+            )
+
+    def detach(self, model: Any, stages: Stages) -> Any:
+        with stages("merging"):
+            self.adapter = adapters.extract(model)
+            base = model.unload()
+            adapters.merge(base, self.adapter)
+            self.after = loading.weights_hash(base)
+        return base
+
+    def write(self, made: dict[str, Any], files: dict[str, bytes], plan: unlearn.Plan) -> None:
+        assert self.adapter is not None
+        with written_aside(self.directory) as directory:
+            adapters.write(self.adapter, directory, self.config.model)
+            for name, content in files.items():
+                (directory / name).write_bytes(content)
+            if self.config.keep_private:
+                record.write_private(directory / PRIVATE, {n: r for n, r in plan.rows.items() if n in FORGET_SETS})
+            hashed = (adapters.WEIGHTS, adapters.CONFIG, "report.json")
+            made_record = record.record_of(
+                made,
+                request=self.directory.name,
+                model={"source": self.config.model, "before": self.before, "after": self.after},
+                stack={"before": self.stack.links()},
+                adapter={
+                    "r": self.config.lora_r,
+                    "alpha": self.config.lora_alpha,
+                    "targets": self.adapter.targets,
+                    "parameters": sum(f.a.numel() + f.b.numel() for f in self.adapter.factors.values()),
+                },
+                files={name: file_sha256(directory / name) for name in hashed},
+            )
+            (directory / RECORD).write_text(json.dumps(made_record, indent=1), encoding="utf-8")
+        sync(self.stack.directory)

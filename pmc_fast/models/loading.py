@@ -1,0 +1,250 @@
+"""Loading models and tokenizers through transformers: safetensors only, no remote code."""
+
+import hashlib
+import json
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from ..errors import PMCError
+from . import context
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model, and how it computes and will be saved."""
+
+    model: Any
+    autocast_dtype: torch.dtype | None  # what it computes in under torch.autocast; None: its parameters' own
+    checkpoint_dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model computes."""
+        return context.autocast(self.model.device, self.autocast_dtype)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `name` means, "auto" being cuda where there is one: each local process's own."""
+    if name == "auto":
+        local = os.environ.get("LOCAL_RANK")
+        return torch.device(("cuda" if local is None else f"cuda:{local}") if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise PMCError(f"device is {name!r}: use auto, cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise PMCError(f"device is {name!r}: pmc_fast runs on cpu and cuda")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise PMCError(
+            f"device is {name!r} but torch {torch.__version__} sees {count} CUDA devices: use cpu or another"
+        )
+    return device
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load the tokenizer of a local directory or hub id."""
+    return _load("AutoTokenizer", source)
+
+
+def max_positions(source: str) -> int | None:
+    """Return how many positions a model has, from its config alone; None where it does not say."""
+    return getattr(_load("AutoConfig", source).get_text_config(), "max_position_embeddings", None)
+
+
+def load_generation_config(source: str) -> Any:
+    """Load what a model says of generation, without its weights: its eos ids may be the only ones."""
+    import transformers
+
+    try:
+        return transformers.GenerationConfig.from_pretrained(source)
+    except OSError:  # it has no file of its own
+        return transformers.GenerationConfig.from_model_config(_load("AutoConfig", source))
+
+
+def check_config(source: str, tokenizer: Any, max_length: int) -> list[str]:
+    """Refuse by a model's config alone what its weights could not serve, and return warnings."""
+    config = _load("AutoConfig", source).get_text_config()
+    _require_rows(config.vocab_size, tokenizer, source)
+    return check_positions(config, max_length)
+
+
+def check_positions(config: Any, max_length: int) -> list[str]:
+    """Refuse sequences longer than a model's table of positions; warn where its positions are computed."""
+    config = config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    if not known or max_length <= known:
+        return []
+    if getattr(config, "rope_parameters", None) or getattr(config, "alibi", False):
+        return [
+            f"max_length is {max_length} but the model was made for {known} positions: what comes after them may be "
+            f"nonsense; lower --max-length to {known}"
+        ]
+    raise PMCError(f"max_length is {max_length} but the model has {known} positions: lower --max-length to {known}")
+
+
+def check_source(source: str, device: str) -> tuple[int, torch.dtype]:
+    """Refuse, before any weight is read, a model that can't be loaded or trained.
+
+    Returns
+    -------
+    parameters : int
+        Their number.
+    dtype : torch.dtype
+        As they came.
+    """
+    import transformers
+
+    resolve_device(device)
+    config = _load("AutoConfig", source)
+    if getattr(config, "is_encoder_decoder", False):
+        raise PMCError(
+            f"model {source} is an encoder-decoder ({config.model_type}): PMC needs a causal language model"
+        )
+    if quantisation := getattr(config, "quantization_config", None):
+        kind = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else type(quantisation).__name__
+        raise PMCError(f"model {source} is quantised ({kind}): give the model as it was before")
+    if Path(source).is_dir():
+        _check_files(Path(source))
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of the modelling file, or no such architecture
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PMCError(f"model {source} can't be made from its config.json: {reason}") from error
+    return sum(p.numel() for p in model.parameters()), getattr(config, "dtype", None) or torch.float32
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse a directory without whole safetensors weights."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").is_file():
+        _check_header(directory / "model.safetensors")
+        return
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, AttributeError) as error:
+            raise PMCError(f"model {directory}: {index.name} can't be read: download it again") from error
+        if missing := sorted(shard for shard in shards if not (directory / shard).is_file()):
+            raise PMCError(
+                f"model {directory} lacks {', '.join(missing[:3])}, which {index.name} names: download it again"
+            )
+        for shard in sorted(shards):
+            _check_header(directory / shard)
+        return
+    others = sorted(
+        p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+    )
+    found = f"{others[0]} can't be loaded" if others else "no weights"
+    raise PMCError(
+        f"model {directory} has no model.safetensors ({found}): pmc_fast reads safetensors alone; save it with "
+        "save_pretrained"
+    )
+
+
+def _check_header(file: Path) -> None:
+    """Refuse a safetensors file that is cut short or damaged at its head; no weight is read."""
+    try:
+        safetensors.safe_open(file, "pt")
+    except Exception as error:  # SafetensorError, OSError
+        raise PMCError(f"model {file.parent} can't be loaded: {file.name} is damaged ({error})") from error
+
+
+def load_model(
+    source: str, *, device: torch.device, dtype: str = "auto", param_dtype: str = "float32"
+) -> LoadedModel:
+    """Load a causal language model for training.
+
+    Parameters
+    ----------
+    source : str
+        A directory or hub id with safetensors weights.
+    device : torch.device
+        Where to put it.
+    dtype : {"auto", "float32", "bfloat16"}
+        What it computes in. auto: bfloat16 (autocast) on cuda, float32 on the CPU.
+    param_dtype : {"float32", "bfloat16"}
+        What its parameters are kept in.
+    """
+    config = _load("AutoConfig", source)
+    how: dict[str, Any] = {"dtype": getattr(torch, param_dtype), "use_safetensors": True, "output_loading_info": True}
+    model, found = _load("AutoModelForCausalLM", source, **how)
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up, and say so in a table
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise PMCError(f"model {source} lacks weights that its config.json asks for ({missing[0]}{more}): mend it")
+    model = model.to(device)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise PMCError(f"{source} holds NaN or infinite weights in {name}: use a sound checkpoint")
+    _make_savable(model.generation_config, source)
+    model.eval()
+    # bfloat16 parameters compute in bfloat16 by themselves
+    low = param_dtype == "float32" and (dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"))
+    checkpoint_dtype = getattr(config, "dtype", None) or torch.float32
+    return LoadedModel(model, torch.bfloat16 if low else None, checkpoint_dtype)
+
+
+def _make_savable(generation_config: Any, source: str) -> None:
+    """Repair or refuse now what save_pretrained would refuse after training: flags that contradict each other."""
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config.do_sample = True  # temperature or top_p without it: the common case
+        try:
+            generation_config.validate(strict=True)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise PMCError(f"{source}: generation_config.json can't be saved again ({reason}): mend it") from error
+
+
+def check_fit(model: Any, tokenizer: Any, source: str) -> None:
+    """Refuse a tokenizer that can name tokens which the model has no embedding for."""
+    _require_rows(model.get_input_embeddings().weight.shape[0], tokenizer, source)
+
+
+def _require_rows(rows: int, tokenizer: Any, source: str) -> None:
+    if len(tokenizer) > rows:
+        raise PMCError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
+
+
+def weights_hash(model: Any) -> str:
+    """Return a hash of a model's weights: names, dtypes, shapes and bytes, shared ones once.
+
+    Names are those of transformers: a version that renames parameters gives another hash. Every byte is read: about a
+    second a gigabyte on one core (135M parameters in float32: 0.5 s).
+    """
+    content, seen = hashlib.sha256(), set()
+    for name, tensor in sorted(model.state_dict().items()):
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        content.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if hasattr(tensor, "full_tensor"):  # of FSDP2: all processes get here
+            tensor = tensor.full_tensor()
+        content.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return content.hexdigest()
+
+
+def _load(loader: str, source: str, **options: Any) -> Any:
+    import transformers
+
+    path = Path(source)
+    if not source:
+        raise PMCError("model is not given: --model takes a directory or a hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise PMCError(f"model {source} has no config.json: give a directory saved by save_pretrained")
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
+        raise PMCError(f"model directory {source} does not exist")
+    try:
+        return getattr(transformers, loader).from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise PMCError(f"model {source} can't be loaded by {loader}: {reason}") from error

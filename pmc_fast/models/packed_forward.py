@@ -1,0 +1,241 @@
+"""Forward passes over packs through the model's own forward, the head computed by `weighted_nll`."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ..cuda_graphs.recorder import CaptureError, CudaRecorder
+from ..cuda_graphs.training import PassGraphs
+from ..data import Encoded
+from ..data.packing import Pack, num_targets, pack
+from ..errors import PMCError
+from ..ops.weighted_nll import weighted_nll
+from . import patching
+from .context import CLOSE, autocast, check_placement, eval_mode, known_tokens, plain_logps
+from .fsdp import is_sharded
+from .fused_layers import FastLayers, checkpointed
+from .lm_head import check_logits, read_head
+from .packed_attention import ATTENTION
+from .recognition import (
+    CHECKED,
+    Recognised,
+    own_errors,
+    recognise,
+    rope_limit,
+)
+from .supported import check_adapters, check_pass
+
+GRAPHED = ("cuda",)  # devices whose passes are replayed
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the transformers model inside PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class PackedPass:
+    """Runs packs through a causal language model.
+
+    The model's own forward runs, on one sequence [1, T]: hooks, wrappers, adapters, checkpointing and autocast apply
+    as in any other pass. Exchanged for its time are the attention function (each sequence sees itself alone)
+    and the head's forward (`weighted_nll` over the rows that predict a target, instead of logits), also layers that
+    our kernels compute faster (`FastLayers`).
+
+    Parameters
+    ----------
+    base : transformers.PreTrainedModel
+        The causal language model itself, without wrappers.
+    cuda_graphs : bool
+        Replay CUDA graphs of passes with gradients, where they can be captured: on CUDA in bfloat16, of the bare
+        model or PEFT's, without hooks, dropout, checkpointing or sharding. Gradients are then ready with the loss, and
+        backward may be called once.
+    """
+
+    def __init__(self, base: Any, *, cuda_graphs: bool = False) -> None:
+        check_placement(base)
+        self.base = base
+        # the configuration tells one limit, `check` finds the others
+        name = type(base).__name__
+        self._recognised = Recognised(name, (), *rope_limit(base.config.get_text_config(), name))
+        self._layers = FastLayers(base, training=True)
+        self._cuda_graphs = cuda_graphs
+        self.graphs: PassGraphs | None = None
+        self._compared: set[bool] = set()  # modes (train, eval) in which what follows the head was looked at
+
+    def __call__(
+        self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sum of row_scale * -logp over a pack's targets, and the log-probs.
+
+        Parameters
+        ----------
+        pack : Pack
+            Of the model's device, or of the host: only these are replayed.
+        row_scale : Tensor [M]
+            Weight of each target.
+        model : callable, optional
+            What to call: the model wrapped by DDP, FSDP, PEFT or torch.compile. By default the bare one.
+
+        Returns
+        -------
+        loss : Tensor []
+            Differentiable.
+        logps : Tensor [M]
+            Not differentiable.
+        """
+        if self._recognised.limited:
+            self._recognised.require(int(pack.positions.max()) + 1, "a sequence")
+        call = self.base if model is None else model
+        check_pass(self.base, call)
+        check_adapters(call)
+        device = self.base.get_input_embeddings().weight.device
+        replayed = self._replayed(pack, row_scale, call, device)  # never the first pass of a size or mode
+        new_mode = self.base.training not in self._compared
+        return replayed or self._compute(pack.to(device), row_scale.to(device), model=model, compare=new_mode)
+
+    def _replayed(
+        self, pack: Pack, row_scale: torch.Tensor, call: Any, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self._cuda_graphs and self.graphs is None:
+            base = self.base
+            # asked each time that a recorder is made: the model may have been moved
+            self.graphs = PassGraphs(base, lambda: CudaRecorder(base.get_input_embeddings().weight.device), CLOSE)
+        if self.graphs is None or not isinstance(call, torch.nn.Module) or device.type not in GRAPHED:
+            return None
+        if _compiled(call) or checkpointed(self.base) or is_sharded(self.base):
+            return None
+        try:
+            return self.graphs(self._compute, pack, row_scale, call)
+        except CaptureError as error:
+            warnings.warn(f"{error}; its kernels are launched one by one, which is slower", stacklevel=3)
+            self._cuda_graphs, self.graphs = False, None
+            return None
+
+    def _compute(
+        self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None, compare: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        base = self.base
+        made: dict[str, torch.Tensor] = {}
+        around: list[torch.Tensor] = []  # what the head's forward returned, and what the model made of it
+
+        def head_forward(hidden: torch.Tensor) -> torch.Tensor:
+            patching.check_rows(base, hidden.shape[1], len(pack.hidden_rows))
+            # inside the head's own call: a sharded head is whole here
+            head = read_head(base)
+            made["loss"], made["logps"] = weighted_nll(
+                hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options()
+            )
+            if compare:
+                around.append(hidden.detach().clone())  # a model may scale in place
+            return hidden  # in place of logits, which nobody reads
+
+        inner = base.forward
+
+        def base_forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+            out = inner(*args, **kwargs)
+            if compare:
+                around.append(getattr(out, "logits", out[0]).detach())
+            return made  # what a wrapper sees as the module's output: it must find the loss there
+
+        call = base if model is None else model
+        with ExitStack() as stack:
+            stack.enter_context(patching.ONE_AT_A_TIME)
+            stack.enter_context(patching.attention(base, ATTENTION))
+            stack.enter_context(_checkpointing(base))
+            stack.enter_context(patching.forward(base.get_output_embeddings(), head_forward))
+            stack.enter_context(patching.forward(base, base_forward))
+            if not _compiled(call) and not is_sharded(base):
+                stack.enter_context(self._layers.lend())
+            out = call(
+                input_ids=pack.input_ids[None],
+                position_ids=pack.positions[None],
+                use_cache=False,
+                logits_to_keep=pack.hidden_rows,
+                packed_segments=pack.segments,
+            )
+        if compare:
+            check_logits(base, *around)
+            self._compared.add(base.training)
+        return out["loss"], out["logps"]
+
+    def mean_nll(self, sequences: Sequence[Encoded], *, max_tokens: int = 8192, model: Any = None) -> torch.Tensor:
+        """Return the mean cross-entropy of the sequences' trained tokens: plain fine-tuning without padding."""
+        count = sum(map(num_targets, sequences))
+        losses = []
+        for p in pack([[s] for s in sequences], max_tokens):
+            scale = torch.full((len(p.targets),), 1 / count, dtype=torch.float32)
+            losses.append(self(p, scale, model=model)[0])
+        return torch.stack(losses).sum()
+
+    def check(self, autocast_dtype: torch.dtype | None = None, *, model: Any = None) -> None:
+        """Compare a pack's log-probs with the model's plain ones on random tokens, before anything depends on them.
+
+        Raises
+        ------
+        PMCError
+            They differ by more than rounding; attention that is not recognised.
+        """
+        base, call = self.base, self.base if model is None else model
+        embeddings = base.get_input_embeddings().weight
+        generator = torch.Generator().manual_seed(0)
+        with (
+            patching.ONE_AT_A_TIME,  # the plain forward is compared with
+            torch.no_grad(),
+            eval_mode(base),
+            autocast(embeddings.device, autocast_dtype),
+            own_errors(base),
+        ):
+            self._recognised = recognise(base)
+            lengths = [5, 9, *self._recognised.wide]
+            vocab = known_tokens(base)
+            sequences = [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
+            packed = pack([[Encoded(ids, list(ids))] for ids in sequences], 2 * CHECKED)[0].to(embeddings.device)
+            zeros = torch.zeros(len(packed.targets), device=embeddings.device)
+            _, ours = self(packed, zeros, model=model)
+            theirs = [plain_logps(call, torch.tensor([ids], device=ours.device))[0] for ids in sequences]
+        torch.clear_autocast_cache()  # older torch keeps weights that it casts here, without their gradients
+        apart = (torch.cat(theirs) - ours).abs()
+        short = lengths[0] + lengths[1] - 2
+        # what lies beyond a window is not to vanish in a mean of all
+        error = max(float(of.mean()) for of in (apart[:short], apart[short:][-8:]) if len(of))
+        dtype = autocast_dtype or embeddings.dtype
+        if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
+            raise PMCError(
+                f"{type(base).__name__}: a packed pass does not compute what the model computes with "
+                f"attn_implementation {base.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; "
+                "under mixed precision give autocast_dtype; if it stays, this family is not supported"
+            )
+
+
+def _compiled(model: Any) -> bool:
+    """Return whether torch.compile traces the model: it must see torch's layers then."""
+    return any(
+        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
+        for m in model.modules()
+    )
+
+
+@contextmanager
+def _checkpointing(base: Any) -> Iterator[None]:
+    """Let checkpointed layers find the packed attention also when backward runs them again."""
+    layers = [m for m in base.modules() if "_gradient_checkpointing_func" in vars(m)]
+    originals = [m._gradient_checkpointing_func for m in layers]
+    try:
+        for layer, original in zip(layers, originals, strict=True):
+            layer._gradient_checkpointing_func = functools.partial(_checkpoint, base, original)
+        yield
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer._gradient_checkpointing_func = original
+
+
+def _checkpoint(base: Any, original: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    def again(*inputs: Any) -> Any:
+        with patching.attention(base, ATTENTION):
+            return function(*inputs)
+
+    return original(again, *args)

@@ -1,0 +1,86 @@
+"""What is changed in a transformers model for the time of a pass, and put back after it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from ..cuda_graphs.recorder import HOOKS
+from ..errors import PMCError
+
+UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask")  # what an attention may add that ours do not know
+# Models share modelling files, and threads may share a model: what one exchanges, another must not find or put back.
+ONE_AT_A_TIME = threading.RLock()
+
+
+def is_bare(module: Any) -> bool:
+    """Return whether nothing of a module would be missed if it and all in it were computed without a call."""
+    if not isinstance(module, torch.nn.Module):
+        return True
+    return all("forward" not in vars(m) and not any(getattr(m, kind) for kind in HOOKS) for m in module.modules())
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Make `function` known to transformers' attention interface."""
+    AttentionInterface.register(name, function)
+
+
+@contextmanager
+def attention(model: Any, name: str) -> Iterator[None]:
+    """Let every layer of `model` call the attention function `name`."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [
+        (c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")
+    ]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+def widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Fill values up with zeros to the size of keys, for kernels that know one size; what they add is cut off after."""
+    missing = key.shape[-1] - value.shape[-1]
+    if missing < 0:
+        raise PMCError(f"attention of values wider ({value.shape[-1]}) than keys ({key.shape[-1]}) is not supported")
+    return torch.nn.functional.pad(value, (0, missing)) if missing else value
+
+
+def check_rows(model: Any, found: int, wanted: int) -> None:
+    """Refuse a model whose head is not called with the rows that `logits_to_keep` asked for."""
+    if found != wanted:
+        raise PMCError(
+            f"{type(model).__name__} does not heed logits_to_keep ({found} rows for {wanted}): this family is not supported"
+        )
+
+
+def check_call(module: Any, state: Any, extras: dict[str, Any]) -> None:
+    """Refuse a layer that does not hand on our `state`, or whose attention needs what ours does not know."""
+    name = type(module).__name__
+    if state is None or getattr(module, "layer_idx", None) is None:
+        raise PMCError(
+            f"{name} does not hand its arguments on to the attention interface: this family is not supported"
+        )
+    for extra in UNKNOWN:
+        if extras.get(extra) is not None:
+            raise PMCError(f"{name} needs {extra} in its attention: this family is not supported")
+
+
+@contextmanager
+def forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward; hooks and wrappers around it stay."""
+    own = vars(module).get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if own is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = own

@@ -1,0 +1,235 @@
+"""What a model's layers see, and up to which length: asked of its own masks and configuration.
+
+A comparison on random tokens shows what they happen to meet. Windows, chunks and length-dependent rotary embeddings
+lie thousands of tokens away in real models, so they are recognised: one pass of three tokens, whose attention computes
+nothing, collects the masks that the model makes, as functions of positions, and what it hands to each layer.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionMaskInterface
+
+from ..errors import PMCError
+from . import patching
+from .context import eval_mode
+
+PROBE = "pmc_fast_probe"
+ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
+STATIC_ROPES = {"default", "linear", "yarn", "llama3", "proportional", "ntk_alpha", "xdrope"}
+FAR = 1 << 20  # tokens that a mask is followed
+LEAST = 16  # tokens that a model must be right for to be of use
+CHECKED = 1024  # the widest window that the checks on numbers go beyond
+
+Layer = tuple[int, int | None]  # what a layer's mask tells, see `_mask`, and the window that it is handed
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """The windows that layers see, and the most tokens of a sequence that is computed as the model does."""
+
+    name: str
+    windows: tuple[int, ...] = ()
+    longest: int = FAR
+    reason: str = "its masks are followed no further"
+
+    def require(self, tokens: int, what: str) -> None:
+        """Refuse a sequence that is too long."""
+        if tokens > self.longest:
+            raise PMCError(
+                f"{self.name}: {self.reason}: sequences of more than {self.longest} tokens are not supported, and "
+                f"{what} may take {tokens}: lower max_length, or shorten it"
+            )
+
+    @property
+    def limited(self) -> bool:
+        return self.longest < FAR
+
+    @property
+    def wide(self) -> list[int]:
+        """The length of one sequence that reaches beyond the widest window, for checks; none where none is wide."""
+        return [min(w + 9, self.longest) for w in self.windows if w <= CHECKED][-1:]
+
+
+def recognise(model: Any) -> Recognised:
+    """Return what is known of a causal language model's layers, from its masks and configuration.
+
+    Raises
+    ------
+    PMCError
+        Layers that see, or share, what ours do not know, by the family's name.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    if other := set(kinds) - ATTENTIONS:
+        raise PMCError(f"{name} has layers of {sorted(other)}: this family is not supported")
+    if sparse := [key for key in vars(config) if key.startswith("index_topk") and getattr(config, key)]:
+        raise PMCError(f"{name} has sparse attention ({sparse[0]}): this family is not supported")
+    layers = _probed(model)
+    if len(layers) != config.num_hidden_layers:
+        raise PMCError(
+            f"{name}: {len(layers)} of {config.num_hidden_layers} layers went through transformers' attention "
+            "interface: this family is not supported"
+        )
+    if any(len(calls) > 1 for calls in layers.values()):
+        raise PMCError(f"{name} calls its layers' attention more than once a pass: this family is not supported")
+    windows, limits = set(), [rope_limit(config, name)]
+    for [(mask, window)] in layers.values():
+        if not mask:
+            raise PMCError(f"{name} has a mask that is not causal, or not of positions alone: not supported")
+        if mask != (window or FAR):
+            limits.append((min(abs(mask), window or FAR), _different(mask, window)))
+        elif window:
+            windows.add(window)
+    sliding = kinds.count("sliding_attention")
+    if sum(bool(window) or mask != FAR for [(mask, window)] in layers.values()) < sliding:
+        raise PMCError(f"{name} does not say how far its {sliding} sliding layers see: not supported")
+    longest, reason = min(limits, key=lambda limit: limit[0])
+    if longest < LEAST:
+        raise PMCError(f"{name}: {reason}: sequences of more than {longest} tokens are not supported")
+    return Recognised(name, tuple(sorted(windows)), longest, reason)
+
+
+def rope_limit(config: Any, name: str) -> tuple[int, str]:
+    """Return up to which length a configuration's rotary embedding does not depend on a pass's longest sequence.
+
+    Beyond it a long neighbour would change a short sequence, and keys that a rollout computed already would be stale.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    limits = [(FAR, Recognised.reason)]
+    for ropes in (given, *(r for r in given.values() if isinstance(r, dict))):
+        kind = ropes.get("rope_type", "default")
+        if kind == "dynamic":
+            limits.append(
+                (
+                    config.max_position_embeddings,
+                    "its dynamic rotary embedding depends on a pass's length beyond a limit",
+                )
+            )
+        elif kind == "longrope":
+            original = ropes.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            limits.append((original, "its longrope rotary embedding is another one beyond a limit"))
+        elif kind not in STATIC_ROPES:
+            raise PMCError(f"{name} has a rotary embedding of type {kind!r}: not supported")
+    return min(limits)
+
+
+@contextmanager
+def own_errors(model: Any) -> Iterator[None]:
+    """Turn what a model's own code raises under an exchanged attention into a refusal by name."""
+    try:
+        yield
+    except PMCError:
+        raise
+    except Exception as error:
+        if not _raised_by(model, error):
+            raise
+        line = (str(error).splitlines() or [""])[0]
+        raise PMCError(
+            f"{type(model).__name__}: its own code fails where its attention is exchanged ({type(error).__name__}: "
+            f"{line}): this family is not supported"
+        ) from error
+
+
+def _raised_by(model: Any, error: Exception) -> bool:
+    """Return whether the last to call torch, or to raise, was a modelling file, and it was not for want of memory."""
+    files = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    last = next((name for name in reversed(files) if name.partition(".")[0] != "torch"), "")
+    own = {type(m).__module__ for m in model.modules()}
+    return (last.startswith("transformers.") or last in own) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def _different(mask: int, window: int | None) -> str:
+    if mask < 0:
+        return "its mask is chunked, or no sliding window for another reason"
+    return f"its mask and its layers disagree about their sliding window ({mask if mask < FAR else None}, {window})"
+
+
+@torch.no_grad()
+def _probed(model: Any) -> dict[int, list[Layer]]:
+    """Return what each layer is handed in one pass."""
+    weight = model.get_input_embeddings().weight
+    ids = torch.zeros((1, 3), dtype=torch.int64, device=weight.device)
+    layers: dict[int, list[Layer]] = {}
+    with (
+        patching.ONE_AT_A_TIME,
+        eval_mode(model),
+        patching.attention(model, PROBE),
+        own_errors(model),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        positions = torch.arange(3, device=weight.device)[None]
+        model(input_ids=ids, position_ids=positions, use_cache=False, probed_layers=layers)
+    return layers
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    probed_layers: dict[int, list[Layer]] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Note what a layer is handed, and return something of an attention's shape."""
+    patching.check_call(module, probed_layers, kwargs)
+    assert probed_layers is not None
+    told = FAR
+    if attention_mask is None:
+        causal = kwargs.get("is_causal")
+        if not (getattr(module, "is_causal", True) if causal is None else causal):
+            raise PMCError(f"{type(module).__name__} sees what comes after a token: not supported")
+    else:
+        values = attention_mask.unique().tolist() if attention_mask.dtype == torch.int64 else []
+        if len(values) != 1:
+            raise PMCError(
+                f"{type(module).__name__} makes or changes its mask by itself: this family is not supported"
+            )
+        told = int(values[0])
+    probed_layers.setdefault(module.layer_idx, []).append((told, sliding_window or None))
+    heads = query.shape[1] // value.shape[1]
+    return value.repeat_interleave(heads, 1).transpose(1, 2).contiguous(), None
+
+
+def _mask(mask_function: Callable[..., Any], q_length: int, kv_length: int, **options: Any) -> torch.Tensor:
+    """Return a mask whose every number tells what the mask function lets a token see.
+
+    n: itself and the n - 1 tokens before it. FAR: all before it. -n: all before it in sequences of up to n tokens,
+    something else in longer ones. 0: something else.
+    """
+    with torch.device(options.get("device", "cpu")):
+        return torch.full((options.get("batch_size", 1), 1, q_length, kv_length), _told(mask_function))
+
+
+def _told(mask_function: Callable[..., Any]) -> int:
+    zero, near, all_ = torch.tensor(0), torch.arange(2 * LEAST), torch.arange(2 * FAR)
+
+    def seen(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        made = torch.as_tensor(mask_function(zero, zero, queries, keys))
+        return made.bool().broadcast_to(torch.broadcast_shapes(queries.shape, keys.shape))
+
+    try:
+        window = int(seen(all_[:FAR], zero).long().cumprod(0).sum())  # the first tokens, which see all before them
+        if (
+            not (seen(near[:, None], near) <= (near <= near[:, None])).all()
+            or seen(torch.tensor(FAR - 1), all_[FAR:]).any()
+        ):
+            return 0
+        for last in (FAR, FAR + 1, FAR + window // 2):  # of a chunk one of them sees fewer
+            if window < FAR and not torch.equal(
+                seen(torch.tensor(last), all_), (all_ <= last) & (all_ > last - window)
+            ):
+                return -window
+    except Exception:  # a function of one batch's numbers, such as where its image tokens are
+        return 0
+    return window
+
+
+AttentionMaskInterface.register(PROBE, _mask)
+patching.register_attention(PROBE, _attention)

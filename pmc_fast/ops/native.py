@@ -1,0 +1,63 @@
+"""Finds the compiled modules and says what is missing when one is needed."""
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+from ..errors import PMCError
+
+ISAS = ("generic", "avx2", "avx512")  # as csrc/simd.h counts them
+
+
+@functools.cache  # asked for in every layer of every step
+def cpu() -> ModuleType:
+    """Return the C++ module that every build of pmc_fast carries.
+
+    Raises
+    ------
+    PMCError
+        The package was put in place without being built.
+    """
+    try:
+        return importlib.import_module("pmc_fast._cpu")
+    except ImportError as error:
+        raise PMCError(
+            f"pmc_fast's C++ module is missing ({error}): install g++ and run `pip install .` again"
+        ) from error
+
+
+@functools.cache
+def isa() -> int:
+    """Return which instructions the C++ uses: an index of ISAS, the machine's best or what PMC_FAST_ISA names.
+
+    Raises
+    ------
+    PMCError
+        The variable names none, or one that this machine has not.
+    """
+    best = cpu().best_isa()
+    asked = os.environ.get("PMC_FAST_ISA") or ISAS[best]
+    if asked not in ISAS:
+        raise PMCError(f"PMC_FAST_ISA is {asked!r}: use one of {', '.join(ISAS)}, or leave it unset")
+    if ISAS.index(asked) > best:
+        raise PMCError(f"PMC_FAST_ISA is {asked!r}, but this machine has no more than {ISAS[best]}")
+    return ISAS.index(asked)
+
+
+@functools.cache
+def cuda() -> ModuleType:
+    """Return the CUDA module, which is built where nvcc is found.
+
+    Raises
+    ------
+    PMCError
+        The package was built without nvcc.
+    """
+    try:
+        return importlib.import_module("pmc_fast._cuda")
+    except ImportError as error:
+        raise PMCError(
+            f"pmc_fast's CUDA module is missing ({error}): install the CUDA toolkit and run "
+            "`PMC_FAST_CUDA=1 pip install .` again"
+        ) from error

@@ -1,0 +1,92 @@
+"""The CPU's GEMMs (ours where they are faster, else torch's) and row kernel (C++), for `nll_chunks`."""
+
+import torch
+
+from . import native
+from .gemm import gemm, gemm_serves
+from .nll_chunked import Logits
+
+CHUNK_BYTES = 64 << 20  # logits held at once: larger chunks bring the GEMMs nothing more
+VOCAB_BLOCK = 8192  # rows of a bfloat16 or float16 head made float32 at a time
+GEMM_ROWS = 100  # from which on our GEMM computes both gradients faster; logits it always does
+
+
+class Cpu:
+    """Computes in float32 (or float64) whatever the inputs are: low-precision GEMMs are slow on most CPUs."""
+
+    def chunk_rows(self, rows: int, head: torch.Tensor, workspace: int) -> int:
+        size = max(1, min(workspace, CHUNK_BYTES) // (head.shape[0] * self.logits_dtype(head).itemsize))
+        chunks = max(1, -(-rows // size))
+        return max(1, -(-rows // chunks))  # of equal size
+
+    def logits_dtype(self, hidden: torch.Tensor) -> torch.dtype:
+        return torch.promote_types(hidden.dtype, torch.float32)
+
+    def logits(self, hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+        hidden = hidden.to(out.dtype)
+        for block in _blocks(head, out.dtype):
+            turned = head[block].to(out.dtype).T
+            if gemm_serves(hidden, turned):
+                gemm(hidden, turned, out=out[:, block])
+            else:
+                torch.mm(hidden, turned, out=out[:, block])
+
+    def d_hidden(self, d_logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        total = None
+        for block in _blocks(head, d_logits.dtype):
+            d_block, wide = d_logits[:, block], head[block].to(d_logits.dtype)
+            part = gemm(d_block, wide) if _many(d_block, wide) else d_block @ wide
+            total = part if total is None else total.add_(part)
+        assert total is not None  # a head has rows
+        return total
+
+    def d_head(
+        self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        hidden = hidden.to(d_logits.dtype)
+        if _many(d_logits, hidden):
+            return gemm(d_logits.T, hidden, out=total, add=total is not None)
+        return d_logits.T @ hidden if total is None else total.addmm_(d_logits.T, hidden)
+
+    def nll_rows(
+        self,
+        logits: torch.Tensor,
+        cu_targets: torch.Tensor,
+        targets: torch.Tensor,
+        row_scale: torch.Tensor,
+        logps: torch.Tensor,
+        bias: torch.Tensor | None,
+        how: Logits,
+        grad: bool,
+        isa: int | None = None,
+    ) -> None:
+        module = native.cpu()
+        kernel = module.nll_rows_f64 if logits.dtype == torch.float64 else module.nll_rows_f32
+        wide = None if bias is None else bias.to(logits.dtype).contiguous()
+        kernel(
+            logits.data_ptr(),
+            logits.stride(0),
+            *logits.shape,
+            0 if wide is None else wide.data_ptr(),
+            how.temperature,
+            how.softcap,
+            how.logit_scale,
+            cu_targets.data_ptr(),
+            targets.data_ptr(),
+            row_scale.data_ptr(),
+            logps.data_ptr(),
+            targets.shape[0],
+            grad,
+            native.isa() if isa is None else isa,
+            torch.get_num_threads(),
+        )
+
+
+def _many(d_logits: torch.Tensor, other: torch.Tensor) -> bool:
+    return d_logits.shape[0] >= GEMM_ROWS and gemm_serves(d_logits, other)
+
+
+def _blocks(head: torch.Tensor, dtype: torch.dtype) -> list[slice]:
+    """Return the whole head, or blocks of its rows where they must be converted first."""
+    step = head.shape[0] if head.dtype == dtype else VOCAB_BLOCK
+    return [slice(begin, begin + step) for begin in range(0, head.shape[0], step)]

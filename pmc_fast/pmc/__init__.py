@@ -1,0 +1,1 @@
+"""The algorithm without a loop: sampling, reward, store, losses."""

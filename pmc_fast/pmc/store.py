@@ -1,0 +1,92 @@
+"""What PMC remembers of each forget question between visits: the best answer so far and its score."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import PMCError
+
+
+@dataclass(slots=True)
+class _Entry:
+    answer: Any
+    score: float
+    visits: int
+
+
+class BestStore:
+    """Best-so-far answers, one slot a question (arXiv 2507.04219, published code's ``sampled_data``).
+
+    Parameters
+    ----------
+    num_questions : int
+        Questions are the indices 0 to num_questions - 1.
+
+    Notes
+    -----
+    An answer is text for PMC itself; trainers without strings store token ids. The store never
+    looks inside.
+    """
+
+    def __init__(self, num_questions: int) -> None:
+        if num_questions < 1:
+            raise PMCError(f"num_questions is {num_questions}: a store needs at least 1")
+        self._entries: list[_Entry | None] = [None] * num_questions
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def pending(self, indices: Sequence[int]) -> list[int]:
+        """Return those of `indices` to sample again: without an entry, or with a score above 0."""
+        return [i for i in indices if (entry := self._at(i)) is None or entry.score > 0]
+
+    def offer(self, index: int, answer: Any, score: float) -> bool:
+        """Take `answer` unless the stored one scores lower; a tie replaces. True if it was taken."""
+        if not 0 <= score <= 1:  # NaN fails this too
+            raise PMCError(f"score of question {index} is {score}: a reward must stay within 0 and 1")
+        entry = self._at(index)
+        if entry is None:
+            self._entries[index] = _Entry(answer, float(score), 1)
+            return True
+        entry.visits += 1
+        if score > entry.score:
+            return False
+        entry.answer, entry.score = answer, float(score)
+        return True
+
+    def answer(self, index: int) -> Any:
+        """Return the stored answer; KeyError if the question was never offered one."""
+        return self._filled(index).answer
+
+    def score(self, index: int) -> float:
+        """Return the stored answer's score; KeyError if the question was never offered one."""
+        return self._filled(index).score
+
+    def visits(self, index: int) -> int:
+        """Return how often the question was offered an answer."""
+        entry = self._at(index)
+        return 0 if entry is None else entry.visits
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready copy. It holds generated answers: keep it as private as the data."""
+        return {
+            "entries": [None if e is None else [e.answer, e.score, e.visits] for e in self._entries],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned; a state of another size is refused."""
+        entries = state["entries"]
+        if len(entries) != len(self._entries):
+            raise PMCError(f"store of {len(entries)} questions does not fit a run of {len(self._entries)}")
+        self._entries = [None if e is None else _Entry(e[0], float(e[1]), int(e[2])) for e in entries]
+
+    def _at(self, index: int) -> _Entry | None:
+        if not 0 <= index < len(self._entries):
+            raise IndexError(f"question {index} is not in a store of {len(self._entries)}")
+        return self._entries[index]
+
+    def _filled(self, index: int) -> _Entry:
+        entry = self._at(index)
+        if entry is None:
+            raise KeyError(f"question {index} has no answer yet")
+        return entry

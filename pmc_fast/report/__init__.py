@@ -1,0 +1,1 @@
+"""Pages, plots and numbers of a run, and the machine it ran on."""

@@ -1,0 +1,95 @@
+"""What a result was made on: machine, versions, and what this build of pmc_fast can use."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+PACKAGES = ("pmc_fast", "torch", "triton", "transformers", "tokenizers", "numpy", "flash_attn", "datasets", "peft")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that results depend on; None where absent."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, its cores usable here, memory in GiB, system, and the GPU's name or None."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    flags: list[str] = []
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+        cpu = fields.get("model name", cpu)
+        wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        flags = [f for f in wanted if f in fields.get("flags", "").split()]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu,
+        "cpu_flags": flags,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def code() -> dict[str, str | None]:
+    """Return which code this is: its version, a hash of its files, and the commit where it is a git checkout."""
+    package = Path(__file__).resolve().parents[1]
+    files = sorted(
+        Path(directory, name)
+        for directory, _, names in os.walk(package, followlinks=True)  # kernels is a link in a checkout
+        for name in names
+        if name.endswith((".py", ".so", ".pyd", ".jinja"))
+    )
+    content = hashlib.sha256()
+    for file in files:
+        content.update(
+            f"{file.relative_to(package).as_posix()}\0".encode() + hashlib.sha256(file.read_bytes()).digest()
+        )
+    return {"version": __version__, "sha256": content.hexdigest(), "commit": _commit(package)}
+
+
+def _commit(package: Path) -> str | None:
+    if not (package.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else's
+        return None
+
+
+def capabilities() -> dict[str, str]:
+    """Return each optional part and whether it is here, or what would bring it."""
+    from ..errors import PMCError
+    from ..ops.native import ISAS, isa
+
+    try:
+        native = f"built, uses {ISAS[isa()]} instructions"
+    except PMCError as error:
+        native = str(error)
+    extras = {"cli": "datasets", "lora": "peft", "reference": "rouge_score"}
+    present = {
+        extra: "installed" if importlib.util.find_spec(module) else f"missing: pip install 'pmc_fast[{extra}]'"
+        for extra, module in extras.items()
+    }
+    return {"C++ module": native} | {f"extra {name}": state for name, state in present.items()}

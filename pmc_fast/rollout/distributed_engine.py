@@ -1,0 +1,48 @@
+"""One rollout, shared out over the processes of a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..distributed import Ranks
+from .engine import RolloutEngine, Rollouts
+
+PEAKS = ("peak_slots", "pool_bytes")  # of a process: over several the largest, where other counters add up
+
+
+def add_counters(total: dict[str, float], counted: Mapping[str, float]) -> None:
+    """Add one process's counters to those of others."""
+    for name, n in counted.items():
+        total[name] = max(total.get(name, 0), n) if name in PEAKS else total.get(name, 0) + n
+
+
+class SharedEngine:
+    """An engine that all processes call together with the same prompts: each samples its share, all get everything.
+
+    Which samples a prompt gets does not depend on their number. On several processes log-probs stay where they were
+    computed: `Rollouts` then has tokens and counters alone.
+    """
+
+    def __init__(self, engine: RolloutEngine, ranks: Ranks) -> None:
+        self.engine, self.ranks = engine, ranks
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        drafts: Sequence[Sequence[Sequence[int]]] | None = None,
+        positions: Sequence[list[int] | None] | None = None,
+        **how: Any,
+    ) -> Rollouts:
+        if self.ranks.size == 1:
+            return self.engine(prompts, drafts=drafts, positions=positions, **how)
+        mine = self.ranks.share(range(len(prompts)))
+        own = None if drafts is None else [drafts[i] for i in mine]
+        places = None if positions is None else [positions[i] for i in mine]
+        made = self.engine([prompts[i] for i in mine], drafts=own, positions=places, **how)
+        found: dict[int, list[list[int]]] = {}
+        counters: dict[str, float] = {}
+        for tokens, counted in self.ranks.gather((dict(zip(mine, made.tokens, strict=True)), made.counters)):
+            found |= tokens
+            add_counters(counters, counted)
+        whole = {name: int(n) for name, n in counters.items()}
+        return Rollouts([found[i] for i in range(len(prompts))], [], [], [], whole)

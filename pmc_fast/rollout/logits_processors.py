@@ -1,0 +1,97 @@
+"""Draws from logits that depend on their rows' histories, as a model's generation_config asks."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessorList
+
+from ..models.generation import followed, not_followed, processors
+from ..ops.sample_nucleus import Draws, sample_nucleus
+from .request import Request
+
+
+class Histories:
+    """Knows which tokens each row of a plan follows, and draws from what `generate` would make of its logits.
+
+    A row of the trie is a history, so that all samples in it have the same logits before and after.
+
+    Parameters
+    ----------
+    settings : dict
+        What `generation.followed` returned; none: logits are drawn from as they are.
+    work : Request
+    """
+
+    def __init__(self, settings: dict[str, Any], work: Request) -> None:
+        self._settings, self._stops = settings, work.stop_ids
+        # all prompts have their longest answers in common, or their longest total
+        totals = {len(p) + n for p, n in zip(work.prompts, work.max_new, strict=True)}
+        self._total = totals.pop() if len(totals) == 1 else None
+        self._max_new = work.max_new[0] if work.max_new else 0
+        self._token_at = np.zeros(0, dtype=np.int64)  # of each slot of the pool
+        self._processors: dict[int, LogitsProcessorList] = {}
+
+    def draw(
+        self, logits: torch.Tensor, plan: Mapping[str, np.ndarray], draws: tuple[torch.Tensor, ...], **how: Any
+    ) -> Draws:
+        """Draw a plan's tokens; their log-probs stay those of the model's own logits."""
+        if not self._settings:
+            return sample_nucleus(logits, *draws, **how)
+        drawn = sample_nucleus(self._processed(logits, plan), *draws, **how)
+        rows = np.repeat(np.arange(len(logits)), np.diff(plan["cu_draws"]))
+        at = torch.from_numpy(rows).to(logits.device)
+        own = logits[at, drawn.tokens.clamp(min=0)].double() - logits.double().logsumexp(-1)[at]
+        return replace(drawn, logps=own)
+
+    def _processed(self, logits: torch.Tensor, plan: Mapping[str, np.ndarray]) -> torch.Tensor:
+        groups: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+        for number, (history, generated) in enumerate(self._of(plan)):
+            groups.setdefault((len(history) - generated, len(history)), []).append((number, history))
+        out = logits.clone()
+        for (prompt, _), rows in groups.items():
+            numbers, histories = zip(*rows, strict=True)
+            at = torch.tensor(numbers, device=logits.device)
+            ids = torch.from_numpy(np.stack(histories)).to(logits.device)
+            out[at] = self._for(prompt, logits.device)(ids, logits[at])
+        return out
+
+    def _of(self, plan: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, int]]:
+        """Return the tokens that each row of logits follows, its own included, and how many of them are an answer's."""
+        slots, size = plan["slots"], int(plan["slots"].max()) + 1
+        if size > len(self._token_at):
+            self._token_at = np.concatenate([self._token_at, np.zeros(2 * size - len(self._token_at), np.int64)])
+        self._token_at[slots] = plan["tokens"]
+        found = []
+        for row, first in zip(plan["logit_rows"], plan["cu_draws"][:-1], strict=True):
+            block = int(np.searchsorted(plan["cu_rows"], row, side="right")) - 1
+            prefix = plan["prefix"][plan["cu_prefix"][block] :][: plan["prefix_len"][row]]
+            suffix = plan["suffix"][plan["cu_suffix"][row] : plan["cu_suffix"][row + 1]]
+            found.append((self._token_at[np.concatenate([prefix, suffix])], int(plan["draw_positions"][first])))
+        return found
+
+    def _for(self, prompt: int, device: torch.device) -> LogitsProcessorList:
+        if prompt not in self._processors:
+            longest = self._total or prompt + self._max_new
+            self._processors[prompt] = processors(
+                self._settings, prompt=prompt, longest=longest, stops=self._stops, device=device
+            )
+        return self._processors[prompt]
+
+
+def settings_of(model: Any, *, sampling: bool, told: set[str]) -> dict[str, Any]:
+    """Return what a model's generation_config asks of histories; warn, once, of what it asks in vain."""
+    config = getattr(model, "generation_config", None)
+    others = {k: v for k, v in not_followed(config, sampling=sampling).items() if k not in told}
+    told.update(others)
+    if others:
+        named = ", ".join(f"{name} {value!r}" for name, value in others.items())
+        warnings.warn(
+            f"{type(model).__name__}: generation_config has {named}, which answers here do not follow: `generate` may "
+            "say something else",
+            stacklevel=3,
+        )
+    return followed(config)

@@ -1,0 +1,243 @@
+"""Lets a transformers model compute one step's rows over the shared pool, and leaves it as it was.
+
+The model's own code runs unmodified on one packed sequence of tokens that need not be neighbours: an
+attention function registered with transformers' attention interface writes their keys and values to the
+pool and reads what each row sees. No transformers cache is involved, whose calls differ between versions.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ..cuda_graphs.recorder import CudaRecorder, casting_afresh, fingerprint
+from ..models import patching
+from ..models.context import autocast, eval_mode
+from ..models.fsdp import is_sharded
+from ..models.fused_layers import FastLayers, plain, replaced
+from ..ops.decode_attention import StepIndex, decode_attention
+from ..ops.decode_layers import fast_linear_serves, linear
+from . import weights
+from .graphs import StepGraphs
+from .inputs import StepTensors
+
+ATTENTION = "pmc_fast_rollout"
+LEAST_SLOTS = 1024  # of a pool under graphs: as it grows they are captured again
+
+
+class ModelStep:
+    """A model's forward pass over rows of a rollout.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+    autocast_dtype : torch.dtype, optional
+        The dtype that training runs under with torch.autocast: the linear layers then read a copy of their
+        weights in it, renewed by every `lend`.
+    """
+
+    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
+        self.model, self.autocast_dtype = model, autocast_dtype
+        self.graphs: StepGraphs | None = None
+        self._counted = {"graph_captures": 0, "graph_replays": 0}  # by graphs that are gone
+        self._relies_on: Any = None
+        self._forget_buffers()
+        self._index: StepIndex | None = None
+        self._backend: str | None = None
+
+    def use_graphs(self, use: bool) -> None:
+        """Replay CUDA graphs of padded steps from the next `lend` on, or no longer."""
+        if not use and self.graphs is not None:
+            self._counted = self.graph_counters()
+            self.graphs = None
+        elif use and self.graphs is None:
+            self.graphs = StepGraphs(lambda: CudaRecorder(self.device), type(self.model).__name__)
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Set the model up for rollouts; put everything back at the end, also after an exception."""
+        weight = self.model.get_input_embeddings().weight
+        if (weight.device, weight.dtype) != (self.device, self._dtype):  # the model was moved
+            self._forget_buffers()
+        with ExitStack() as stack:
+            stack.enter_context(patching.ONE_AT_A_TIME)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(casting_afresh())  # under the caller's autocast; older torch: without their gradients
+            stack.enter_context(eval_mode(self.model))
+            stack.enter_context(patching.attention(self.model, ATTENTION))
+            if not is_sharded(self.model):  # whose weights are there during a layer's own forward only
+                stack.enter_context(replaced(self._linears()))
+            stack.enter_context(self.autocast())
+            if not is_sharded(self.model):
+                stack.enter_context(self._layers.lend())  # as it is computed: layers are tried
+            if self.graphs is not None:  # once a rollout: weights do not move during one
+                self._relies_on = fingerprint(self.model, self._copies)
+            yield
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context that the model computes in."""
+        # a graph would read what autocast casts once and keeps, long after that is gone
+        return autocast(self.device, self.autocast_dtype, cache_enabled=self.graphs is None)
+
+    def logits(self, step: StepTensors) -> torch.Tensor:
+        """Compute a step and return the logits of the rows that it wants them of.
+
+        Parameters
+        ----------
+        step : StepTensors
+
+        Returns
+        -------
+        float32 Tensor [L, V], or float64 for a float64 model on the CPU
+            Under graphs gone with the next step.
+        """
+        self._reserve(step.span)
+        compute = functools.partial(self._compute, step)
+        if self.graphs is None or step.bucket is None:
+            return compute()
+        pool = [t.data_ptr() for pair in self.pool.values() for t in pair]
+        return self.graphs(step.bucket, step.tokens.data_ptr(), (self._relies_on, pool), compute)
+
+    def _compute(self, step: StepTensors) -> torch.Tensor:
+        self._index = step.index
+        out = self.model(
+            input_ids=step.tokens[None],
+            position_ids=step.positions[None],
+            use_cache=False,
+            logits_to_keep=step.logit_rows,
+            rollout_step=self,
+        )
+        self._index = None
+        patching.check_rows(self.model, out.logits.shape[1], len(step.logit_rows))
+        logits = out.logits[0]
+        wide = logits.dtype == torch.float64 and self.device.type == "cpu"  # CUDA's sampler reads no float64
+        return logits if wide else logits.float()
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attend in one layer: q [1, heads, R, dim], k and v [1, kv_heads, R, dim] -> [1, R, heads, dim of v]."""
+        assert self._index is not None  # only `logits` calls the model
+        if self.autocast_dtype is not None:  # as autocast does with torch's own attention: rotary kept float32
+            q, k, v = (t.to(self.autocast_dtype) for t in (q, k, v))
+        if layer not in self.pool:
+            shape = (self._span, k.shape[1], k.shape[3])
+            self.pool[layer] = (k.new_empty(shape), v.new_empty(shape))
+        size = v.shape[-1]
+        q, k, v = (t[0].transpose(0, 1) for t in (q, k, patching.widened(v, k)))
+        k_pool, v_pool = self.pool[layer]
+        made = decode_attention(
+            q, k, v, k_pool, v_pool, self._index, scale=scale, softcap=softcap, window=window, backend=self._backend
+        )
+        return made[None, ..., :size]
+
+    def pool_bytes(self) -> int:
+        """Return the memory that the pool takes now."""
+        return sum(t.nbytes for pair in self.pool.values() for t in pair)
+
+    def copy_bytes(self) -> int:
+        """Return the memory of the weights' copies: under autocast, and with LoRA's adapters merged into them."""
+        return sum(t.nbytes for pair in self._copies.values() for t in pair if t is not None)
+
+    def graph_counters(self) -> dict[str, int]:
+        """Return how many steps were captured and replayed so far."""
+        captures, replays = (0, 0) if self.graphs is None else (self.graphs.captures, self.graphs.replays)
+        now = {"graph_captures": captures, "graph_replays": replays}
+        return {name: n + self._counted[name] for name, n in now.items()}
+
+    def _forget_buffers(self) -> None:
+        weight = self.model.get_input_embeddings().weight
+        self.device, self._dtype = weight.device, weight.dtype
+        self.pool: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._copies: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._layers = FastLayers(self.model)
+        self._span = 0
+        if self.graphs is not None:
+            self.graphs.drop()
+
+    def _reserve(self, span: int) -> None:
+        if span <= self._span:
+            return
+        spare = self._span * 3 // 2 if self.graphs is None else max(2 * self._span, LEAST_SLOTS)
+        self._span = max(span, spare)
+        for layer, pair in self.pool.items():
+            self.pool[layer] = tuple(_longer(t, self._span) for t in pair)  # type: ignore[assignment]
+
+    def _linears(self) -> dict[Any, Callable[..., torch.Tensor]]:
+        forwards: dict[Any, Callable[..., torch.Tensor]] = {}
+        for module in self.model.modules():
+            if "forward" in vars(module):
+                continue
+            if (
+                self.autocast_dtype is None
+                and weights.merges(module)
+                and fast_linear_serves(module.base_layer.weight)
+            ):
+                forwards[module] = functools.partial(linear, weight=self._merged(module), bias=module.base_layer.bias)
+            if type(module) is not torch.nn.Linear or not plain(module.weight) or _makes_weight(module):
+                continue
+            if self.autocast_dtype is not None and module.weight.dtype == torch.float32:
+                weight, bias = self._copy(module)
+                forwards[module] = functools.partial(torch.nn.functional.linear, weight=weight, bias=bias)
+            elif self.autocast_dtype is None and fast_linear_serves(module.weight):
+                forwards[module] = functools.partial(linear, weight=module.weight, bias=module.bias)
+        return forwards
+
+    def _merged(self, module: Any) -> torch.Tensor:
+        weight = module.base_layer.weight
+        copy, _ = self._copies.setdefault(module, (torch.empty_like(weight, requires_grad=False), None))
+        weights.merge_into(copy, module)
+        return copy
+
+    def _copy(self, module: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if module not in self._copies:
+            low = functools.partial(torch.empty_like, dtype=self.autocast_dtype, requires_grad=False)
+            self._copies[module] = (low(module.weight), None if module.bias is None else low(module.bias))
+        weight, bias = self._copies[module]
+        weight.copy_(module.weight)
+        if bias is not None:
+            bias.copy_(module.bias)
+        return weight, bias
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    rollout_step: ModelStep | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend over the pool; the signature is transformers' attention interface's."""
+    patching.check_call(module, rollout_step, kwargs)
+    assert rollout_step is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return rollout_step.attend(module.layer_idx, query, key, value, scale, softcap, sliding_window), None
+
+
+patching.register_attention(ATTENTION, attention)
+
+
+def _makes_weight(module: torch.nn.Linear) -> bool:
+    """Return whether a layer's weight may be made in its call, by pruning, a weight norm or fake quantisation."""
+    return bool(module._forward_pre_hooks) or "weight" not in module._parameters
+
+
+def _longer(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    longer = tensor.new_empty((size, *tensor.shape[1:]))
+    longer[: tensor.shape[0]] = tensor
+    return longer

@@ -1,0 +1,1 @@
+"""PMC as a transformers Trainer, with its checkpoints."""

@@ -1,0 +1,346 @@
+"""PMC as a transformers Trainer."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.memory import clear_device_cache
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from ..config import PMCConfig
+from ..data import Encoded, questions_of
+from ..data.packing import num_targets
+from ..errors import NotFiniteError, PMCError
+from ..pmc.algorithm import PMC
+from ..pmc.reward import Reward
+from ..pmc.schedule import EpochOrder
+from ..utils.text import printable
+from .arguments import (
+    PMCArguments,
+    autocast_dtype,
+    check_arguments,
+    check_inputs,
+    check_optimizer,
+    check_overrides,
+    check_precision,
+    has_low_precision,
+)
+from .evaluation import EvaluatingTrainer
+from .master_weights import MasterWeights
+from .resumable import ResumableTrainer
+from .stopping import StopRule
+
+logger = logging.get_logger(__name__)
+
+
+class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
+    """Unlearns with Partial Model Collapse.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+    args : transformers.TrainingArguments, optional
+        `PMCArguments` by default. Other TrainingArguments are taken as they are.
+    forget_dataset : iterable
+        Questions: texts, prompts as lists of token ids, or rows with a ``question``, ``prompt``, ``query`` or
+        ``instruction``, or chats in ``messages``. Answers are never read. A list, a datasets.Dataset, a stream, a frame.
+    retain_dataset : iterable
+        Rows with questions and answers, or tokenised ones with ``input_ids``, ``labels`` and, if they are padded,
+        ``attention_mask``.
+    pmc_config : PMCConfig, optional
+    processing_class : transformers.PreTrainedTokenizerBase
+    callbacks, optimizers
+        As of the Trainer.
+    reward : callable, optional
+        See `PMC`.
+    eval_dataset : iterable, or dict of them, optional
+        Rows as of `retain_dataset`: see `EvaluatingTrainer` for what is measured.
+    compute_metrics, preprocess_logits_for_metrics, optimizer_cls_and_kwargs
+        As of the Trainer. Other arguments of its are refused by name.
+
+    Notes
+    -----
+    All questions of an optimizer step are sampled in one rollout, in `get_batch_samples`. Logged beside the Trainer's own
+    numbers: collapse_loss and retain_loss, means over the steps since the last log; rows, sampled_tokens, rollout_seconds
+    and train_seconds, their sums; mean_score and pending as they are then. A checkpoint is sealed and holds initial
+    answers (mode 0600); resuming from one continues the same trajectory, on one CPU process bit for bit.
+
+    Under `accelerate launch` every process takes its part of each micro-batch; none is trained on twice where the
+    last one is uneven. A checkpoint may be continued on another number of processes with as many questions a step.
+    """
+
+    _tag_names = ["pmc-fast", "unlearning"]  # noqa: RUF012
+    optimizer: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        forget_dataset: Iterable[Any] | None = None,
+        retain_dataset: Iterable[Any] | None = None,
+        pmc_config: PMCConfig | None = None,
+        processing_class: Any = None,
+        *,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        reward: Reward | None = None,
+        eval_dataset: Iterable[Any] | dict[str, Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        **others: Any,
+    ) -> None:
+        args = PMCArguments() if args is None else args
+        if pmc_config is None:  # TRL's class has both
+            pmc_config = PMCConfig(**args.algorithm()) if isinstance(args, PMCConfig) else PMCConfig()
+        check_inputs(model, args, pmc_config, processing_class, others)
+        check_overrides(type(self))
+        for text in check_arguments(args, pmc_config):
+            if args.process_index == 0:
+                logger.warning(text)
+        check_precision(model, args, optimizers[0])
+        if optimizers[0] is None and optimizer_cls_and_kwargs is None:
+            check_optimizer(args, model)
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # the Trainer would wrap the model in DataParallel: use accelerate launch for more GPUs
+        questions = questions_of(forget_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=list(range(len(questions))),
+            data_collator=lambda indices: {"indices": indices},
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), _StepEnd(self)],
+            optimizers=optimizers,
+            eval_dataset=eval_dataset,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        self.pmc = PMC(
+            self.model, processing_class, pmc_config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
+        )
+        self.retain = self.pmc.encode_retain(retain_dataset, warn=self._warn)
+        self.eval_dataset = self.encode_eval(eval_dataset)
+        self.retain_order = torch.Generator().manual_seed(pmc_config.seed + 1)
+        self.stop_rule = None
+        if pmc_config.stop_score is not None:
+            self.stop_rule = StopRule(pmc_config.stop_score, pmc_config.stop_retain_loss, pmc_config.stop_steps)
+        self.stopped: str | None = None  # why the stopping rule fired
+        self._step: dict[str, Any] = {}
+        self._window: list[dict[str, float]] = []  # metrics of the steps since the last log
+
+    # --- data
+
+    def _warn(self, text: str) -> None:
+        if self.is_world_process_zero():
+            logger.warning(text)
+
+    def get_train_dataloader(self) -> Any:
+        """Return a loader of the indices of all processes' questions, the same on each; `_mine` takes them apart.
+
+        Accelerate's own sharding would fill up an uneven last batch with questions a second time.
+        """
+        loader: torch.utils.data.DataLoader[int] = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size * self.pmc.ranks.size,
+            sampler=EpochOrder(len(self.pmc.questions), self.pmc.config.seed),
+            collate_fn=self.data_collator,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        if not len(loader):
+            raise PMCError(f"dataloader_drop_last leaves no batch of {len(self.pmc.questions)} questions")
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def _mine(self, count: int) -> slice:
+        """Return this process's part of `count` questions: where they are few, the last get fewer or none.
+
+        So normalization "micro_batch" has the groups that one process has with more micro-batches.
+        """
+        size, rank = self.args.train_batch_size, self.pmc.ranks.rank
+        return slice(min(rank * size, count), min((rank + 1) * size, count))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any
+    ) -> tuple[list[Any], None]:
+        """Collect an optimizer step's micro-batches, sample all their questions at once, draw their retain pairs."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        everyones = [[int(i) for i in batch["indices"]] for batch in batches]
+        if not everyones:
+            return [], None
+        switch: Any = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, back from an evaluation
+        if callable(switch):
+            switch()
+        start = time.perf_counter()
+        indices = [batch[self._mine(len(batch))] for batch in everyones]
+        try:
+            step = self.pmc.sample([i for batch in indices for i in batch])
+        except NotFiniteError as error:
+            if not self.state.global_step:  # the model came like that
+                raise
+            raise self.diverged() from error
+        self._step = {
+            "losses": [],
+            "tokens": 0,
+            "counters": step.counters,
+            "rollout_seconds": time.perf_counter() - start,
+        }
+        self._step["indices"] = step.indices
+        self._step["begin"] = time.perf_counter()
+        retain = [self._draw_retain(len(batch))[self._mine(len(batch))] for batch in everyones]
+        tokens = sum(num_targets(s) for batch in retain for s in batch)
+        parts = step.split(self.args.train_batch_size)
+        made = [
+            {"part": part, "retain": kept, "retain_tokens": tokens} for part, kept in zip(parts, retain, strict=True)
+        ]
+        return made, None
+
+    def _draw_retain(self, count: int) -> list[Encoded]:
+        draws = torch.randint(len(self.retain), (count,), generator=self.retain_order)
+        return [self.retain[i] for i in draws.tolist()]
+
+    # --- a step
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, pack by pack; its loss is its share of the step's."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        made = None
+        for made in self.pmc.losses(
+            inputs["part"], inputs["retain"], model=model, retain_tokens=inputs["retain_tokens"]
+        ):
+            with self.pmc.ranks.watched():
+                self.accelerator.backward(made.loss)
+            total += made.loss.detach()
+            self._step["tokens"] += made.counters["tokens"]
+        assert made is not None
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        self._step["losses"].append((total, made.collapse, made.retain, len(inputs["part"].indices)))
+        return total
+
+    def _finish_step(self, control: Any) -> None:
+        """Take stock at the end of an optimizer step: metrics, divergence, the stopping rule."""
+        own = [torch.stack([x.double() for x in of]).tolist() for *of, questions in self._step["losses"] if questions]
+        loss, collapse, retain = zip(*(of for theirs in self.pmc.ranks.gather(own) for of in theirs), strict=True)
+        if not math.isfinite(sum(loss)):
+            raise self.diverged()
+        count = len(collapse)
+        scores = self.pmc.scores()
+        questions = len(self.pmc.questions)
+        counters = self._step["counters"]
+        metrics = {
+            "collapse_loss": sum(collapse) / count,
+            "retain_loss": sum(retain) / count,
+            "mean_score": sum(scores) / len(scores),
+            "pending": questions - sum(score == 0 for score in scores),
+            "sampled_tokens": counters.get("sampled_tokens", 0.0),
+            "rows": counters.get("rows", 0.0),
+            "rollout_seconds": self._step["rollout_seconds"],
+            "train_seconds": time.perf_counter() - self._step["begin"],
+        }
+        self._window.append(metrics)
+        if self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen += sum(self.pmc.ranks.gather(self._step["tokens"]))
+        if self.stop_rule is not None:
+            self.stopped = self.stop_rule.update(
+                metrics["mean_score"], metrics["retain_loss"], all_visited=len(scores) == questions
+            )
+            control.should_training_stop = control.should_training_stop or self.stopped is not None
+
+    def diverged(self) -> PMCError:
+        """Return the error that names this step."""
+        step = self.state.global_step
+        return PMCError(
+            f"training diverged at step {step} of {self.state.max_steps} (NaN or infinite numbers): try a "
+            f"learning_rate below {self.args.learning_rate:g}"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the Trainer's numbers and, with training steps', PMC's over the same steps."""
+        if "loss" in logs and self._window:
+            logs |= _over(self._window)
+            self._window = []
+            if getattr(self.args, "log_text", False) and self.is_world_process_zero():
+                self._print_answers()
+        super().log(logs, *args, **kwargs)
+
+    def _print_answers(self) -> None:
+        table = Table("question", "initial answer", "stored", "score", title=f"step {self.state.global_step}")
+        pmc = self.pmc
+        for i in self._step["indices"]:
+            stored = " | ".join(str(answer) for answer, _ in pmc.store.answer(i))
+            row = (str(pmc.questions[i]), pmc.initial_answers[i], stored, f"{pmc.store.score(i):.3f}")
+            table.add_row(*(escape(printable(text)) for text in row))
+        Console().print(table)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return grad_norm  # not computed for the log alone: it reads and writes all gradients
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        pass  # of input_ids, which there are none of: counted at the end of a step
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # the Trainer's estimate counts padded input_ids, which there are none of
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a trial would begin from a model that another has trained."""
+        raise PMCError(
+            "hyperparameter_search is not supported: make a PMCTrainer, with a fresh model, for each trial"
+        )
+
+    # --- optimizer
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the optimizer, with float32 masters where parameters are bfloat16."""
+        fresh = self.optimizer is None
+        super().create_optimizer(*args, **kwargs)
+        if fresh and getattr(self.args, "master_weights", True) and has_low_precision(self.model):
+            self.optimizer = MasterWeights(self.optimizer)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Create the schedule; where warmup_steps is 0, with `PMCArguments.warmup_epochs` of warm-up."""
+        epochs, warmup = getattr(self.args, "warmup_epochs", 0.0), self.args.warmup_steps
+        if epochs and not warmup:
+            batches = len(self.get_train_dataloader())
+            self.args.warmup_steps = round(epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
+        try:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        finally:
+            self.args.warmup_steps = warmup
+
+
+MEANS = ("collapse_loss", "retain_loss")  # as the Trainer's loss
+STATES = ("mean_score", "pending")  # after the last step; all others add up
+
+
+def _over(window: list[dict[str, float]]) -> dict[str, float]:
+    """Return the metrics of several steps as those of one."""
+    made = {}
+    for name, last in window[-1].items():
+        total = sum(metrics[name] for metrics in window)
+        made[name] = last if name in STATES else total / len(window) if name in MEANS else total
+    return made
+
+
+class _StepEnd(TrainerCallback):
+    """Hands the end of each optimizer step to the trainer, before it is logged and saved."""
+
+    def __init__(self, trainer: PMCTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._window = []  # as the Trainer's own sum
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.trainer._finish_step(control)
+        return control

@@ -1,0 +1,1 @@
+"""Files, text of unknown origin, words."""

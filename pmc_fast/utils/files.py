@@ -1,0 +1,178 @@
+"""Writing a result directory whole or not at all."""
+
+import errno
+import fcntl
+import glob
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import PMCError
+
+
+def check_output(output: str, needed_bytes: int) -> Path:
+    """Refuse an output directory that can't take the result, before any work starts."""
+    if not output:
+        raise PMCError("output is not given: --output names the directory to write")
+    if output.startswith("~"):  # of a configuration file, or --output=~/..., which no shell expands
+        raise PMCError(f"output {output} begins with ~: write the path out")
+    path = Path(output).resolve()  # a link's target: rename would replace the link or fail on it
+    if path == Path.cwd().resolve() or path in Path.cwd().resolve().parents:
+        raise PMCError(f"output {output} is the directory that you are in, or above it: name a new one")
+    longest = _longest_name()
+    if len(os.fsencode(path.name)) > longest:
+        raise PMCError(
+            f"output {output[:40]}... has a name of {len(os.fsencode(path.name))} bytes: at most {longest}"
+        )
+    if path.is_mount():
+        raise PMCError(f"output {output} is a mount point: name a directory inside it")
+    if path.exists() and not path.is_dir():
+        raise PMCError(f"output {output} is a file: name a new or empty directory")
+    if path.is_dir() and any(path.iterdir()):
+        raise PMCError(f"output {output} is not empty: name a new or empty directory")
+    parent = next(p for p in path.parents if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PMCError(f"output {output} can't be written: no permission in {parent}")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise PMCError(f"output {output} needs {needed_bytes / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} free")
+    return path
+
+
+def _longest_name() -> int:
+    """Return how many bytes a name may have that others are made of, beside what it names."""
+    return os.pathconf("/", "PC_NAME_MAX") - len(f"..{os.getpid()}.checkpoints")
+
+
+@contextmanager
+def claimed(output: str) -> Iterator[None]:
+    """Keep an output directory, and what stands beside it such as checkpoints, for this process alone.
+
+    The lock is a file beside it, `.NAME.lock`, and ends with its process, however that ends.
+
+    Raises
+    ------
+    PMCError
+        Another process has it.
+    """
+    path = Path(output).resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    made = [p for p in lock.parents if not p.exists()]
+    with one_error(f"output {output}"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise PMCError(
+                    f"output {output} is being written by another run: wait for it, or name another"
+                ) from None
+            if lock.exists() and lock.stat().st_ino == os.fstat(handle).st_ino:
+                break  # else its last holder has just removed it
+            os.close(handle)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()  # of a run that wrote nothing
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a directory beside `path` that takes its name when the block ends without an error.
+
+    What a process that was killed left aside for the same `path` is removed.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with one_error(f"output {path}"):
+            _remove_abandoned(path)
+            aside.mkdir(parents=True)
+            descriptor = os.open(aside, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # until this process ends: it is not abandoned
+                yield aside
+                for file in aside.rglob("*"):
+                    if file.is_file():
+                        with file.open("rb") as handle:
+                            os.fsync(handle.fileno())
+                aside.rename(path)  # an empty directory of that name is replaced
+            finally:
+                os.close(descriptor)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_new_files(files: Mapping[str, str | None]) -> None:
+    """Refuse names of files to be written, by what they are for, that are taken, equal or in no directory."""
+    seen: dict[Path, str] = {}
+    for kind, file in files.items():
+        if not file:
+            continue
+        path = Path(file).absolute()
+        if path.exists() or not path.parent.is_dir():
+            raise PMCError(f"{kind} file {file} exists, or its directory does not: name a new one")
+        longest = _longest_name()
+        if len(os.fsencode(path.name)) > longest:
+            raise PMCError(f"{kind} file {file[:40]}... has too long a name: at most {longest} bytes")
+        if path in seen:
+            raise PMCError(f"{seen[path]} file and {kind} file are both {file}: name two")
+        seen[path] = kind
+
+
+def write_file(file: str, text: str) -> None:
+    """Write a file whole or not at all."""
+    path = Path(file).absolute()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.rename(path)
+    except OSError as error:
+        raise PMCError(f"{file} can't be written: {error.strerror}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_error(what: str) -> Iterator[None]:
+    """Turn what goes wrong in writing `what`, such as a full disk, into a PMCError."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch.save have classes of their own
+        own = any(words in str(error).lower() for words in ("os error", "inline_container", "iostream"))
+        if isinstance(error, PMCError) or not (isinstance(error, OSError) or own):
+            raise
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise PMCError(f"{what} was not written: {reason}") from error
+
+
+def _remove_abandoned(path: Path) -> None:
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if not aside.name.rsplit(".", 1)[1].isdigit() or not aside.is_dir() or aside.is_symlink():
+            continue
+        descriptor = os.open(aside, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(aside, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its process is alive
+        finally:
+            os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,346 @@
+"""The core: the reference's picks, losses and gradients, however a step is cut into pieces."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from pmc_fast import PMC, PMCConfig
+from pmc_fast.data import Row, collate
+from pmc_fast.errors import PMCError
+from pmc_fast.pmc.selection import bradley_terry, draw
+from pmc_fast.reference import Reference
+from pmc_fast.rollout.engine import Rollouts
+
+QUESTIONS = ["Who wrote it?", "Where was the author born, and when?", "Why?", "What is the name of the cat?"]
+RETAIN = [Row("Is 4 even?", "It is."), Row("And 5?", "No, it is odd."), Row("6?", "Yes."), Row("7?", "No, never.")]
+
+
+def core(model, tokenizer, questions=QUESTIONS, **settings):
+    given = {"num_samples": 3, "max_length": 40, "prompt_format": "tags", "temperature": 1.25} | settings
+    return PMC(model, tokenizer, PMCConfig(**given), questions)
+
+
+@pytest.fixture
+def ready(tiny, tokenizer):
+    """A core whose questions have been sampled once."""
+
+    def make(**settings):
+        pmc = core(tiny, tokenizer, **settings)
+        pmc.prepare()
+        return pmc, pmc.sample(range(len(pmc.questions)))
+
+    return make
+
+
+def half(initial, candidates, min_len):
+    """A reward that is never satisfied: questions are sampled at every visit."""
+    return np.full((len(initial), len(candidates[0])), 0.5)
+
+
+def gradients(model):
+    made = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    return made
+
+
+def close(ours, theirs, rtol=1e-4):
+    for name, g in theirs.items():
+        assert (ours[name] - g).norm() <= rtol * g.norm(), name
+
+
+def reference_of(pmc):
+    """The published algorithm with the core's answers in its store."""
+    reference = Reference(pmc.model, pmc.encoder.tokenizer, pmc.config, pmc.questions)
+    reference.initial_answers = pmc.initial_answers
+    for i in range(len(pmc.questions)):
+        [[answer, _]] = pmc.store.answer(i)
+        reference.sampled_data[i] = {"answer": answer, "score": pmc.store.score(i)}
+    return reference
+
+
+def test_losses_and_gradients_are_the_references(ready):
+    pmc, step = ready(retain_weight=1.25)
+    out = pmc.loss(step, pmc.encode_retain(RETAIN))
+    out.loss.backward()
+    ours = gradients(pmc.model)
+    theirs = reference_of(pmc).loss(range(4), RETAIN)
+    theirs["loss"].backward()
+    close(ours, gradients(pmc.model))
+    for a, b in ((out.loss, "loss"), (out.collapse, "collapse_loss"), (out.retain, "retain_loss")):
+        assert a.item() == pytest.approx(theirs[b].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_golden_losses_and_gradients(golden, smollm2_dir, tokenizer, number):
+    """Numbers of the published code, on SmolLM2-135M."""
+    case = golden("loss_cases")[number]
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    model.model.embed_tokens.padding_idx = 2  # see tests/test_reference.py
+    config = PMCConfig(retain_weight=case["lambda_"], prompt_format=case["format"])
+    pmc = PMC(model, tokenizer, config, [q for q, _ in case["collapse"]])
+    pmc.initial_answers = ["known"]
+    for i, (_, answer) in enumerate(case["collapse"]):
+        pmc.store.offer(i, [[answer, 1.0]], 0.0)
+    out = pmc.loss(
+        pmc.sample(range(len(case["collapse"]))), pmc.encode_retain([Row(q, a) for q, a in case["retain"]])
+    )
+    out.loss.backward()
+    for ours, name in ((out.loss, "loss"), (out.collapse, "collapse_loss"), (out.retain, "retain_loss")):
+        assert ours.item() == pytest.approx(case[name], rel=1e-5)
+    parameters = dict(model.named_parameters())
+    for name, norm in case["grad_norms"].items():
+        assert parameters[name].grad.double().norm().item() == pytest.approx(norm, rel=1e-4)
+
+
+def test_twenty_sgd_steps_end_where_the_references_do(ready, tiny_dir):
+    """Distance of the two ends: at most 1e-3 of the distance moved."""
+    pmc, step = ready()
+    other = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    start = torch.cat([p.detach().flatten() for p in other.parameters()])
+    reference = reference_of(pmc)
+    reference.model = other
+    ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.02) for m in (pmc.model, other))
+    for _ in range(20):
+        pmc.loss(step, pmc.encode_retain(RETAIN)).loss.backward()
+        reference.loss(range(4), RETAIN)["loss"].backward()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    a, b = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (pmc.model, other))
+    assert (b - start).norm() > 0.1
+    assert (a - b).norm() <= 1e-3 * (b - start).norm()
+
+
+def summed(pmc, step, size, **settings):
+    """Gradients of a step in micro-batches of `size`, and its loss."""
+    for name, value in settings.items():
+        setattr(pmc.config, name, value)
+    retain = pmc.encode_retain(RETAIN)
+    tokens = sum(x != -100 for s in retain for x in s.labels[1:])
+    total = 0.0
+    for n, part in enumerate(step.split(size)):
+        out = pmc.loss(part, retain[n * size : (n + 1) * size], retain_tokens=tokens)
+        out.loss.backward()
+        total += out.loss.item()
+    return total, gradients(pmc.model)
+
+
+@pytest.mark.parametrize("selection", ["argmin", "soft"])
+def test_packs_change_no_gradient(ready, selection):
+    pmc, step = ready(selection=selection)
+    loss, theirs = summed(pmc, step, 2)
+    for max_tokens in (1, 30, 50):
+        again, ours = summed(pmc, step, 2, max_tokens=max_tokens)
+        assert again == pytest.approx(loss, rel=1e-5)
+        close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("selection", ["argmin", "soft"])
+def test_a_steps_mean_does_not_depend_on_its_parts(ready, selection):
+    pmc, step = ready(normalization="step", selection=selection)
+    loss, theirs = summed(pmc, step, 4)
+    for size in (1, 2, 3):
+        again, ours = summed(pmc, step, size)
+        assert again == pytest.approx(loss, rel=1e-5)
+        close(ours, theirs, 1e-5)
+
+
+def test_micro_batches_have_a_mean_each(ready):
+    """Published: each micro-batch's loss is a mean over its own tokens, the step's the mean of theirs."""
+    pmc, step = ready()
+    loss, _ = summed(pmc, step, 2)
+    reference = reference_of(pmc)
+    parts = [reference.loss([0, 1], RETAIN[:2])["loss"], reference.loss([2, 3], RETAIN[2:])["loss"]]
+    assert loss == pytest.approx(sum(p.item() for p in parts) / 2, rel=1e-5)
+    assert loss != pytest.approx(summed(pmc, step, 4)[0], rel=1e-5)
+
+
+def test_several_parts_need_the_steps_retain_tokens(ready):
+    pmc, step = ready(normalization="step")
+    with pytest.raises(PMCError, match=r"give loss\(..., retain_tokens=\)"):
+        pmc.loss(step.split(2)[0], pmc.encode_retain(RETAIN))
+
+
+def test_losses_come_pack_by_pack(ready):
+    pmc, step = ready(max_tokens=30)
+    retain = pmc.encode_retain(RETAIN)
+    parts = list(pmc.losses(step, retain))
+    whole = pmc.loss(step, retain)
+    assert len(parts) == whole.counters["packs"] > 2
+    assert sum(p.loss.item() for p in parts) == pytest.approx(whole.loss.item(), rel=1e-6)
+    assert parts[-1].retain == whole.retain
+
+
+def test_a_padded_batch_is_what_it_holds(ready):
+    pmc, step = ready()
+    retain = pmc.encode_retain(RETAIN)
+    for side in ("left", "right"):
+        padded = collate(retain, pmc.encoder.pad, side=side)
+        assert pmc.loss(step, padded).loss == pmc.loss(step, retain).loss
+
+
+class Scripted:
+    """An engine whose samples are given: one list of candidates for each question asked."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.candidates, self.asked = tokenizer, [], []
+
+    def __call__(self, prompts, **how):
+        self.asked.append((prompts, how))
+        tokens = [[self.tokenizer(text)["input_ids"] for text in texts] for texts in self.candidates]
+        return Rollouts(tokens, [], [], [], {})
+
+
+def test_golden_store_traces(golden, tiny, tokenizer):
+    for trace in golden("store_traces"):
+        pmc = core(
+            tiny,
+            tokenizer,
+            trace["questions"],
+            num_samples=trace["num_samples"],
+            min_len=trace["min_len"],
+            max_length=200,
+        )
+        pmc.initial_answers, pmc._initial_ids = trace["initial"], [[1]] * len(trace["initial"])
+        pmc.engine = Scripted(tokenizer)
+        pmc.encoder.samples = lambda tokens, texts=None: next(texts)
+        for visit in trace["visits"]:
+            pmc.engine.candidates, pmc.engine.asked = visit["candidates"], []
+            given = iter(visit["candidates"])
+            pmc.encoder.samples = lambda tokens, given=given: next(given)
+            step = pmc.sample(visit["batch"])
+            prompts = [p for prompts, _ in pmc.engine.asked for p in prompts]
+            assert prompts == [pmc.prompts[i] for i in visit["asked"]]
+            for i, [encoded] in zip(visit["batch"], step.answers, strict=True):
+                best = visit["best"][str(i)]
+                assert pmc.store.answer(i) == [[best["answer"], 1.0]]
+                assert pmc.store.score(i) == best["score"]
+                assert encoded == pmc.encoder.pair(trace["questions"][i], best["answer"])
+
+
+def test_each_visit_has_streams_of_its_own(tiny, tokenizer):
+    """A function of (seed, question, visit): not of the company, the order, or the part of the run."""
+    alone, together = core(tiny, tokenizer), core(tiny, tokenizer)
+    for pmc in (alone, together):
+        pmc.prepare()
+    together.sample([3, 0, 1])
+    for i in (0, 1, 3):
+        alone.sample([i])
+    assert alone.store.state_dict() == together.store.state_dict()
+    first = alone.store.answer(0)
+    alone.reward = half
+    alone.store.load_state_dict({"entries": [[first, 0.5, 1], None, None, None]})
+    seen = []
+    alone.store.offer = lambda i, answer, score: seen.append(answer)
+    alone.sample([0])
+    assert seen != [first]
+
+
+def test_a_question_asked_twice_is_sampled_once(tiny, tokenizer):
+    pmc = core(tiny, tokenizer)
+    pmc.reward = half
+    pmc.prepare()
+    for visits in (1, 2):
+        step = pmc.sample([1, 1, 0])
+        assert step.indices == [1, 1, 0]
+        assert pmc.store.visits(1) == visits
+    assert step.answers[0] == step.answers[1]
+
+
+def test_ids_are_trained_as_they_were_sampled(tiny, tokenizer):
+    """Prompts as ids, no strings: the store keeps ids and nothing is tokenised again."""
+    texts = core(tiny, tokenizer)
+    pmc = core(tiny, tokenizer, [list(p) for p in texts.prompts])
+    assert pmc.prepare() == texts.prepare()
+    step = pmc.sample([0, 2])
+    for i, [s] in zip(step.indices, step.answers, strict=True):
+        [[ids, _]] = pmc.store.answer(i)
+        assert s.input_ids == pmc.prompts[i] + ids
+        assert s.labels == [-100] * len(pmc.prompts[i]) + ids
+    json.dumps(pmc.state_dict())
+    with pytest.raises(PMCError, match="store is 'text' but the questions are token ids"):
+        core(tiny, tokenizer, pmc.prompts, store="text")
+    assert not core(tiny, tokenizer, store="ids").keeps_text
+
+
+def test_soft_weights_are_the_expected_bradley_terry_loss(ready):
+    pmc, step = ready(selection="soft", tau=0.3, retain_weight=0.0)
+    out = pmc.loss(step, [])
+    out.loss.backward()
+    ours = gradients(pmc.model)
+    total, tokens = 0.0, 0.0
+    for answers, weights in zip(step.answers, step.weights, strict=True):
+        assert sum(weights) == pytest.approx(1)
+        for s, w in zip(answers, weights, strict=True):
+            logits = pmc.model(torch.tensor([s.input_ids])).logits[0, :-1]
+            total = total + w * torch.nn.functional.cross_entropy(logits, torch.tensor(s.labels[1:]), reduction="sum")
+            tokens += w * sum(x != -100 for x in s.labels[1:])
+    (total / tokens).backward()
+    assert out.loss.item() == pytest.approx((total / tokens).item(), rel=1e-5)
+    close(ours, gradients(pmc.model))
+
+
+def test_bradley_terry_draws_by_its_probabilities():
+    scores = np.array([[0.0, 0.5, 1.0]])
+    (p,) = bradley_terry(scores, 0.5)
+    np.testing.assert_allclose(p, np.exp([2.0, 1.0, 0.0]) / np.exp([2.0, 1.0, 0.0]).sum())
+    drawn = np.bincount([draw(p, (0, 7, visit)) for visit in range(3000)], minlength=3)
+    assert ((drawn - 3000 * p) ** 2 / (3000 * p)).sum() < 13.8  # chi-square, 2 degrees of freedom, p 0.001
+    assert draw(p, (1, 2, 3)) == draw(p, (1, 2, 3))
+    np.testing.assert_array_equal(bradley_terry(scores, 1e-3).argmax(1), [0])
+
+
+def test_bradley_terry_is_one_draw(ready):
+    _, step = ready(selection="bradley_terry", tau=5.0)
+    assert all(len(a) == 1 for a in step.answers)
+
+
+def test_state_goes_on_where_it_stood(tiny, tokenizer):
+    pmc, other = core(tiny, tokenizer), core(tiny, tokenizer)
+    pmc.reward = other.reward = half
+    pmc.prepare()
+    pmc.sample([0, 1, 2, 3])
+    other.load_state_dict(json.loads(json.dumps(pmc.state_dict())))
+    before = pmc.store.answer(0)
+    ours, theirs = pmc.sample([0, 1, 2, 3]), other.sample([0, 1, 2, 3])
+    assert (ours.answers, ours.weights) == (theirs.answers, theirs.weights)
+    assert pmc.store.answer(0) != before
+    assert pmc.state_dict() == other.state_dict()
+
+
+def test_refusals(tiny, tokenizer):
+    pmc = core(tiny, tokenizer)
+    with pytest.raises(PMCError, match=r"call prepare\(\) before the first step"):
+        pmc.sample([0])
+    with pytest.raises(PMCError, match="question 1 takes 12 tokens and leaves none of max_length 10"):
+        core(tiny, tokenizer, ["Why?", QUESTIONS[1]], max_length=10)
+    pmc.prepare()
+    with pytest.raises(PMCError, match="size of a micro-batch is 0"):
+        pmc.sample([0]).split(0)
+    for wrong in (4, -1):  # none is counted from behind
+        with pytest.raises(PMCError, match=f"index {wrong} is none of 4 questions: they are counted from 0"):
+            pmc.sample([0, wrong])
+    step = pmc.sample([0])
+    for retain, message in (
+        ([Row("a", "b")], "retain holds Row: give a padded batch, or what encode_retain"),
+        ({"input_ids": torch.tensor([[5]])}, r"a padded batch needs labels, a tensor \[B, T\]: collate gives one"),
+        ({"input_ids": [[5]], "labels": [[5]]}, "a padded batch needs input_ids, a tensor"),
+    ):
+        with pytest.raises(PMCError, match=message):
+            pmc.loss(step, retain)
+    with pytest.raises(PMCError, match="questions is empty: it needs the questions to forget"):
+        core(tiny, tokenizer, [])
+
+
+def test_accidents_are_the_references(tiny, tokenizer):
+    for chat in ("tags", "chat"):
+        pmc = core(tiny, tokenizer, accidents=True, prompt_format=chat, max_length=80)
+        assert pmc.prompts[0] == Reference(tiny, tokenizer, pmc.config, QUESTIONS).encoder.prompt(QUESTIONS[0])
+    pmc = core(tiny, tokenizer, accidents=True)
+    pmc.initial_answers, pmc._initial_ids, pmc.engine = ["a"] * 4, [[1]] * 4, Scripted(tokenizer)
+    pmc.engine.candidates = [["Answer: Ann did.", "Unlike this", "Unlike that"]]
+    pmc.sample([0])
+    assert pmc.store.answer(0)[0][0] in ("Ann did.", "his", "hat")

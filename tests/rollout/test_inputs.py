@@ -1,0 +1,167 @@
+"""Padded steps: real rows see, compute and draw what they would without."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmc_fast.ops import native
+from pmc_fast.ops.decode_attention import StepIndex, decode_attention
+from pmc_fast.rollout import RolloutEngine
+from pmc_fast.rollout.buckets import (
+    ENTRIES,
+    INDEX,
+    ROWS,
+    Bucket,
+    bucket_of,
+    pad,
+)
+from pmc_fast.rollout.inputs import StepInputs, Upload
+from tests.families import FAMILIES, HOW, PROMPTS, build
+
+
+def steps(seed, questions, samples, max_rows, guess_rows, drafts=True):
+    """Plans of a rollout whose draws are dice, each with the slots in use."""
+    dice = np.random.default_rng(seed)
+    trie = native.cpu().RolloutTrie(capacity=10_000, stops=[5], match=2)
+    for q in range(questions):
+        prompt = dice.integers(0, 6, dice.integers(1, 7)).tolist()
+        draft = [dice.integers(0, 6, 8).tolist()] if drafts else []
+        trie.add(prompt, q, list(range(samples)), int(dice.integers(1, 10)), draft)
+    while (plan := trie.plan(max_rows, guess_rows)) is not None:
+        yield plan, trie.span
+        draws, logits = len(plan["samples"]), len(plan["logit_rows"])
+        trie.advance(dice.integers(0, 6, draws), np.zeros(draws), np.ones(logits))
+
+
+def index_of(arrays):
+    named = arrays if "suffix" in arrays else arrays | {"suffix": arrays[ENTRIES], "prefix": arrays[ENTRIES]}
+    return StepIndex(*(torch.from_numpy(named[name]) for name in INDEX))
+
+
+def seen_of(index):
+    rows = index.cu_rows.tolist()
+    return [index.visible(r, b).tolist() for b in range(len(rows) - 1) for r in range(rows[b], rows[b + 1])]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), questions=st.integers(1, 6), samples=st.integers(1, 9), max_rows=st.integers(1, 70),
+    guess_rows=st.integers(0, 24),
+)  # fmt: skip
+def test_real_rows_see_and_compute_the_same(seed, questions, samples, max_rows, guess_rows):
+    g = torch.Generator().manual_seed(seed)
+    for plan, span in steps(seed, questions, samples, max_rows, guess_rows):
+        bucket = bucket_of(plan, max_rows)
+        reads_prompts = bool((np.diff(plan["cu_suffix"]) == 0).any())
+        assert (bucket is None) == reads_prompts
+        if bucket is None:
+            continue
+        real, blocks = len(plan["tokens"]), len(plan["cu_rows"]) - 1
+        assert real <= bucket.rows <= max_rows
+        assert blocks < bucket.blocks <= bucket.rows + 1
+        padded = pad(plan, bucket, span)
+        for name in ("tokens", "positions", "logit_rows", "slots", "prefix_len"):
+            assert len(padded[name]) == bucket.rows
+            assert padded[name].dtype == plan[name].dtype
+            assert (padded[name][:real] == plan[name]).all()
+        assert len(padded["cu_suffix"]) == bucket.rows + 1
+        assert len(padded["cu_rows"]) == len(padded["cu_prefix"]) == bucket.blocks + 1
+        assert all(
+            (padded[name] == plan[name]).all() for name in ("cu_draws", "streams", "samples", "draw_positions")
+        )
+        before, after = index_of(plan), index_of(padded)
+        scratch = list(range(span, span + bucket.rows - real))
+        assert seen_of(after) == seen_of(before) + [[slot] for slot in scratch]
+        assert padded["slots"][real:].tolist() == scratch
+        assert padded["positions"][real:].tolist() == [0] * len(scratch)
+        # what no row sees may be anything
+        pools = [torch.randn(span + len(scratch), 2, 8, dtype=torch.float64, generator=g) for _ in range(2)]
+        unseen = torch.ones(len(pools[0]), dtype=torch.bool)
+        unseen[sorted({s for row in seen_of(before) for s in row})] = False
+        for pool in pools:
+            pool[unseen] = torch.nan
+        q = torch.randn(bucket.rows, 6, 8, dtype=torch.float64, generator=g)
+        k, v = (torch.randn(bucket.rows, 2, 8, dtype=torch.float64, generator=g) for _ in range(2))
+        plain, wide = [p.clone() for p in pools], [p.clone() for p in pools]
+        expected = decode_attention(q[:real], k[:real], v[:real], *plain, before, scale=0.3)
+        out = decode_attention(q, k, v, *wide, after, scale=0.3)
+        assert torch.equal(out[:real], expected)
+        assert out.isfinite().all()
+        assert all(
+            torch.equal(a[:span].nan_to_num(), b[:span].nan_to_num()) for a, b in zip(plain, wide, strict=True)
+        )
+
+
+def test_buckets_are_few_and_the_largest_rows_run_as_they_are():
+    def plan(rows, blocks):
+        cu = np.minimum(np.arange(blocks + 1), rows)
+        cu[-1] = rows
+        return {
+            "tokens": np.zeros(rows),
+            "logit_rows": np.arange(rows),
+            "cu_suffix": np.arange(rows + 1),
+            "cu_rows": cu,
+        }
+
+    assert bucket_of(plan(3, 2), 2048) == Bucket(4, 4)
+    assert bucket_of(plan(4, 4), 2048) == Bucket(4, 5)  # a block for padded rows, also where there are none
+    assert bucket_of(plan(5, 2), 7) == Bucket(7, 4)
+    assert bucket_of(plan(160, 8), 2048) == Bucket(192, 16)
+    assert bucket_of(plan(1, 1), 1) == Bucket(1, 2)
+    assert bucket_of(plan(ROWS[-1], 3), 5000) == Bucket(ROWS[-1], 4)
+    assert bucket_of(plan(ROWS[-1] + 1, 3), 5000) is None
+    sizes = {bucket_of(plan(rows, min(8, rows)), 2048) for rows in range(1, 161)}
+    assert len(sizes) == 13  # of 160
+
+
+def test_an_upload_keeps_its_places_until_it_has_to_grow():
+    upload = Upload(torch.device("cpu"), 256)
+    arrays = {"a": np.arange(3), "b": np.arange(5, dtype=np.int32), "c": np.arange(4, 6)}
+    first = upload(arrays)
+    again = upload({name: array + 7 for name, array in arrays.items()})
+    assert all((first[name].data_ptr() - first["a"].data_ptr()) % 16 == 0 for name in arrays)
+    for name, array in arrays.items():
+        assert again[name].data_ptr() == first[name].data_ptr()
+        assert again[name].tolist() == (array + 7).tolist()
+    longer = upload(arrays | {"c": np.arange(400)})
+    assert longer["a"].data_ptr() != first["a"].data_ptr()
+    assert longer["b"].tolist() == [0, 1, 2, 3, 4]
+    assert longer["c"].tolist() == list(range(400))
+
+
+def test_steps_of_a_bucket_lie_at_the_same_places():
+    inputs = StepInputs(torch.device("cpu"), pads=True)
+    found = {}
+    for plan, span in steps(3, 3, 6, 64, 12):
+        step = inputs(plan, span, 64)
+        if step.bucket is not None:
+            tensors = (step.tokens, step.positions, step.logit_rows, *vars(step.index).values())
+            found.setdefault(step.bucket, set()).add(tuple(t.data_ptr() for t in tensors))
+            assert step.index.prefix.data_ptr() == step.index.suffix.data_ptr()
+    assert len(found) > 1
+    assert all(len(where) == 1 for where in found.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"drafts": [[[4, 5, 6]], [], [[9, 4, 4, 7]], []]}, {"trie": False, "guesses": False},
+     {"max_rows": 7, "pool_tokens": 60}],
+    ids=str,
+)  # fmt: skip
+def test_padding_changes_no_sample(family, change):
+    model = build(FAMILIES[family]())
+    plain = RolloutEngine(model)(PROMPTS, **HOW, **change)
+    padded = RolloutEngine(model, pad_steps=True)(PROMPTS, **HOW, **change)
+    assert padded.tokens == plain.tokens
+    assert padded.finish_reason == plain.finish_reason
+    for ours, theirs in ((padded.logps, plain.logps), (padded.nucleus_mass, plain.nucleus_mass)):
+        for a, b in zip([x for s in ours for x in s], [x for s in theirs for x in s], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # kept in float32
+    assert padded.counters["padded_rows"] > 0
+    changed = {"padded_rows", "pool_bytes"}
+    assert {k: v for k, v in padded.counters.items() if k not in changed} == {
+        k: v for k, v in plain.counters.items() if k not in changed
+    }

@@ -1,0 +1,351 @@
+"""Captured steps: what may be replayed, on a recorder for the CPU; and CUDA graphs, on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pmc_fast.cuda_graphs.recorder import CudaRecorder, asks_the_device
+from pmc_fast.errors import PMCError
+from pmc_fast.ops.decode_attention import StepIndex, decode_attention
+from pmc_fast.rollout import RolloutEngine, rollout
+from pmc_fast.rollout.buckets import INDEX
+from pmc_fast.rollout.graphs import StepGraphs
+from pmc_fast.rollout.inputs import StepTensors
+from pmc_fast.rollout.model_runner import ModelStep
+from tests import tape
+from tests.families import FAMILIES, HOW, PROMPTS, SIZES, build
+
+DRAFTS = {"drafts": [[[4, 5, 6]], [], [[9, 4, 4, 7]], []]}
+attend = "pmc_fast.rollout.model_runner.decode_attention"
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: python -m pytest tests/rollout/test_rollout_graphs.py on one"
+)
+
+
+def attending(tape):
+    """Put decode_attention, which is no operation of torch's, on the tape as well."""
+
+    def attention(*args, **kwargs):
+        out = decode_attention(*args, **kwargs)
+        tape.calls.append((decode_attention, args, kwargs, out))
+        return out
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(attend, attention)
+    return patch
+
+
+class Tape(tape.Tape):
+    watch = staticmethod(attending)
+
+
+def taped(model, recorder=Tape, **how):
+    engine = RolloutEngine(model, pad_steps=True, **how)
+    engine._step.graphs = StepGraphs(recorder, type(model).__name__)
+    return engine
+
+
+def plain(model, how=HOW, **more):
+    return rollout(model, PROMPTS, **how, **more).tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replays_draw_the_same(family):
+    model = build(FAMILIES[family]())
+    engine = taped(model)
+    expected = rollout(model, PROMPTS, **HOW, **DRAFTS)
+    first, second = engine(PROMPTS, **HOW, **DRAFTS), engine(PROMPTS, **HOW, **DRAFTS)
+    for ours in (first, second):
+        assert ours.tokens == expected.tokens
+        for a, b in zip([x for s in ours.logps for x in s], [x for s in expected.logps for x in s], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    assert first.counters["graph_replays"] > 0
+    # nothing moved between the calls: each bucket that came twice is captured, once
+    third = engine(PROMPTS, **HOW, **DRAFTS)
+    assert third.counters["graph_captures"] == 0
+    assert third.counters["graph_replays"] > second.counters["graph_captures"] >= 0
+    assert third.tokens == expected.tokens
+
+
+@pytest.fixture
+def warm():
+    """A model and an engine that has captured its steps."""
+    model = build(FAMILIES["llama"]())
+    engine = taped(model)
+    for _ in range(2):
+        engine(PROMPTS, **HOW)
+    assert engine(PROMPTS, **HOW).counters["graph_captures"] == 0
+    return model, engine
+
+
+def test_weights_that_change_in_place_are_read(warm):
+    model, engine = warm
+    before = engine(PROMPTS, **HOW).tokens
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.neg_()
+    after = engine(PROMPTS, **HOW)
+    assert after.counters["graph_captures"] == 0
+    assert after.tokens == plain(model) != before
+
+
+def new_parameter(model):
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    model.model.layers[1].self_attn.v_proj.weight = torch.nn.Parameter(-weight.detach())
+
+
+def new_storage(model):
+    weight = model.model.embed_tokens.weight
+    weight.data = weight.data.flip(0).clone()
+
+
+def new_buffer(model):
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.7
+
+
+def new_module(model):
+    norm = model.model.norm
+    model.model.norm = torch.nn.Sequential(norm, torch.nn.Tanh())
+
+
+def hooked(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: -out)
+
+
+def another_setting(model):
+    model.model.layers[0].self_attn.scaling *= 0.5
+
+
+@pytest.mark.parametrize(
+    "change", [new_parameter, new_storage, new_buffer, new_module, hooked, another_setting], ids=lambda f: f.__name__
+)
+def test_what_moved_is_captured_again(warm, change):
+    model, engine = warm
+    before = engine(PROMPTS, **HOW).tokens
+    change(model)
+    expected = plain(model)
+    assert expected != before
+    after = [engine(PROMPTS, **HOW) for _ in range(3)]
+    assert [r.tokens for r in after] == [expected] * 3
+    assert sum(r.counters["graph_captures"] for r in after) > 0
+    assert after[2].counters["graph_captures"] == 0 < after[2].counters["graph_replays"]
+
+
+def test_a_pool_that_grows_is_captured_again(warm):
+    model, engine = warm
+    size = engine._step.pool_bytes()
+    how = HOW | {"num_samples": 200}
+    grown = engine(PROMPTS, **how)
+    assert grown.counters["pool_bytes"] > size
+    assert grown.counters["graph_captures"] > 0
+    assert grown.tokens == plain(model, how)
+    assert engine(PROMPTS, **HOW).tokens == plain(model)
+
+
+def test_inputs_that_outgrow_their_buffer_are_captured_again(warm, monkeypatch):
+    model, _ = warm
+    monkeypatch.setattr("pmc_fast.rollout.inputs.ENTRIES_PER_ROW", 0)
+    monkeypatch.setattr("pmc_fast.rollout.inputs.ROOM", 64)
+    engine = taped(model)
+    how = HOW | {"max_new_tokens": 40, "stop_ids": []}
+    for _ in range(2):  # the buffers grow with the histories
+        last = engine(PROMPTS, **how)
+        assert last.tokens == plain(model, how)
+    assert last.counters["graph_replays"] > 0
+
+
+def test_an_adapter_that_is_switched_off_is_not_replayed():
+    import peft
+
+    model = build(FAMILIES["llama"]())
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    lora = peft.get_peft_model(model, config)
+    engine = taped(lora)
+    adapted = [engine(PROMPTS, **HOW).tokens for _ in range(3)][-1]
+    with lora.disable_adapter():
+        base = [engine(PROMPTS, **HOW).tokens for _ in range(3)]
+        assert base == [plain(lora)] * 3
+    assert base[0] != adapted
+    again = engine(PROMPTS, **HOW)
+    assert again.tokens == adapted == plain(lora)
+
+
+def accelerated(model):
+    """Wrap a model's forward as accelerate does under mixed precision: in an autocast of its own, its cache on."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, accelerated], ids=["plain", "accelerated"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_autocast_copies_follow_the_weights(family, wrap):
+    """GPT-2's Conv1D and a MoE's experts are cast by autocast itself, whose cache of casts a graph must not read."""
+    moe = {"mixtral": lambda: tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)}
+    model = wrap(build((FAMILIES | moe)[family](), torch.float32))
+    engine = taped(model, autocast_dtype=torch.bfloat16)
+    for change in (1.0, -0.5, 2.0):
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() >= 2 and p.shape[0] != SIZES["vocab_size"]:
+                    p.mul_(change)
+        padded = RolloutEngine(model, autocast_dtype=torch.bfloat16, pad_steps=True)(PROMPTS, **HOW)
+        for _ in range(3):
+            ours = engine(PROMPTS, **HOW)
+            assert ours.tokens == padded.tokens
+        assert ours.counters["graph_replays"] > ours.counters["graph_captures"] == 0
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:  # what is captured of these are the copies, which stay where they are
+            module.weight = torch.nn.Parameter(-module.weight.detach())
+    moved = engine(PROMPTS, **HOW)
+    assert moved.tokens == RolloutEngine(model, autocast_dtype=torch.bfloat16, pad_steps=True)(PROMPTS, **HOW).tokens
+    assert moved.counters["graph_replays"] > moved.counters["graph_captures"] == 0
+
+
+def test_a_model_that_was_moved_to_another_type(warm):
+    model, engine = warm
+    model.to(torch.bfloat16)
+    expected = RolloutEngine(model, pad_steps=True)(PROMPTS, **HOW).tokens
+    after = [engine(PROMPTS, **HOW) for _ in range(3)]
+    assert [r.tokens for r in after] == [expected] * 3
+    assert after[2].counters["graph_captures"] == 0 < after[2].counters["graph_replays"]
+    model.to(torch.float64)
+    with engine._step.lend():
+        assert not engine._step.graphs._steps  # what they hold of the old model's memory is let go at once
+
+
+def test_wrong_replays_are_noticed_on_first_use():
+    class Wrong(Tape):
+        def __init__(self):
+            super().__init__()
+            self.fault = torch.linspace(0, 3, SIZES["vocab_size"], dtype=torch.float64)
+
+    with pytest.raises(PMCError, match="rollouts do not compute what the model computes"):
+        taped(build(FAMILIES["llama"]()), Wrong)(PROMPTS, **HOW)
+
+
+def test_a_model_whose_steps_ask_for_a_number_is_launched_step_by_step():
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = build(tf.LlamaConfig(**SIZES, rope_parameters=scaling, max_position_embeddings=512))
+    engine, expected = taped(model), plain(model)
+    assert RolloutEngine(model, pad_steps=True)(PROMPTS, **HOW).tokens == expected
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: a step can't be captured .* launched one by one"):
+        assert engine(PROMPTS, **HOW).tokens == expected
+    again = engine(PROMPTS, **HOW)
+    assert again.tokens == expected
+    assert again.counters["graph_captures"] == again.counters["graph_replays"] == 0
+
+
+def test_a_step_that_asks_for_a_number_is_refused_by_name():
+    graphs = StepGraphs(Tape, "A model")
+    x = torch.ones(4)
+    graphs("bucket", 0, None, lambda: x * x.sum().item())
+    with pytest.raises(PMCError, match=r"A model: a step can't be captured") as e:
+        graphs("bucket", 0, None, lambda: x * x.sum().item())
+    assert "\n" not in str(e.value)
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations that make the host wait for the device, or the device for the host's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.calls = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls += 1
+        tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor) and t.dim()]
+        if asks_the_device(func, args) or len({t.device.type for t in tensors}) > 1:
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_step_on_a_device_waits(family, monkeypatch):
+    """On torch's meta device, which has no numbers to give, and whose tensors take none from the host."""
+    monkeypatch.setattr(attend, lambda q, *args, **kwargs: torch.empty_like(q))
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.bfloat16)
+        rows = torch.zeros(5, dtype=torch.int64)
+        index = StepIndex(*(torch.zeros(6, dtype=torch.int32) for _ in INDEX))
+    step = ModelStep(model)
+    with step.lend(), Waits() as waits:
+        logits = step.logits(StepTensors(rows, rows, rows, index, 9, ()))
+    assert logits.device.type == "meta"
+    assert logits.shape == (5, SIZES["vocab_size"])
+    assert waits.calls > 20
+    assert waits.found == []
+
+
+def agreement(a, b):
+    return np.mean([x == y for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)])
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2 sliding", "gpt2", "phi"])
+def test_gpu_replays_draw_the_same(family):
+    model = build(FAMILIES[family](), torch.float32).to("cuda")
+    how = HOW | {"num_samples": 100}
+    eager = RolloutEngine(model, cuda_graphs=False)(PROMPTS, **how, **DRAFTS).tokens
+    engine = RolloutEngine(model)
+    # the pool grows in the first run, which drops what was captured; a bucket that comes once a run is warmed up in
+    # the second and captured in the third
+    runs = [engine(PROMPTS, **how, **DRAFTS) for _ in range(4)]
+    assert all(agreement(run.tokens, eager) >= 0.99 for run in runs)
+    assert runs[3].tokens == runs[2].tokens
+    assert runs[3].counters["graph_captures"] == 0 < runs[3].counters["graph_replays"]
+
+
+@needs_gpu
+def test_gpu_replays_follow_weights_that_change_and_move():
+    model = build(FAMILIES["llama"](), torch.float32).to("cuda")
+    engine = RolloutEngine(model, autocast_dtype=torch.bfloat16)
+    for _ in range(3):
+        engine(PROMPTS, **HOW)
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.weight.neg_()
+    changed = engine(PROMPTS, **HOW)
+    assert changed.counters["graph_captures"] == 0 < changed.counters["graph_replays"]
+    new_parameter(model)
+    moved = [engine(PROMPTS, **HOW) for _ in range(3)][-1]
+    padded = RolloutEngine(model, autocast_dtype=torch.bfloat16, pad_steps=True)(PROMPTS, **HOW)
+    assert agreement(moved.tokens, padded.tokens) >= 0.9  # bfloat16: races fall otherwise more often
+    how = HOW | {"num_samples": 200}  # the pool grows
+    grown = engine(PROMPTS, **how)
+    assert grown.counters["graph_captures"] > 0
+    padded = RolloutEngine(model, autocast_dtype=torch.bfloat16, pad_steps=True)(PROMPTS, **how)
+    assert agreement(grown.tokens, padded.tokens) >= 0.9
+
+
+@needs_gpu
+def test_gpu_recorder():
+    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    x, out = torch.arange(4.0, device="cuda"), torch.zeros(4, device="cuda")
+    here = torch.cuda.current_stream()
+    assert recorder.warm_up(lambda: x * 2).tolist() == [0, 2, 4, 6]
+    replays = [recorder.record(lambda n=n: out.copy_(x * n + x.sum())) for n in (1, 2)]
+    assert out.tolist() == [0] * 4
+    x.add_(1)
+    for n, replay in zip((1, 2), replays, strict=True):
+        replay()
+        assert torch.equal(out, x * n + x.sum())
+    assert torch.cuda.current_stream() == here
+
+
+@needs_gpu
+def test_gpu_capture_that_fails_leaves_the_stream():
+    graphs = StepGraphs(lambda: CudaRecorder(torch.device("cuda", torch.cuda.current_device())), "A model")
+    x, here = torch.ones(4, device="cuda"), torch.cuda.current_stream()
+    graphs("bucket", 0, None, lambda: x * x.sum().item())
+    with pytest.raises(PMCError, match="A model: a step can't be captured"):
+        graphs("bucket", 0, None, lambda: x * x.sum().item())
+    assert torch.cuda.current_stream() == here
+    assert (x + 1).tolist() == [2] * 4
+    assert torch.randn(4, device="cuda").isfinite().all()  # the generator is no longer a capture's
