@@ -26,7 +26,7 @@ from pmc_fast.trainer.arguments import (
     check_arguments,
     check_overrides,
 )
-from tests import jobs
+from tests import command_line
 from tests.trainer.test_trainer import QUESTIONS, RETAIN, flat, fresh, trainer_of  # noqa: F401
 from tests.trainer.test_trainer import arguments as arguments_of
 
@@ -213,7 +213,7 @@ def test_in_the_command_dtype_says_it(arguments, data, monkeypatch):
     losses = []
     for environment in ("no", "bf16"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
-        assert jobs.run(jobs.replaced([*arguments, "--no-evaluate"], output=str(data / environment))) == 0
+        assert command_line.run(command_line.replaced([*arguments, "--no-evaluate"], output=str(data / environment))) == 0
         report = json.loads((data / environment / "report.json").read_text())
         losses.append([row["loss"] for row in report["history"]])
     assert losses[0] == losses[1]
