@@ -213,7 +213,10 @@ def test_in_the_command_dtype_says_it(arguments, data, monkeypatch):
     losses = []
     for environment in ("no", "bf16"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
-        assert command_line.run(command_line.replaced([*arguments, "--no-evaluate"], output=str(data / environment))) == 0
+        assert (
+            command_line.run(command_line.replaced([*arguments, "--no-evaluate"], output=str(data / environment)))
+            == 0
+        )
         report = json.loads((data / environment / "report.json").read_text())
         losses.append([row["loss"] for row in report["history"]])
     assert losses[0] == losses[1]
