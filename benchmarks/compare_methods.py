@@ -142,7 +142,7 @@ class TimedRun(Run):
         return {
             "method": self.method, "setting": self.plan.setting, "seed": self.config.seed, "budget_s": self.plan.budget,
             "seconds": self.seconds, "steps": len(self.history), "diverged": diverged, "curve": self.curve,
-            "history": self.history, "commit": harness.commit(),
+            "commit": harness.commit(),
         }  # fmt: skip
 
     def attack(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pmc_fast.report.environment import machine, versions
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
+WIDTH, DEPTH = 160, 5  # of a line of results; nesting from which on all stands on one
 Contestant = Callable[[], Any]
 
 
@@ -128,5 +129,26 @@ def write(
 ) -> Path:
     """Write a suite's results and return the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(suite, results, seed, facts), indent=1) + "\n", encoding="utf-8")
+    path.write_text(dumps(document(suite, results, seed, facts)) + "\n", encoding="utf-8")
     return path
+
+
+def dumps(value: Any, indent: str = "") -> str:
+    """Return JSON with one line per measurement: what is short stands on one line, floats have six digits."""
+    short = json.dumps(_rounded(value), ensure_ascii=False)
+    if len(indent) + len(short) <= WIDTH or not isinstance(value, (dict, list)) or len(indent) >= DEPTH:
+        return short
+    inner = indent + " "
+    if isinstance(value, list):
+        lines, brackets = [dumps(v, inner) for v in value], "[]"
+    else:
+        lines, brackets = [f"{json.dumps(k)}: {dumps(v, inner)}" for k, v in value.items()], "{}"
+    return brackets[0] + ",".join(f"\n{inner}{line}" for line in lines) + f"\n{indent}{brackets[1]}"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -102,7 +102,7 @@ class Run:
         self.lock.close()
         return {
             "method": self.method, "seed": self.config.seed, "seconds": self.seconds, "steps": steps,
-            "curve": self.curve, "history": self.history, "commit": harness.commit(), **more,
+            "curve": self.curve, "commit": harness.commit(), **more,
         }  # fmt: skip
 
 

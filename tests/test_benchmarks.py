@@ -182,7 +182,7 @@ def result(method, setting, seed, budget, quality, utility, diverged=None):
              "leakage": {"worst": {"value": 0.4}, "leaking_questions": 0.25}}  # fmt: skip
     early = point | {"seconds": budget / 2, "utility": utility - 5}
     return {"method": method, "setting": setting, "seed": seed, "budget_s": budget, "seconds": budget, "steps": 9,
-            "curve": [early, point], "history": [], "diverged": diverged}  # fmt: skip
+            "curve": [early, point], "diverged": diverged}  # fmt: skip
 
 
 def test_settings_are_chosen_by_the_harmonic_mean_of_runs_that_did_not_diverge(tmp_path):
@@ -234,7 +234,7 @@ def test_methods_are_compared_and_what_is_there_is_not_repeated(small_task, tmp_
     assert made["facts"]["grids"] == grids
     for run in made["results"]:
         assert run["diverged"] is None
-        assert run["curve"][-1]["step"] == run["steps"] == len(run["history"])
+        assert run["curve"][-1]["step"] == run["steps"]
         assert ("leakage" in run["curve"][-1]) == (run["budget_s"] != 0.2)
     assert "2 grid runs of 0 s and 2 of 0 s" in capsys.readouterr().out
     monkeypatch.setattr(compare_methods, "TimedRun", lambda plan: pytest.fail(f"{plan} again"))
