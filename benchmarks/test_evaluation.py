@@ -16,7 +16,6 @@ from benchmarks.settings import TOFU, Setting
 from examples.demo_model import finetuned_model
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row, collate, load_rows
-from pmc_fast.data.encoding import IGNORED
 from pmc_fast.evaluation import (
     encode_candidates,
     evaluate,
@@ -25,6 +24,7 @@ from pmc_fast.evaluation import (
     mean_nlls,
 )
 from pmc_fast.models.packed_forward import PackedPass
+from pmc_fast.utils.labels import IGNORED
 
 SIZES = (16, 64)
 CANDIDATES = 7  # of a TOFU question: the answer, its paraphrase, five wrong ones

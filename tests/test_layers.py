@@ -52,6 +52,7 @@ def holding(pattern, folder, ending="*.py"):
 
 
 def test_one_module_knows_each_secret():
+    assert holding(r"(= |\[)-100\b", PACKAGE) == {"utils/labels.py"}
     assert holding(r"\bAttentionInterface\b", PACKAGE) == {"models/patching.py"}
     assert holding(r"pmc_fast\._c", PACKAGE) == {"ops/native.py"}
     assert holding(r"import_module\(f?\"\.\.kernels|from \.\.kernels", PACKAGE) == {

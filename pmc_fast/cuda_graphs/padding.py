@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.encoding import IGNORED
 from ..data.packing import Pack
+from ..utils.labels import IGNORED
 
 UNIT = 128  # tokens and targets are padded to multiples of it
 SPARE = 8  # sequences

@@ -6,10 +6,11 @@ from numbers import Integral
 from typing import Any
 
 from ..errors import PMCError
+from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
 from .chats import Chat
 from .encoder import Encoder
-from .encoding import IGNORED, Encoded
+from .encoding import Encoded
 from .packing import num_targets, unpadded
 from .records import Row, rows_of
 

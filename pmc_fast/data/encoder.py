@@ -6,11 +6,11 @@ from typing import Any
 
 from ..config import PMCConfig
 from ..errors import PMCError
+from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
 from .chats import Chat, Question
 from .encoding import (
     ANSWER_TAG,
-    IGNORED,
     NO_TAGS,
     SYSTEM_PROMPT,
     Encoded,

@@ -8,6 +8,7 @@ import torch
 
 from ..config import PromptFormat
 from ..errors import PMCError
+from ..utils.labels import IGNORED
 from .chats import Chat, Question, Turn
 
 QUESTION_TAG, QUESTION_END, ANSWER_TAG = "Question: ", "\n", "Answer: "
@@ -16,7 +17,6 @@ NO_TAGS = (
     "(a system turn, or several turns) has no place in the tags format: take a model with a chat template and "
     "prompt_format chat, or leave the other turns out"
 )
-IGNORED = -100  # the label of a token that is not trained
 
 
 class EncodingError(PMCError):

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import PMCError
+from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
 from ..utils.words import count_words
 from .chats import Chat, Question, asked
 from .datasets import questions_of
-from .encoding import ANSWER_TAG, IGNORED, Encoded
+from .encoding import ANSWER_TAG, Encoded
 
 NEAR = 0.6  # of two questions' pieces, rare ones weighing more: one of TOFU's pairs of different questions has 0.5
 LONG = 3  # words of an answer that says something of its own: "Yes" and "in Paris" answer many questions

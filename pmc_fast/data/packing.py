@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import PMCError
-from .encoding import IGNORED, Encoded
+from ..utils.labels import IGNORED
+from .encoding import Encoded
 
 
 @dataclass(frozen=True, slots=True)

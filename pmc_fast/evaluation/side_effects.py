@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from ..data import Encoded
-from ..data.encoding import IGNORED
 from ..data.loading import read_text
 from ..data.packing import Pack, pack
 from ..errors import NotFiniteError, PMCError
 from ..models.context import autocast, eval_mode
 from ..models.packed_forward import PackedPass, causal_lm
+from ..utils.labels import IGNORED
 
 WINDOW = 1024
 PASS_TOKENS = 8192  # of one forward pass

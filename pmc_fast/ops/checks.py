@@ -8,11 +8,11 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from ..errors import PMCError
+from ..utils.labels import IGNORED
 
 P = ParamSpec("P")
 R = TypeVar("R")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-IGNORED = -100
 
 
 def check_inputs(

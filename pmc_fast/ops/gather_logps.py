@@ -3,8 +3,8 @@
 import torch
 
 from ..errors import PMCError
+from ..utils.labels import IGNORED
 from .checks import (
-    IGNORED,
     check_inputs,
     check_ranges,
     under_autocast,

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from .checks import IGNORED
+from ..utils.labels import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 import torch
 
-from .checks import IGNORED, without_autocast
+from ..utils.labels import IGNORED
+from .checks import without_autocast
 
 
 def transform_logits(

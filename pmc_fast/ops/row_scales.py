@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from ..errors import PMCError
-from .checks import IGNORED
+from ..utils.labels import IGNORED
 
 Reduction = Literal["token_mean", "sequence_mean", "sum"]
 

@@ -17,7 +17,6 @@ from ..data import (
     sequences_of,
 )
 from ..data.datasets import check_padding
-from ..data.encoding import IGNORED
 from ..data.packing import (
     Pack,
     num_targets,
@@ -32,6 +31,7 @@ from ..models.packed_forward import PackedPass, causal_lm
 from ..models.supported import check_float16, check_model
 from ..ops import row_scales
 from ..rollout import RolloutEngine, add_counters
+from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
 from ..utils.words import says_nothing
 from . import selection

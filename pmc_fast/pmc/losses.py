@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..ops import row_scales
-from ..ops.checks import IGNORED
+from ..utils.labels import IGNORED
 
 
 def pmc(

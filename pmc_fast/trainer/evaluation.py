@@ -9,11 +9,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data import Encoded, collate
-from ..data.encoding import IGNORED
 from ..errors import PMCError
 from ..pmc.algorithm import PMC
 from ..pmc.reward import Scorer, choose_scorer
 from ..rollout import SharedEngine
+from ..utils.labels import IGNORED
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from ...config import PMCConfig
 from ...data import Encoded, check_encoded_overlap
-from ...data.encoding import IGNORED
 from ...data.packing import unpad
 from ...errors import PMCError
 from ...models import loading
@@ -24,6 +23,7 @@ from ...pmc.algorithm import PMC as Core
 from ...pmc.batch import Step
 from ...trainer import checkpointing
 from ...trainer.arguments import autocast_dtype, training_settings
+from ...utils.labels import IGNORED
 from .checks import check_arguments, check_names, check_weights
 from .draws import Draws
 
