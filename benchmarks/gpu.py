@@ -49,7 +49,7 @@ def check_correctness() -> str:
         "tests/ops/test_decode_cuda.py",
         "tests/rollout/test_engine.py",
         "tests/rollout/test_rollout_graphs.py",
-        "tests/golden/test_packing.py",
+        "tests/data/test_packing.py",
         "tests/cuda_graphs/test_training.py",
     )
     command = [sys.executable, "-m", "pytest", *tests]
