@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pmc_fast.cuda_graphs.recorder import asks_the_device
+from pmc_fast.cuda_graphs.recorder import syncs_with_host
 
 
 class Tape(TorchDispatchMode):
@@ -21,14 +21,11 @@ class Tape(TorchDispatchMode):
         self.calls, self.fault = [], 0.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if asks_the_device(func, args):
+        if syncs_with_host(func, args):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
         return out
-
-    def warm_up(self, compute):
-        return compute()
 
     def record(self, compute):
         compute()  # as the real one does, to find out whether it can be captured

@@ -1,4 +1,4 @@
-"""Gradients of replayed passes: where captures leave them, and how autograd gets them."""
+"""Gradients of replayed passes: the buffers that graphs write, and how autograd reads them."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -8,17 +8,16 @@ import torch
 from torch.func import functional_call
 
 from ..ops.scaled import scaled
-from .padding import round_up
-from .static_inputs import ALIGNED
+from .static_inputs import ALIGNED, round_up
 
 
 class Gradients:
-    """Where captures leave gradients: one buffer for each dtype, the same for all of them.
+    """The buffers that all graphs of a model write gradients to, one for each dtype.
 
     Parameters
     ----------
     call : Module
-        Whose trained parameters have a part in it.
+        Each of its trained parameters has a part of a buffer.
     """
 
     def __init__(self, call: Any) -> None:
@@ -32,7 +31,7 @@ class Gradients:
         some = next(iter(self._named.values()))
         self.buffers = {dtype: torch.zeros(n, dtype=dtype, device=some.device) for dtype, n in ends.items()}
         self._places = places
-        self._reached: set[str] = set()  # others are not part of the loss
+        self._reached: set[str] = set()  # by the loss; other parameters get no gradient
         self._pending: weakref.ref[Pending] | None = None
 
     @property
@@ -56,7 +55,7 @@ class Gradients:
         )
 
     def next(self) -> "Pending":
-        """Make room for another pass's gradients: those that autograd has not asked for yet move away."""
+        """Return the gradients of the next replay, after copying those of the last one that autograd has yet to read."""
         before = self._pending() if self._pending is not None else None
         if before is not None:
             before.move()
@@ -65,7 +64,7 @@ class Gradients:
         return pending
 
     def caller(self, call: Any) -> "_Caller":
-        """Return the model with parameters that share the real ones' memory, and leave their gradients here."""
+        """Return the model with parameters that share the real ones' memory and write their gradients here."""
         aliases = {}
         for name, p in self._named.items():
             alias = p.detach().requires_grad_()
@@ -78,7 +77,7 @@ class Gradients:
             assert alias.grad is not None
             self._reached.add(name)
             self._view(self.buffers, name).copy_(alias.grad)
-            alias.grad = None  # its memory serves the next one
+            alias.grad = None  # its memory is used for the next one
 
         return keep
 
@@ -95,7 +94,7 @@ class _Caller:
 
 
 class Pending:
-    """Gradients of one pass, until autograd asks for them."""
+    """Gradients of one pass, until autograd reads them."""
 
     def __init__(self, gradients: Gradients) -> None:
         self._gradients = gradients
@@ -106,8 +105,8 @@ class Pending:
         if self._buffers is self._gradients.buffers:
             self._buffers = {dtype: buffer.clone() for dtype, buffer in self._buffers.items()}
 
-    def take(self, factor: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return the gradients times `factor`, once."""
+    def consume(self, factor: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return the gradients times `factor`; a second call is an error."""
         if self._buffers is None:
             raise RuntimeError("backward a second time through a replayed pass: compute the loss again")
         buffers, self._buffers = self._buffers, None
@@ -115,7 +114,7 @@ class Pending:
 
 
 class Replayed(torch.autograd.Function):
-    """A loss whose gradients are known."""
+    """A loss whose gradients have been computed."""
 
     @staticmethod
     def forward(ctx: Any, pending: Pending, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -125,4 +124,4 @@ class Replayed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.pending.take(factor)
+        return None, None, *ctx.pending.consume(factor)

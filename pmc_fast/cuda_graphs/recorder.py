@@ -1,7 +1,7 @@
-"""CUDA graphs: what captures a computation, and what tells that a capture still holds.
+"""Captures CUDA graphs, and tells whether a captured graph is still valid.
 
-A replay repeats kernels on the memory that they were captured with. Python does not run again: hooks are silent,
-and a weight that moved or an adapter that was switched goes unseen, but for `fingerprint`.
+A replay repeats kernels on the memory that they were captured with. Python does not run again: hooks do not run, and
+a weight that moved or an adapter that was switched off goes unnoticed. `fingerprint` detects such changes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,43 +13,51 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PMCError
 
-ASKS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique2", "unique_consecutive"}
+HOST_SYNCS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "unique2",
+    "unique_consecutive",
+}
 SIMPLE = frozenset((type(None), bool, int, float, str))
 
-# what a module calls around its forward; a replay does not
+# run around a module's forward, but not in a replay
 HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_pre_hooks")
 
 
 class CaptureError(PMCError):
-    """A computation can't be captured: it asks the device for a number, or does what no graph can repeat."""
+    """A computation can't be captured, for example because it reads a number from the device."""
 
 
-class NoQuestions(TorchDispatchMode):
-    """Refuses operations that make the host wait for a number, which no capture allows."""
+class ForbidHostSync(TorchDispatchMode):
+    """Refuses operations that make the host wait for the device: a capture does not allow them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, or raise CaptureError."""
-        on_card = bool(args) and isinstance(args[0], torch.Tensor) and args[0].is_cuda
-        if on_card and asks_the_device(func, args):
+        on_cuda = bool(args) and isinstance(args[0], torch.Tensor) and args[0].is_cuda
+        if on_cuda and syncs_with_host(func, args):
             raise CaptureError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
 
 
-def asks_the_device(func: Any, args: Any) -> bool:
-    """Return whether an operation of torch's waits for a number, as masks do whose size nobody knows."""
+def syncs_with_host(func: Any, args: Any) -> bool:
+    """Return whether a torch operation waits for a number from the device, such as the size of a masked selection."""
     overload = func.overloadpacket
     masks = args[1] if overload in (torch.ops.aten.index, torch.ops.aten.index_put) else []
-    return overload._qualified_op_name.split("::")[1] in ASKS or any(
+    return overload._qualified_op_name.split("::")[1] in HOST_SYNCS or any(
         m is not None and m.dtype in (torch.bool, torch.uint8) for m in masks
     )
 
 
 @contextmanager
-def casting_afresh() -> Iterator[None]:
-    """Let autocast keep no cast of a weight from before into a computation, nor from it for later.
+def fresh_autocast_cache() -> Iterator[None]:
+    """Clear autocast's cache of cast weights before and after a computation.
 
-    Whatever wraps a model's forward, as accelerate does, may enter an autocast of its own in there, with the cache on:
-    one capture would then read what another one, or nobody any more, casts.
+    A wrapper around the model's forward, such as accelerate's, may enter an autocast with the cache on. One capture
+    would then read weights that were cast in another capture, or that are not cast again.
     """
     torch.clear_autocast_cache()
     try:
@@ -59,13 +67,10 @@ def casting_afresh() -> Iterator[None]:
 
 
 class Recorder(Protocol):
-    """What captures computations."""
-
-    def warm_up(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Compute as a capture would, without one: libraries set themselves up in a first run."""
+    """Captures computations."""
 
     def record(self, compute: Callable[[], Any]) -> Callable[[], None]:
-        """Capture a computation, without result yet, and return what repeats it on the same memory."""
+        """Run a computation, capture it, and return what repeats it on the same memory."""
 
 
 class CudaRecorder:
@@ -83,33 +88,25 @@ class CudaRecorder:
             # shared: graphs never run at the same time, so that one may use another's intermediate memory
             self._pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Compute on the stream of captures."""
-        with torch.cuda.device(self._device):
-            here = torch.cuda.current_stream()
-            self._stream.wait_stream(here)
-            try:
-                with torch.cuda.stream(self._stream):
-                    out = compute()
-            finally:  # what it read may be freed on this stream, also if it failed half way
-                here.wait_stream(self._stream)
-            out.record_stream(here)
-        return out
-
     def record(self, compute: Callable[[], Any]) -> Callable[[], None]:
-        """Capture.
+        """Capture a computation after a run without capture, in which libraries set themselves up.
 
         Raises
         ------
         CaptureError
             With torch's reason. The stream and the device's random generator are as before.
         """
-        with NoQuestions():  # before the capture: one that fails leaves the allocator of older torch damaged
-            self.warm_up(compute)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what a training program's other threads do (pin memory, say) does not end a capture
-        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
         with torch.cuda.device(self._device):
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            try:  # before the capture: one that fails leaves the allocator of older torch damaged
+                with ForbidHostSync(), torch.cuda.stream(self._stream):
+                    compute()
+            finally:  # memory that it read may be freed on this stream, also after an error
+                here.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: what a training program's other threads do (pin memory, say) does not end a capture
+            capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
             random = torch.cuda.get_rng_state()
             try:
                 # the stream's own context also puts it back where the end of a failed capture raises
@@ -129,10 +126,10 @@ def _renew_generator(state: torch.Tensor) -> None:
 
 
 def fingerprint(model: torch.nn.Module, copies: Mapping[Any, tuple[torch.Tensor | None, ...]]) -> list[Any]:
-    """Return what captures of a model rely on: where its tensors lie, and how its modules are set.
+    """Return what captures of a model rely on: the addresses of its tensors and the settings of its modules.
 
-    Weights may change in place, and a graph reads the new ones. A weight that moved, an adapter that was
-    switched off or a hook that was added make another fingerprint.
+    Weights may change in place: a graph reads the new values. A weight that moved, an adapter that was switched off
+    or a hook that was added changes the fingerprint.
 
     Parameters
     ----------
@@ -146,7 +143,7 @@ def fingerprint(model: torch.nn.Module, copies: Mapping[Any, tuple[torch.Tensor 
         for name, value in vars(module).items():
             if type(value) in SIMPLE:
                 found.append(value)
-            elif name != "forward":  # lent, anew each time
+            elif name != "forward":  # replaced for the time of a pass
                 copied = name == "_parameters" and module in copies
                 _note(found, copies[module] if copied else value)
     return found

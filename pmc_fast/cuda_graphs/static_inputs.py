@@ -1,4 +1,4 @@
-"""Arrays from the host to the device in one copy, and each to the same place every time."""
+"""Inputs of CUDA graphs: arrays copied to the device at once, to the same addresses every time."""
 
 from collections.abc import Mapping
 
@@ -8,10 +8,15 @@ import torch
 ALIGNED = 16  # bytes: Triton compiles another variant for addresses that are not
 
 
-class Upload:
-    """A buffer on the host and its copy on the device; arrays lie in both one behind the other.
+def round_up(n: int, unit: int) -> int:
+    """Return the smallest multiple of `unit` that is at least n."""
+    return -(-n // unit) * unit
 
-    Arrays of the same lengths lie at the same places again, unless the buffer had to grow.
+
+class StaticInputs:
+    """A buffer on the host and its copy on the device, with arrays one after the other.
+
+    Arrays of the same lengths get the same addresses again, unless the buffer had to grow.
 
     Parameters
     ----------
@@ -29,7 +34,7 @@ class Upload:
         """Copy arrays and return them as tensors on the device, which share the buffer."""
         places, end = {}, 0
         for name, array in arrays.items():
-            begin = -(-end // ALIGNED) * ALIGNED
+            begin = round_up(end, ALIGNED)
             end = begin + array.nbytes
             places[name] = (begin, end)
         if self._copied is not None:

@@ -1,39 +1,108 @@
-"""CUDA graphs of training passes: forward and backward of a pack, launched as one.
+"""CUDA graphs of training passes: forward and backward of a pack in one launch.
 
-A step of PMC has about a thousand tokens: on a GPU its thousands of small kernels take longer to launch than to run.
-A pack is padded to a size that was captured and its arrays go to the places that the capture reads. A replay leaves
-loss, log-probs and every gradient; autograd gets the gradients, times what comes from above, when it asks for them.
+A PMC step has about a thousand tokens: on a GPU its thousands of small kernels take longer to launch than to run. So
+packs are padded to a few sizes and their arrays are copied to the addresses that a graph reads. A replay computes the
+loss, the log-probs and every gradient; autograd scales the gradients by the upstream gradient when it reads them.
 
-Captured is the model's own forward, with parameters that share the real ones' memory and no history: what the real
-ones are part of, such as another thread's backward, stays out of it. Python does not run in a replay, so a model with
-hooks is not captured; nor is one with dropout. Before a capture is used, it is compared with the pass it replays.
+The model's own forward is captured, with parameters that share the real ones' memory but have no autograd history,
+because another thread's backward may use that. Models with hooks or dropout are not captured. Each graph is compared
+with the pass itself before it is used.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data.packing import Pack
+from ..utils.labels import IGNORED
+from .cache import GraphCache
 from .gradients import Gradients, Replayed
-from .padding import Size, pad
-from .recorder import (
-    HOOKS,
-    CaptureError,
-    Recorder,
-    casting_afresh,
-    fingerprint,
-)
-from .static_inputs import ALIGNED, Upload
+from .recorder import HOOKS, CaptureError, Recorder, fingerprint, fresh_autocast_cache
+from .static_inputs import ALIGNED, StaticInputs, round_up
 
-DTYPES = (torch.bfloat16,)  # that varlen kernels serve; float16's gradients would miss what scales the loss
-MOST = 32  # captures, each of which holds memory
-ALIKE = 5e-2  # by which norms of gradients may differ: padding changes the order of sums, in bfloat16
-FAINT = 1e-2  # of the largest norm: gradients that are all rounding, such as a key's bias
+DTYPES = (torch.bfloat16,)  # of varlen kernels; float16's gradients would miss the scale of the loss
+LIMIT = 32  # graphs, each of which holds memory
+UNIT = 128  # tokens and targets are padded to multiples of it
+SPARE = 8  # sequences
+WASTE = 1.25  # a graph replays packs that fill it to 1 / WASTE, less a unit
+ALIKE = 5e-2  # relative difference of a gradient's norm: padding changes the order of sums, in bfloat16
+FAINT = 1e-2  # of the largest norm: gradients that are all rounding, such as that of a key's bias
 
 Compute = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a graph has room for."""
+
+    tokens: int
+    targets: int  # and rows of hidden states
+    sequences: int
+    longest: int  # tokens of a sequence: kernels are launched for so many
+
+    @classmethod
+    def of(cls, pack: Pack) -> "Size":
+        """Return a pack's own size."""
+        targets = max(len(pack.targets), len(pack.hidden_rows))
+        return cls(len(pack), targets, len(pack.segments), pack.segments.longest[0])
+
+    def rounded(self) -> "Size":
+        """Return the size to capture for packs like this."""
+        longest = max(64, 1 << (self.longest - 1).bit_length())
+        return Size(
+            round_up(self.tokens, UNIT), round_up(self.targets, UNIT), round_up(self.sequences + SPARE, 16), longest
+        )
+
+    def fits(self, room: "Size") -> bool:
+        """Return whether a pack of this size can be padded to `room` without much waste."""
+        padding = -(-(room.tokens - self.tokens) // room.longest)  # sequences of padding
+        return (
+            self.tokens <= room.tokens <= WASTE * self.tokens + UNIT
+            and self.targets <= room.targets <= WASTE * self.targets + UNIT
+            and self.sequences + padding <= room.sequences
+            and self.longest <= room.longest
+        )
+
+
+def pad(pack: Pack, row_scale: torch.Tensor, size: Size) -> dict[str, np.ndarray]:
+    """Return a pack's arrays, padded to a size.
+
+    Padding tokens are in sequences of their own, so that no real token sees them, and padding targets are ignored:
+    they add zeros to gradients.
+
+    Parameters
+    ----------
+    pack : Pack
+    row_scale : Tensor [M]
+    size : Size
+
+    Returns
+    -------
+    dict of str to ndarray
+        The pack's tensors but `cu_targets`, `row_scale` in float64, `cu_seqlens` int32 [size.sequences + 1].
+    """
+    tokens = len(pack)
+    ends = np.cumsum([0, *pack.segments.lengths])
+    more = np.minimum(tokens + size.longest * np.arange(1, size.sequences + 2 - len(ends)), size.tokens)
+    fill: Mapping[str, tuple[int, Any]] = {
+        "input_ids": (size.tokens, 0),
+        "positions": (size.tokens, 0),
+        "hidden_rows": (size.targets, size.tokens - 1),
+        "targets": (size.targets, IGNORED),
+        "rows": (size.targets, size.targets - 1),
+    }
+    padded = {
+        name: np.concatenate([array := getattr(pack, name).numpy(), np.full(n - len(array), value, array.dtype)])
+        for name, (n, value) in fill.items()
+    }
+    scale = row_scale.double().numpy()
+    padded["row_scale"] = np.concatenate([scale, np.zeros(size.targets - len(scale))])
+    padded["cu_seqlens"] = np.concatenate([ends, more]).astype(np.int32)
+    return padded
 
 
 class PaddedSegments:
@@ -64,26 +133,18 @@ class PassGraphs:
     recorder : callable
         Makes a Recorder.
     close : mapping
-        By dtype, how far log-probs of one model, computed in two ways, may be apart in the mean.
+        By dtype, how far two computations of the same log-probs may be apart in the mean.
     """
 
     def __init__(self, base: Any, recorder: Callable[[], Recorder], close: Mapping[torch.dtype, float]) -> None:
-        self._base, self._new_recorder, self._close = base, recorder, close
-        self.captures = self.replays = 0
-        self.drop()
-
-    def drop(self) -> None:
-        """Let go of all captures and their memory."""
-        self._graphs: list[_Graph] = []
-        self._seen: set[Size] = set()
+        self._base, self._close = base, close
+        self.cache: GraphCache[_Graph] = GraphCache(recorder, f"{type(base).__name__}: a training pass", LIMIT)
         self._gradients: Gradients | None = None
-        self._recorder: Recorder | None = None
-        self._relies_on: Any = None
 
     def __call__(
         self, compute: Compute, pack: Pack, row_scale: torch.Tensor, call: Any
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return what `compute` returns, or None for a pass that is not to be replayed.
+        """Return what `compute` returns, or None for a pass that is to run eagerly.
 
         Parameters
         ----------
@@ -95,35 +156,23 @@ class PassGraphs:
             On the host.
         call : Module
             What is called: the base model or PEFT's.
-
-        Raises
-        ------
-        CaptureError
-            The model can't be captured.
         """
         dtype = _computes_in(self._base)
         if not self._serves(pack, call, dtype):
             return None
-        # by identity too: another Parameter on the same memory wants the gradients
-        relies_on = (dtype, fingerprint(call, {}), [id(p) for p in call.parameters()])
-        if relies_on != self._relies_on:
-            self.drop()
-            self._relies_on = relies_on
-        size = Size.of(pack)
-        graph = min((g for g in self._graphs if size.fits(g.size)), key=lambda g: g.size.tokens, default=None)
+        # by identity too: a new Parameter on the same memory needs its own gradient
+        if self.cache.require((dtype, fingerprint(call, {}), [id(p) for p in call.parameters()])):
+            self._gradients = None
+        own = Size.of(pack)
+        fitting = (size for size in self.cache.captured() if own.fits(size))
+        size = min(fitting, key=lambda size: size.tokens, default=own.rounded())
+        graph = self.cache.get(size, lambda recorder: self._capture(recorder, compute, size, pack, row_scale, call))
         if graph is None:
-            if size.rounded() not in self._seen:  # the first of its size: libraries set themselves up
-                self._seen.add(size.rounded())
-                return None
-            if len(self._graphs) == MOST:
-                self.drop()
-                self._relies_on = relies_on
-            graph = self._captured(compute, size.rounded(), pack, row_scale, call)
+            return None
         assert self._gradients is not None
-        graph.upload(pack, row_scale)
+        graph.load(pack, row_scale)
         pending = self._gradients.next()
         graph.replay()
-        self.replays += 1
         loss = Replayed.apply(pending, graph.loss, *self._gradients.parameters)
         return loss, graph.logps[: len(pack.targets)].clone()
 
@@ -137,39 +186,27 @@ class PassGraphs:
             and len({p.device for p in call.parameters()}) == 1
             and not pack.segments.shared
             and pack.input_ids.device.type == "cpu"
-            and not any(_does_more(module) for module in call.modules())
+            and not any(has_hooks_or_dropout(module) for module in call.modules())
         )
 
-    def _captured(self, compute: Compute, size: Size, pack: Pack, row_scale: torch.Tensor, call: Any) -> "_Graph":
-        """Capture a size, after its replay was compared with the pass itself."""
-        try:
-            graph = self._capture(compute, size, pack, row_scale, call)
-        except Exception as error:  # whatever it is: the pass can be computed without a graph
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CaptureError(
-                f"{type(self._base).__name__}: a training pass can't be captured as a CUDA graph ({reason})"
-            ) from error
-        self.captures += 1
-        self._graphs.append(graph)
-        return graph
-
-    def _capture(self, compute: Compute, size: Size, pack: Pack, row_scale: torch.Tensor, call: Any) -> "_Graph":
+    def _capture(
+        self, recorder: Recorder, compute: Compute, size: Size, pack: Pack, row_scale: torch.Tensor, call: Any
+    ) -> "_Graph":
+        """Capture a size and compare its replay with the pass itself."""
         device = self._base.get_input_embeddings().weight.device
-        if self._recorder is None:
-            self._recorder = self._new_recorder()
         if self._gradients is None:
             self._gradients = Gradients(call)
         gradients = self._gradients
         gradients.next()
 
         def backward(pack: Pack, row_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with casting_afresh(), torch.enable_grad(), _autocast(device):
+            with fresh_autocast_cache(), torch.enable_grad(), _autocast(device):
                 loss, logps = compute(pack, row_scale, model=gradients.caller(call))
                 loss.backward()
             return loss.detach(), logps
 
         graph = _Graph(size, device)
-        graph.upload(pack, row_scale)
+        graph.load(pack, row_scale)
 
         def padded() -> torch.Tensor:
             loss, logps = backward(graph.pack, graph.row_scale)
@@ -177,8 +214,7 @@ class PassGraphs:
             graph.logps.copy_(logps)
             return graph.loss
 
-        self._recorder.warm_up(padded)
-        graph.replay = self._recorder.record(padded)
+        graph.replay = recorder.record(padded)
         loss, logps = backward(pack.to(device), row_scale.to(device))
         norms = gradients.norms()
         for written in (graph.loss, graph.logps, *gradients.buffers.values()):
@@ -191,16 +227,16 @@ class PassGraphs:
             ((gradients.norms() - norms).abs() <= ALIKE * norms + FAINT * norms.max()).all(),
         ]
         if not all(bool(a) for a in agree):
-            raise CaptureError("what it replays is not what it computes")
+            raise CaptureError("its replay does not compute what the pass computes")
         return graph
 
 
 class _Graph:
-    """A captured pass: where it reads and writes."""
+    """A captured pass and the memory that it reads and writes."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size = size
-        self._upload = Upload(device, 8 * (2 * size.tokens + 4 * size.targets + size.sequences) + 16 * ALIGNED)
+        self._inputs = StaticInputs(device, 8 * (2 * size.tokens + 4 * size.targets + size.sequences) + 16 * ALIGNED)
         wide = torch.float32 if device.type == "cuda" else torch.float64
         self.loss = torch.zeros((), dtype=wide, device=device)
         self.logps = torch.zeros(size.targets, dtype=wide, device=device)
@@ -208,16 +244,16 @@ class _Graph:
         self.pack: Pack | Any = None
         self.row_scale: torch.Tensor | Any = None
 
-    def upload(self, pack: Pack, row_scale: torch.Tensor) -> None:
-        """Pad a pack and bring it to where the capture reads it."""
-        t = self._upload(pad(pack, row_scale, self.size))
+    def load(self, pack: Pack, row_scale: torch.Tensor) -> None:
+        """Pad a pack and copy it to where the graph reads it."""
+        t = self._inputs(pad(pack, row_scale, self.size))
         self.row_scale = t.pop("row_scale").view(torch.float64)
         segments: Any = PaddedSegments(t.pop("cu_seqlens"), self.size.longest)
         self.pack = replace(pack, **t, segments=segments, sequences=[])
 
 
-def _does_more(module: torch.nn.Module) -> bool:
-    """Return whether a module has hooks, which a replay would leave out, or dropout, which could not be compared."""
+def has_hooks_or_dropout(module: torch.nn.Module) -> bool:
+    """Return whether a module has hooks, which a replay would not run, or dropout, which can't be compared."""
     drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0
     hooks = any(getattr(module, name) for name in HOOKS) or hasattr(module, "_hf_hook")  # accelerate's device_map
     return drops or hooks

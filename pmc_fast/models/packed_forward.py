@@ -1,14 +1,13 @@
 """Forward passes over packs through the model's own forward, the head computed by `weighted_nll`."""
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from ..cuda_graphs.recorder import CaptureError, CudaRecorder
+from ..cuda_graphs.recorder import CudaRecorder
 from ..cuda_graphs.training import PassGraphs
 from ..data import Encoded
 from ..data.packing import Pack, num_targets, pack
@@ -108,12 +107,7 @@ class PackedPass:
             return None
         if _compiled(call) or checkpointed(self.base) or is_sharded(self.base):
             return None
-        try:
-            return self.graphs(self._compute, pack, row_scale, call)
-        except CaptureError as error:
-            warnings.warn(f"{error}; its kernels are launched one by one, which is slower", stacklevel=3)
-            self._cuda_graphs, self.graphs = False, None
-            return None
+        return self.graphs(self._compute, pack, row_scale, call)
 
     def _compute(
         self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None, compare: bool = False

@@ -1,6 +1,5 @@
 """The loop: plan a step, compute it, draw from it, until every sample has ended."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..cuda_graphs.recorder import CaptureError
 from ..distributed import Ranks
 from ..errors import NotFiniteError, PMCError
 from ..models import patching
@@ -18,7 +16,7 @@ from ..models.recognition import Recognised, own_errors, recognise
 from ..models.supported import check_adapters
 from ..ops import native
 from ..ops.sample_nucleus import Draws
-from .inputs import StepInputs, StepTensors
+from .inputs import StepInputs
 from .logits_processors import Histories, settings_of
 from .model_runner import ModelStep
 from .request import Request, whole
@@ -200,7 +198,7 @@ class RolloutEngine:
                 step = self._inputs(plan, state.span, work.max_rows)
                 rows = len(plan["logit_rows"])
                 padded += len(step.logit_rows) - rows
-                drawn = histories.draw(self._logits(step)[:rows], plan, step.draws, **draw)
+                drawn = histories.draw(self._step.logits(step)[:rows], plan, step.draws, **draw)
                 tokens, logps, mass = _to_host(drawn)
                 if (tokens < 0).any():
                     raise NotFiniteError(
@@ -211,15 +209,6 @@ class RolloutEngine:
         counters = state.counters() | {"pool_bytes": self._step.pool_bytes(), "copy_bytes": self._step.copy_bytes()}
         counters |= {"padded_rows": padded} | graphs
         return _collect(state, len(work.prompts), len(groups), counters)
-
-    def _logits(self, step: StepTensors) -> torch.Tensor:
-        try:
-            return self._step.logits(step)
-        except CaptureError as error:
-            warnings.warn(f"{error}; its steps are launched one by one, which is slower", stacklevel=2)
-            self._cuda_graphs = False
-            self._step.use_graphs(False)
-            return self._step.logits(step)
 
     def _check(self) -> None:
         """Compare the log-probs of short rollouts with the plain model's, before anything depends on them."""

@@ -8,11 +8,13 @@ pool and reads what each row sees. No transformers cache is involved, whose call
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..cuda_graphs.recorder import CudaRecorder, casting_afresh, fingerprint
+from ..cuda_graphs.cache import GraphCache
+from ..cuda_graphs.recorder import CudaRecorder, Recorder, fingerprint, fresh_autocast_cache
 from ..models import patching
 from ..models.context import autocast, eval_mode
 from ..models.fsdp import is_sharded
@@ -20,11 +22,21 @@ from ..models.fused_layers import FastLayers, plain, replaced
 from ..ops.decode_attention import StepIndex, decode_attention
 from ..ops.decode_layers import fast_linear_serves, linear
 from . import weights
-from .graphs import StepGraphs
 from .inputs import StepTensors
 
 ATTENTION = "pmc_fast_rollout"
 LEAST_SLOTS = 1024  # of a pool under graphs: as it grows they are captured again
+
+
+@dataclass(slots=True)
+class _Graph:
+    logits: torch.Tensor
+    replay: Callable[[], None]
+
+
+def step_graphs(model: Any, recorder: Callable[[], Recorder]) -> GraphCache[_Graph]:
+    """Return a cache for CUDA graphs of a model's decode steps."""
+    return GraphCache(recorder, f"{type(model).__name__}: a decode step")
 
 
 class ModelStep:
@@ -40,8 +52,8 @@ class ModelStep:
 
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
         self.model, self.autocast_dtype = model, autocast_dtype
-        self.graphs: StepGraphs | None = None
-        self._counted = {"graph_captures": 0, "graph_replays": 0}  # by graphs that are gone
+        self.graphs: GraphCache[_Graph] | None = None
+        self._logits: torch.Tensor | None = None  # the memory that graphs write logits to
         self._relies_on: Any = None
         self._forget_buffers()
         self._index: StepIndex | None = None
@@ -49,11 +61,10 @@ class ModelStep:
 
     def use_graphs(self, use: bool) -> None:
         """Replay CUDA graphs of padded steps from the next `lend` on, or no longer."""
-        if not use and self.graphs is not None:
-            self._counted = self.graph_counters()
+        if not use:
             self.graphs = None
-        elif use and self.graphs is None:
-            self.graphs = StepGraphs(lambda: CudaRecorder(self.device), type(self.model).__name__)
+        elif self.graphs is None:
+            self.graphs = step_graphs(self.model, lambda: CudaRecorder(self.device))
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -64,7 +75,9 @@ class ModelStep:
         with ExitStack() as stack:
             stack.enter_context(patching.ONE_AT_A_TIME)
             stack.enter_context(torch.no_grad())
-            stack.enter_context(casting_afresh())  # under the caller's autocast; older torch: without their gradients
+            stack.enter_context(
+                fresh_autocast_cache()
+            )  # under the caller's autocast; older torch: without their gradients
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(patching.attention(self.model, ATTENTION))
             if not is_sharded(self.model):  # whose weights are there during a layer's own forward only
@@ -91,14 +104,34 @@ class ModelStep:
         Returns
         -------
         float32 Tensor [L, V], or float64 for a float64 model on the CPU
-            Under graphs gone with the next step.
+            With CUDA graphs, overwritten by the next step.
         """
         self._reserve(step.span)
-        compute = functools.partial(self._compute, step)
         if self.graphs is None or step.bucket is None:
-            return compute()
+            return self._compute(step)
         pool = [t.data_ptr() for pair in self.pool.values() for t in pair]
-        return self.graphs(step.bucket, step.tokens.data_ptr(), (self._relies_on, pool), compute)
+        if self.graphs.require((self._relies_on, pool)):
+            self._logits = None
+        graph = self.graphs.get((step.bucket, step.tokens.data_ptr()), functools.partial(self._capture, step))
+        if graph is not None:
+            graph.replay()
+            return graph.logits
+        with fresh_autocast_cache():
+            logits = self._compute(step)
+        if self._logits is None or len(self._logits) < len(logits):
+            self._logits = torch.empty_like(logits)  # graphs of smaller buckets keep the tensor that they write
+        return logits
+
+    def _capture(self, step: StepTensors, recorder: Recorder) -> "_Graph":
+        # all graphs write the same memory: logits are large, and read before the next step
+        assert self._logits is not None
+        logits = self._logits[: len(step.logit_rows)]
+
+        def compute() -> torch.Tensor:
+            with fresh_autocast_cache():
+                return logits.copy_(self._compute(step))
+
+        return _Graph(logits, recorder.record(compute))
 
     def _compute(self, step: StepTensors) -> torch.Tensor:
         self._index = step.index
@@ -151,8 +184,7 @@ class ModelStep:
     def graph_counters(self) -> dict[str, int]:
         """Return how many steps were captured and replayed so far."""
         captures, replays = (0, 0) if self.graphs is None else (self.graphs.captures, self.graphs.replays)
-        now = {"graph_captures": captures, "graph_replays": replays}
-        return {name: n + self._counted[name] for name, n in now.items()}
+        return {"graph_captures": captures, "graph_replays": replays}
 
     def _forget_buffers(self) -> None:
         weight = self.model.get_input_embeddings().weight
@@ -161,6 +193,7 @@ class ModelStep:
         self._copies: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._layers = FastLayers(self.model)
         self._span = 0
+        self._logits = None
         if self.graphs is not None:
             self.graphs.drop()
 

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmc_fast.cuda_graphs.gradients import Gradients
-from pmc_fast.cuda_graphs.padding import Size, pad
-from pmc_fast.cuda_graphs.training import PassGraphs
+from pmc_fast.cuda_graphs.training import PassGraphs, Size, pad
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import num_targets, pack
 from pmc_fast.models import packed_attention as op
@@ -123,8 +122,8 @@ def test_a_replayed_step_is_the_step(family):
     packed = replaying(model)
     bound = 1e-10 if family in ("phi", "gpt2", "gpt_neox") else 1e-5
     agree(train(model, packed, factor=-0.3), train(other, PackedPass(other), factor=-0.3), bound)
-    assert packed.graphs.captures == 2
-    assert packed.graphs.replays == 5  # each size is computed as ever once
+    assert packed.graphs.cache.captures == 2
+    assert packed.graphs.cache.replays == 5  # each size is computed as ever once
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -146,7 +145,7 @@ def test_replays_follow_weights_under_an_autocast_around_the_forward(family, mon
                 for p in model.parameters():
                     p.mul_(-0.8 if i % 2 else 1.25)
             torch.clear_autocast_cache()  # as the end of a step's own autocast does
-    assert packed.graphs.replays == 5
+    assert packed.graphs.cache.replays == 5
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -159,11 +158,11 @@ def test_adapters_alone_are_trained_and_switched():
     model, other = made(), made()
     packed, plain = replaying(model), PackedPass(causal_lm(other))
     agree(train(model, packed), train(other, plain))
-    assert packed.graphs.replays == 5
+    assert packed.graphs.cache.replays == 5
     for m in (model, other):
         m.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] = 3.0
     agree(train(model, packed), train(other, plain))
-    assert packed.graphs.captures == 4
+    assert packed.graphs.cache.captures == 4
     for m in (model, other):
         next(p for p in m.parameters() if p.requires_grad).requires_grad_(False)
     agree(train(model, packed), train(other, plain))
@@ -176,7 +175,7 @@ def warm(on_cpu):
     packed = replaying(model)
     for _ in range(2):
         packed(*next(packs()))
-    assert packed.graphs.captures == 1
+    assert packed.graphs.cache.captures == 1
     return model, packed
 
 
@@ -204,7 +203,7 @@ def test_losses_add_up_and_wait(warm):
     )
     packed(*second)[0].backward()  # gradients accumulate
     same(gradients(model), {k: 2 * x for k, x in expected[0].items()})
-    assert packed.graphs.replays == 4
+    assert packed.graphs.cache.replays == 4
 
 
 def test_a_loss_that_nobody_needs_costs_nothing(warm):
@@ -237,7 +236,7 @@ def test_what_moves_is_captured_again(warm, change):
     model, packed = warm
     change(model)
     three_times(model, packed, next(packs()))
-    assert packed.graphs.captures == 2
+    assert packed.graphs.cache.captures == 2
 
 
 def hook(model):
@@ -257,15 +256,15 @@ def drop_out(model):
 @pytest.mark.parametrize("change", [hook, checkpoint, drop_out])
 def test_what_a_replay_would_miss_is_computed(warm, change):
     model, packed = warm
-    before = packed.graphs.replays
+    before = packed.graphs.cache.replays
     change(model)
     three_times(model, packed, next(packs()))
-    assert packed.graphs.replays == before
+    assert packed.graphs.cache.replays == before
 
 
 def test_no_gradients_no_graph_and_shared_prompts_neither(warm):
     model, packed = warm
-    before = packed.graphs.replays
+    before = packed.graphs.cache.replays
     made, scale = next(packs())
     with torch.no_grad():
         assert not packed(made, scale)[0].requires_grad
@@ -273,7 +272,7 @@ def test_no_gradients_no_graph_and_shared_prompts_neither(warm):
     shared = pack([[Encoded([*prompt, a, 3], [*hidden, a, 3]) for a in (7, 9)]], 100)[0]
     assert shared.segments.shared
     assert packed.graphs(packed._compute, shared, torch.ones(4, dtype=torch.float64), model) is None
-    assert packed.graphs.replays == before
+    assert packed.graphs.cache.replays == before
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -282,12 +281,36 @@ def test_a_pass_that_asks_for_a_number_is_computed_and_said_so():
     model = build(tf.LlamaConfig(**SIZES, rope_parameters=scaling, max_position_embeddings=512))
     packed, made = replaying(model), next(packs())
     packed(*made)
-    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: a training pass can't be captured .* one by one"):
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: a training pass can't be captured .* runs eagerly"):
         packed(*made)[0].backward()
     same(gradients(model), plainly(model, made))
     model.zero_grad()
     packed(*made)[0].backward()
     same(gradients(model), plainly(model, made))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_size_that_fails_runs_eagerly_and_the_other_is_replayed():
+    class FailsOnce(Tape):
+        failures = 0
+
+        def record(self, compute):
+            if not FailsOnce.failures:
+                FailsOnce.failures = 1
+                raise RuntimeError("out of memory")
+            return super().record(compute)
+
+    model = build(FAMILIES["llama"]())
+    other, packed = copy.deepcopy(model), replaying(model, FailsOnce)
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: a training pass can't be captured .*memory") as warned:
+        ours = train(model, packed, rounds=9)
+    agree(ours, train(other, PackedPass(other), rounds=9))
+    assert len(warned) == 1
+    cache = packed.graphs.cache
+    assert (cache.captures, cache.replays) == (
+        1,
+        3,
+    )  # the second size: 4 of 9 passes, of which the first runs eagerly
 
 
 class Faulty(Tape):
@@ -333,7 +356,7 @@ def test_a_replay_that_computes_something_else_is_not_used(what, monkeypatch):
             "pmc_fast.cuda_graphs.training.pad", lambda *a: pad(*a) | {"input_ids": pad(*a)["input_ids"][::-1]}
         )
     packed(*made)
-    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: .*what it replays is not what it computes"):
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: .*its replay does not compute what the pass computes"):
         packed(*made)[0].backward()
     same(gradients(model), plainly(model, made))
 
@@ -369,7 +392,7 @@ def test_under_autocast_attention_is_in_low_precision_and_replayed(monkeypatch):
             for (name, ours), theirs in zip(gradients(model).items(), expected.values(), strict=True):
                 assert (ours - theirs).norm() <= 2e-2 * theirs.norm(), name
     assert seen == {torch.bfloat16}
-    assert packed.graphs.replays == 3
+    assert packed.graphs.cache.replays == 3
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -380,7 +403,7 @@ def test_a_parameter_outside_the_loss_has_no_gradient():
     for _ in range(3):
         model.zero_grad()
         packed(*made)[0].backward()
-    assert packed.graphs.replays == 2
+    assert packed.graphs.cache.replays == 2
     assert model.idle.grad is None
     assert model.lm_head.weight.grad is not None
 
@@ -427,7 +450,7 @@ def test_gpu_gradients(family):
                 error = (2 * g.cpu().double() - exact[name]).norm()
                 bound = 3 * (plain[name].cpu().double() - exact[name]).norm() + 1e-2 * exact[name].norm()
                 assert error <= bound, name
-    assert packed.graphs.replays > 7
+    assert packed.graphs.cache.replays > 7
 
 
 @needs_gpu
@@ -448,7 +471,7 @@ def test_gpu_autocast_trains_alike_and_follows_the_weights():
             seen.append(loss.item())
         losses.append(seen)
         if graphs:
-            assert packed.graphs.replays == 11
+            assert packed.graphs.cache.replays == 11
     assert abs(losses[0][-1] - losses[0][0]) > 0.1  # it trains
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-2, atol=2e-2)
 
@@ -459,4 +482,4 @@ def test_gpu_float32_is_computed_as_ever():
     packed, made = PackedPass(model, cuda_graphs=True), next(packs())
     for _ in range(3):
         packed(*made)[0].backward()
-    assert packed.graphs.replays == 0
+    assert packed.graphs.cache.replays == 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import native
 from pmc_fast.ops.decode_attention import DTYPES, StepIndex, decode_attention
-from pmc_fast.rollout.buckets import (
+from pmc_fast.rollout.inputs import (
     DRAWS,
     ENTRIES,
     INDEX,

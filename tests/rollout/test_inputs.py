@@ -6,18 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pmc_fast.cuda_graphs.static_inputs import StaticInputs
 from pmc_fast.ops import native
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
 from pmc_fast.rollout import RolloutEngine
-from pmc_fast.rollout.buckets import (
-    ENTRIES,
-    INDEX,
-    ROWS,
-    Bucket,
-    bucket_of,
-    pad,
-)
-from pmc_fast.rollout.inputs import StepInputs, Upload
+from pmc_fast.rollout.inputs import ENTRIES, INDEX, ROWS, Bucket, StepInputs, bucket_of, pad
 from tests.families import FAMILIES, HOW, PROMPTS, build
 
 
@@ -116,16 +109,16 @@ def test_buckets_are_few_and_the_largest_rows_run_as_they_are():
     assert len(sizes) == 13  # of 160
 
 
-def test_an_upload_keeps_its_places_until_it_has_to_grow():
-    upload = Upload(torch.device("cpu"), 256)
+def test_arrays_keep_their_addresses_until_the_buffer_grows():
+    inputs = StaticInputs(torch.device("cpu"), 256)
     arrays = {"a": np.arange(3), "b": np.arange(5, dtype=np.int32), "c": np.arange(4, 6)}
-    first = upload(arrays)
-    again = upload({name: array + 7 for name, array in arrays.items()})
+    first = inputs(arrays)
+    again = inputs({name: array + 7 for name, array in arrays.items()})
     assert all((first[name].data_ptr() - first["a"].data_ptr()) % 16 == 0 for name in arrays)
     for name, array in arrays.items():
         assert again[name].data_ptr() == first[name].data_ptr()
         assert again[name].tolist() == (array + 7).tolist()
-    longer = upload(arrays | {"c": np.arange(400)})
+    longer = inputs(arrays | {"c": np.arange(400)})
     assert longer["a"].data_ptr() != first["a"].data_ptr()
     assert longer["b"].tolist() == [0, 1, 2, 3, 4]
     assert longer["c"].tolist() == list(range(400))

@@ -8,14 +8,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pmc_fast.cuda_graphs.recorder import CudaRecorder, asks_the_device
+from pmc_fast.cuda_graphs.recorder import CaptureError, CudaRecorder, syncs_with_host
 from pmc_fast.errors import PMCError
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
 from pmc_fast.rollout import RolloutEngine, rollout
-from pmc_fast.rollout.buckets import INDEX
-from pmc_fast.rollout.graphs import StepGraphs
-from pmc_fast.rollout.inputs import StepTensors
-from pmc_fast.rollout.model_runner import ModelStep
+from pmc_fast.rollout.inputs import INDEX, StepTensors
+from pmc_fast.rollout.model_runner import ModelStep, step_graphs
 from tests import tape
 from tests.families import FAMILIES, HOW, PROMPTS, SIZES, build
 
@@ -45,7 +43,7 @@ class Tape(tape.Tape):
 
 def taped(model, recorder=Tape, **how):
     engine = RolloutEngine(model, pad_steps=True, **how)
-    engine._step.graphs = StepGraphs(recorder, type(model).__name__)
+    engine._step.graphs = step_graphs(model, recorder)
     return engine
 
 
@@ -216,7 +214,7 @@ def test_a_model_that_was_moved_to_another_type(warm):
     assert after[2].counters["graph_captures"] == 0 < after[2].counters["graph_replays"]
     model.to(torch.float64)
     with engine._step.lend():
-        assert not engine._step.graphs._steps  # what they hold of the old model's memory is let go at once
+        assert not engine._step.graphs.captured()  # what they hold of the old model's memory is let go at once
 
 
 def test_wrong_replays_are_noticed_on_first_use():
@@ -234,20 +232,35 @@ def test_a_model_whose_steps_ask_for_a_number_is_launched_step_by_step():
     model = build(tf.LlamaConfig(**SIZES, rope_parameters=scaling, max_position_embeddings=512))
     engine, expected = taped(model), plain(model)
     assert RolloutEngine(model, pad_steps=True)(PROMPTS, **HOW).tokens == expected
-    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: a step can't be captured .* launched one by one"):
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: a decode step can't be captured .* runs eagerly"):
         assert engine(PROMPTS, **HOW).tokens == expected
     again = engine(PROMPTS, **HOW)
     assert again.tokens == expected
     assert again.counters["graph_captures"] == again.counters["graph_replays"] == 0
 
 
-def test_a_step_that_asks_for_a_number_is_refused_by_name():
-    graphs = StepGraphs(Tape, "A model")
-    x = torch.ones(4)
-    graphs("bucket", 0, None, lambda: x * x.sum().item())
-    with pytest.raises(PMCError, match=r"A model: a step can't be captured") as e:
-        graphs("bucket", 0, None, lambda: x * x.sum().item())
-    assert "\n" not in str(e.value)
+@pytest.mark.parametrize("error", [RuntimeError("out of memory\nand more"), PMCError("no")], ids=["torch's", "ours"])
+def test_a_size_that_fails_runs_eagerly_and_the_others_are_replayed(error):
+    model = build(FAMILIES["llama"]())
+
+    class FailsOnce(Tape):
+        failures = 0
+
+        def record(self, compute):
+            if not FailsOnce.failures:
+                FailsOnce.failures = 1
+                raise error
+            return super().record(compute)
+
+    engine, expected = taped(model, FailsOnce), plain(model)
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: a decode step can't be captured") as warned:
+        runs = [engine(PROMPTS, **HOW) for _ in range(4)]
+    assert len(warned) == 1
+    assert "\n" not in str(warned[0].message)
+    assert [run.tokens for run in runs] == [expected] * 4
+    last = runs[-1].counters
+    assert last["graph_captures"] == 0 < last["graph_replays"]
+    assert None in engine._step.graphs._graphs.values()
 
 
 class Waits(TorchDispatchMode):
@@ -261,7 +274,7 @@ class Waits(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.calls += 1
         tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor) and t.dim()]
-        if asks_the_device(func, args) or len({t.device.type for t in tensors}) > 1:
+        if syncs_with_host(func, args) or len({t.device.type for t in tensors}) > 1:
             self.found.append(str(func))
         return out
 
@@ -329,9 +342,7 @@ def test_gpu_recorder():
     recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
     x, out = torch.arange(4.0, device="cuda"), torch.zeros(4, device="cuda")
     here = torch.cuda.current_stream()
-    assert recorder.warm_up(lambda: x * 2).tolist() == [0, 2, 4, 6]
     replays = [recorder.record(lambda n=n: out.copy_(x * n + x.sum())) for n in (1, 2)]
-    assert out.tolist() == [0] * 4
     x.add_(1)
     for n, replay in zip((1, 2), replays, strict=True):
         replay()
@@ -341,11 +352,10 @@ def test_gpu_recorder():
 
 @needs_gpu
 def test_gpu_capture_that_fails_leaves_the_stream():
-    graphs = StepGraphs(lambda: CudaRecorder(torch.device("cuda", torch.cuda.current_device())), "A model")
+    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
     x, here = torch.ones(4, device="cuda"), torch.cuda.current_stream()
-    graphs("bucket", 0, None, lambda: x * x.sum().item())
-    with pytest.raises(PMCError, match="A model: a step can't be captured"):
-        graphs("bucket", 0, None, lambda: x * x.sum().item())
+    with pytest.raises(CaptureError, match="waits for the device"):
+        recorder.record(lambda: x * x.sum().item())
     assert torch.cuda.current_stream() == here
     assert (x + 1).tolist() == [2] * 4
     assert torch.randn(4, device="cuda").isfinite().all()  # the generator is no longer a capture's
