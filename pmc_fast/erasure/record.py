@@ -10,7 +10,7 @@ from typing import Any
 from ..data import Row, read_records, rows_of
 from ..errors import PMCError
 from ..report.environment import code
-from ..trainer.checkpointing import digest
+from ..utils.files import digest
 
 FORMAT = 2  # 1 had no hash of each forgotten question
 CLAIM = (

@@ -24,8 +24,7 @@ from typing import Any
 from ..errors import PMCError
 from ..jobs.earlier_runs import entry
 from ..models import loading
-from ..trainer.checkpointing import file_sha256
-from ..utils.files import sync
+from ..utils.files import file_sha256, sync
 from . import adapters
 
 RECORD, PRIVATE, ROLLED_BACK = "record.json", "private.jsonl", "rolled_back"
@@ -34,7 +33,7 @@ _UNFINISHED = re.compile(r"\.\d{4,}\.\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ErasureRequest:
     """A request that was answered: its directory and what its record says."""
 
     directory: Path
@@ -72,7 +71,7 @@ class Stack:
         names = sorted((n for n in entries if _NAME.fullmatch(n)), key=int)
         if not names and any(not n.startswith(".") and n != ROLLED_BACK for n in entries):
             raise PMCError(f"stack {directory} holds other things: name a new or empty directory, or a stack")
-        self.requests: list[Request] = []
+        self.requests: list[ErasureRequest] = []
         for name in names:
             if int(name) != len(self.requests) + 1:
                 raise PMCError(
@@ -107,7 +106,7 @@ class Stack:
             entries = [*data.get("earlier", entries), entry(f"request {request.name}", data)]
         return entries
 
-    def _read(self, name: str) -> Request:
+    def _read(self, name: str) -> ErasureRequest:
         directory = self.directory / name
         try:
             content = (directory / RECORD).read_text(encoding="utf-8")
@@ -123,7 +122,7 @@ class Stack:
             raise PMCError(
                 f"request {directory} was made upon other requests than those before it: their order or content changed"
             )
-        return Request(directory, record, file_sha256(directory / RECORD))
+        return ErasureRequest(directory, record, file_sha256(directory / RECORD))
 
     @contextmanager
     def model(self, given: str) -> Iterator[str]:
@@ -138,7 +137,7 @@ class Stack:
         """The recorded hash of the weights with all requests in them."""
         return self.requests[-1].record["model"]["after"]
 
-    def apply(self, model: Any, before: Callable[[Request], None] = lambda request: None) -> str:
+    def apply(self, model: Any, before: Callable[[ErasureRequest], None] = lambda request: None) -> str:
         """Sum the requests' adapters into the base model's weights, in place; return the hash of the weights.
 
         `before` is called with each request ahead of its adapter.
@@ -169,7 +168,7 @@ class Stack:
             )
         return made
 
-    def check_last(self, name: str = "") -> Request:
+    def check_last(self, name: str = "") -> ErasureRequest:
         """Return the last request; refuse `name` where it is another."""
         last = self.requests[-1]
         if name and name != last.name:
@@ -198,7 +197,7 @@ class Stack:
 
 
 @contextmanager
-def as_recorded(request: Request, name: str, value: str, flag: str) -> Iterator[None]:
+def as_recorded(request: ErasureRequest, name: str, value: str, flag: str) -> Iterator[None]:
     """Add to an error about a path that nobody typed just now whose record names it, and how to name another."""
     try:
         yield

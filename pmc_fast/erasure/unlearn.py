@@ -14,8 +14,7 @@ from ..jobs import earlier_runs, unlearn
 from ..jobs.earlier_runs import FORGET_SETS
 from ..jobs.progress import Monitor, Stages
 from ..models import loading
-from ..trainer.checkpointing import file_sha256
-from ..utils.files import sync, written_aside
+from ..utils.files import file_sha256, sync, written_aside
 from . import adapters, record
 from .stack import (
     PRIVATE,

@@ -31,7 +31,7 @@ from ..rollout import RolloutEngine
 from .record import CLAIM, read_private
 from .stack import (
     PRIVATE,
-    Request,
+    ErasureRequest,
     Stack,
     as_recorded,
 )
@@ -41,7 +41,7 @@ from .stack import (
 class _Asked:
     """A request whose questions are here again."""
 
-    request: Request
+    request: ErasureRequest
     sets: dict[str, list[Row]] = field(default_factory=dict)
 
 
@@ -86,7 +86,7 @@ def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, An
     with stages("loading the model"):
         loaded = loading.load_model(source, device=loading.resolve_device(config.device))
 
-    def answer_before(request: Request) -> None:
+    def answer_before(request: ErasureRequest) -> None:
         """Where a request came without answers, its truth is what the model said before it."""
         for a in asked:
             rows = a.sets.get("forget", [])
@@ -144,12 +144,12 @@ def _asked(stack: Stack, files: Sequence[str]) -> list[_Asked]:
     return [a for a in found.values() if "forget" in a.sets]
 
 
-def _is(rows: Sequence[Row], name: str, request: Request) -> bool:
+def _is(rows: Sequence[Row], name: str, request: ErasureRequest) -> bool:
     data = request.record["data"]
     return name in data and data[name]["sha256"] == rows_hash(rows, data["salt"])
 
 
-def _kept(last: Request, config: VerifyConfig) -> list[EvalSet]:
+def _kept(last: ErasureRequest, config: VerifyConfig) -> list[EvalSet]:
     """Read what the last request's utility was measured on, and check that it is the same."""
     settings = last.record["settings"]
     if "after" not in last.record["metrics"]:
@@ -171,12 +171,12 @@ def _kept(last: Request, config: VerifyConfig) -> list[EvalSet]:
     return sets
 
 
-def _settings(request: Request) -> UnlearnConfig:
+def _settings(request: ErasureRequest) -> UnlearnConfig:
     known = {f.name for f in dataclasses.fields(UnlearnConfig)}
     return UnlearnConfig(**{n: v for n, v in request.record["settings"].items() if n in known})
 
 
-def _encoder(tokenizer: Any, request: Request, loaded: LoadedModel) -> Encoder:
+def _encoder(tokenizer: Any, request: ErasureRequest, loaded: LoadedModel) -> Encoder:
     """Return the encoder that a request was measured with."""
     config = _settings(request)
     return Encoder(tokenizer, config, None if config.accidents else loaded.model.generation_config)
@@ -228,7 +228,7 @@ def _leaks(
 
 
 def _still_known(
-    last: Request,
+    last: ErasureRequest,
     sets: list[EvalSet],
     config: VerifyConfig,
     engine: RolloutEngine,
@@ -248,7 +248,9 @@ def _still_known(
     return made
 
 
-def _bound(given: float | None, request: Request, gate: str, recorded: float | None, slack: float) -> float | None:
+def _bound(
+    given: float | None, request: ErasureRequest, gate: str, recorded: float | None, slack: float
+) -> float | None:
     if given is not None:
         return given
     own = request.record["gates"].get(gate)

@@ -1,7 +1,6 @@
 """Which forget questions need no unlearning: the untouched model's own samples never say what is to be forgotten."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +27,7 @@ from ..evaluation import (
 from ..models.packed_forward import PackedPass
 from ..pmc.reward import choose_scorer
 from ..rollout import Rollouts
-from ..trainer import checkpointing
-from ..utils.files import one_error
+from ..utils.files import digest, one_error, write_file
 
 FILE = "known_forgotten.json"
 
@@ -193,17 +191,14 @@ def remember(
     paraphrases: Sequence[Question | None],
 ) -> None:
     """Keep what was found beside the run's checkpoints: row numbers and a hash."""
-    aside = directory / f".{FILE}.{os.getpid()}"
     content = {"of": _digest(weights, config, forget, paraphrases), "found": asdict(found)}
     with one_error(str(directory / FILE)):
         directory.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(content), encoding="utf-8")
-        aside.chmod(0o600)
-        aside.rename(directory / FILE)
+    write_file(directory / FILE, json.dumps(content), private=True)
 
 
 def _digest(
     weights: str, config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[Question | None]
 ) -> str:
     rows = [[row.question, row.answer, other] for row, other in zip(forget, paraphrases, strict=True)]
-    return checkpointing.digest([rows, config.algorithm(), config.skip_threshold, config.leak_threshold, weights])
+    return digest([rows, config.algorithm(), config.skip_threshold, config.leak_threshold, weights])

@@ -47,8 +47,7 @@ from ..report.environment import machine, versions
 from ..rollout import RolloutEngine, SharedEngine
 from ..trainer import checkpointing
 from ..trainer.arguments import PMCArguments, check_optimizer_name
-from ..trainer.profiling import NAME as TRACE
-from ..trainer.profiling import StepProfiler
+from ..trainer.callbacks import TRACE, StepProfiler
 from ..trainer.trainer import PMCTrainer
 from ..utils.text import row_numbers
 from . import earlier_runs, known_forgotten

@@ -32,10 +32,10 @@ from .arguments import (
     check_precision,
     has_low_precision,
 )
+from .callbacks import StopRule
+from .checkpointing import ResumableTrainer
 from .evaluation import EvaluatingTrainer
 from .master_weights import MasterWeights
-from .resumable import ResumableTrainer
-from .stopping import StopRule
 
 logger = logging.get_logger(__name__)
 

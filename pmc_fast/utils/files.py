@@ -1,13 +1,16 @@
-"""Writing a result directory whole or not at all."""
+"""Files and directories that are written completely or not at all, and their hashes."""
 
 import errno
 import fcntl
 import glob
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import PMCError
 
@@ -101,8 +104,7 @@ def written_aside(path: Path) -> Iterator[Path]:
                 yield aside
                 for file in aside.rglob("*"):
                     if file.is_file():
-                        with file.open("rb") as handle:
-                            os.fsync(handle.fileno())
+                        sync(file)
                 aside.rename(path)  # an empty directory of that name is replaced
             finally:
                 os.close(descriptor)
@@ -127,15 +129,27 @@ def check_new_files(files: Mapping[str, str | None]) -> None:
         seen[path] = kind
 
 
-def write_file(file: str, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_file(file: str | Path, text: str, *, private: bool = False) -> None:
+    """Write a file completely or not at all, in place of the one that is there.
+
+    Parameters
+    ----------
+    file : str or Path
+    text : str
+    private : bool
+        The file has mode 0600 from its first byte on.
+    """
     path = Path(file).absolute()
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.rename(path)
-    except OSError as error:
-        raise PMCError(f"{file} can't be written: {error.strerror}") from error
+        with one_error(str(file)):
+            aside.unlink(missing_ok=True)  # of a killed process with the same number
+            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+            with open(descriptor, "w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(descriptor)
+            aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -176,3 +190,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(content: Any) -> str:
+    """Return the SHA-256 of JSON-ready content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

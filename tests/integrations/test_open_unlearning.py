@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -293,6 +294,30 @@ def test_the_newest_checkpoint_is_found_from_the_command_line(trainer_of, tmp_pa
     again.train()
     assert again.state.global_step == 2
     assert state.stat().st_mtime_ns == before
+
+
+def test_a_state_that_was_half_written_is_not_there(trainer_of, tmp_path):
+    """Writing the second checkpoint's state fails half-way: the next run goes on from the first."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    trainer = trainer_of(args=saving)
+    state_dict, (soft, hard) = trainer.pmc.state_dict, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def with_little_room():
+        if trainer.state.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+        return state_dict()
+
+    trainer.pmc.state_dict = with_little_room
+    try:
+        with pytest.raises((OSError, PMCError), match="File too large"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (tmp_path / "run/checkpoint-2").iterdir() if "pmc_state" in p.name] == []
+    again = trainer_of(args=saving | {"resume_from_checkpoint": "auto"})
+    again.train()
+    assert again.pmc.state_dict() == state_dict()
+    assert json.loads((tmp_path / "run/checkpoint-2/pmc_state.json").read_text())["pmc"] == state_dict()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(trainer_of, tmp_path):

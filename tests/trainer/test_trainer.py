@@ -1,5 +1,6 @@
 """PMCTrainer: the core's trajectory, resumed bit for bit, whatever the accumulation."""
 
+import gzip
 import json
 import os
 import signal
@@ -22,8 +23,8 @@ from pmc_fast import (
 from pmc_fast.data import Row
 from pmc_fast.pmc.schedule import EpochOrder
 from pmc_fast.trainer import checkpointing
+from pmc_fast.trainer.callbacks import StepProfiler, StopRule
 from pmc_fast.trainer.master_weights import MasterWeights
-from pmc_fast.trainer.stopping import StopRule
 
 QUESTIONS = [f"What is fact {i}?" for i in range(5)]
 RETAIN = [Row(f"Is {i} even?", f"It is {i % 2 == 0}.") for i in range(6)]
@@ -484,6 +485,18 @@ def test_stop_rule():
     for r in (rule, other):
         assert r.update(0.1, 0.1, all_visited=True) is None
         assert "mean best score 0.100 <= 0.1" in r.update(0.1, 0.1, all_visited=True)
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(1, 1), (2, 1), (4, 2)])
+def test_a_trace_is_of_the_second_and_third_step(fresh, tokenizer, tmp_path, steps, traced):
+    """Of a run of one step that step is traced."""
+    profiler = StepProfiler()
+    trainer_of(fresh(), tokenizer, arguments(tmp_path, max_steps=steps), callbacks=[profiler]).train()
+    text = gzip.decompress(profiler.trace).decode()
+    names = [e["name"] for e in json.loads(text)["traceEvents"] if e.get("cat") in ("cpu_op", "user_annotation")]
+    assert sum(name.startswith("Optimizer.step") for name in names) == traced
+    assert "ProfilerStep#0" not in names
+    assert not any(q in text for q in QUESTIONS)
 
 
 def test_epoch_order():

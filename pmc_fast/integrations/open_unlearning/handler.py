@@ -1,7 +1,6 @@
 """The handler class: GradDiff with the model's own answers in place of the forget answers."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -21,8 +20,9 @@ from ...models import loading
 from ...models.supported import check_float16, check_model
 from ...pmc.algorithm import PMC as Core
 from ...pmc.batch import Step
-from ...trainer import checkpointing
 from ...trainer.arguments import autocast_dtype, training_settings
+from ...trainer.checkpointing import STATE
+from ...utils.files import digest, write_file
 from ...utils.labels import IGNORED
 from .checks import check_arguments, check_names, check_weights
 from .draws import Draws
@@ -126,7 +126,7 @@ class PMC(GradDiff):
             if self._questions.setdefault(_key(prompt), len(prompts)) == len(prompts):
                 prompts.append(prompt)
         retain = self._retain_rows()
-        self._retain_sha256 = checkpointing.digest([[s.input_ids, s.labels, s.positions] for s in retain])
+        self._retain_sha256 = digest([[s.input_ids, s.labels, s.positions] for s in retain])
         for text in check_encoded_overlap(
             asked,
             retain,
@@ -257,20 +257,16 @@ class PMC(GradDiff):
         super()._save_checkpoint(model, trial)
         directory = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and directory.is_dir():
-            # beside OpenUnlearning's own files: its evaluation writes into the same directory, which is thus not sealed
-            descriptor = os.open(directory / checkpointing.STATE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            # not sealed: OpenUnlearning's evaluation writes into the same directory
             draws = None if self._draws is None else self._draws.state_dict()
             state = {"fingerprint": self._fingerprint(), "pmc": self.pmc.state_dict(), "draws": draws}
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(state, file)
+            write_file(directory / STATE, json.dumps(state), private=True)
 
     def _load_own_state(self, directory: Path) -> None:
         try:
-            state = json.loads((directory / checkpointing.STATE).read_text(encoding="utf-8"))
+            state = json.loads((directory / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise PMCError(
-                f"checkpoint {directory} has no sound {checkpointing.STATE}: PMC did not write it"
-            ) from error
+            raise PMCError(f"checkpoint {directory} has no sound {STATE}: PMC did not write it") from error
         if not any(directory.glob("rng_state*")):
             raise PMCError(
                 f"checkpoint {directory} holds the model alone, and a run can't go on from it: save them with "
@@ -289,17 +285,17 @@ class PMC(GradDiff):
         steps = [a.train_batch_size, a.gradient_accumulation_steps, a.world_size]
         losses = [self.gamma, self.alpha, self.retain_loss_type]
         return {
-            "questions": checkpointing.digest([self.pmc.prompts, self.pmc.positions]),
+            "questions": digest([self.pmc.prompts, self.pmc.positions]),
             "retain rows": self._retain_sha256,
-            "PMC settings": checkpointing.digest([self.pmc_config.algorithm(), losses]),
-            "training settings": checkpointing.digest([training_settings(a), steps]),
+            "PMC settings": digest([self.pmc_config.algorithm(), losses]),
+            "training settings": digest([training_settings(a), steps]),
             "model's weights": self._weights_sha256,
         }
 
 
 def _newest(directory: Path) -> str | None:
     """Return the newest checkpoint; an evaluation alone is in a directory of such a name, too."""
-    found = [p for p in directory.glob("checkpoint-*") if (p / checkpointing.STATE).is_file()]
+    found = [p for p in directory.glob("checkpoint-*") if (p / STATE).is_file()]
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
 
 

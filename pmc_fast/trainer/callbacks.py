@@ -1,7 +1,14 @@
-"""When unlearning is done: the answers are unlike the initial ones and what is to be kept is back."""
+"""When a run stops early, and a profiler trace of its first steps."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TrainerCallback
+
+TRACE = "trace.json.gz"
+TRACED = 2  # optimizer steps, after one that also checks and allocates
 SMOOTHING = 0.9  # weight of the past in the smoothed retain loss
 SLACK = 0.05  # nats a token above the untouched model's retain loss
 
@@ -44,3 +51,33 @@ class StopRule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bound, self._sum, self._weight, self._met = (state[n] for n in ("bound", "sum", "weight", "met"))
+
+
+class StepProfiler(TrainerCallback):
+    """Traces the second and third optimizer step, rollouts included: names of operations and shapes, no text.
+
+    `trace` is a gzipped Chrome trace once these steps are done. A run of one step has that step traced.
+    """
+
+    def __init__(self) -> None:
+        self.trace: bytes | None = None
+        self._profile: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        schedule = None
+        if state.max_steps - state.global_step > 1:
+            schedule = torch.profiler.schedule(wait=0, warmup=1, active=TRACED, repeat=1)
+        self._profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self._export, record_shapes=True)
+        self._profile.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._profile.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._profile.stop()
+
+    def _export(self, profile: Any) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / TRACE
+            profile.export_chrome_trace(str(path))
+            self.trace = path.read_bytes()
