@@ -1,6 +1,7 @@
 """The harness: fair order, right statistics, one schema, no mixing of machines. README's tables. Compared methods."""
 
 import json
+import subprocess
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 
 from benchmarks import (
     baselines,
+    card_probe,
     compare_methods,
     compare_report,
     gpu_page,
@@ -23,6 +25,7 @@ from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row
 from pmc_fast.evaluation import EvalSet
 from pmc_fast.pmc.losses import npo
+from tests.pages import ROOT
 
 
 def test_rounds_interleave_and_rotate():
@@ -329,3 +332,23 @@ def test_gpu_runs_on_the_cpu(tiny_dir, tokenizer, tmp_path, monkeypatch):
         2,
         2,
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a card, benchmarks/card.sh runs it in full")
+def test_the_cards_probe_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
+    found = tmp_path / "card.json"
+    monkeypatch.setattr(card_probe, "BLOCKS", card_probe.BLOCKS | {"peers": lambda probe: 1 / 0})
+    monkeypatch.setattr(card_probe, "QUICK_ROUNDS", 1)
+    asked = ["fit", "head", "peers", "step", "--shape", "tiny", "--quick", "--json", str(found)]
+    assert card_probe.main(asked) == 1  # a block that fails is named, and the others run
+    names = [r["name"] for r in json.loads(found.read_text())["results"]]
+    assert {name.split(":")[0] for name in names} == {"fit", "head", "peers", "step"}
+    assert "peers: FAILED: ZeroDivisionError" in names
+    assert capsys.readouterr().out.count("--") == 4
+    script = ROOT / "benchmarks/card.sh"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    wrong = subprocess.run(["bash", str(script), "7"], check=False, capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr) == (2, "usage: bash benchmarks/card.sh 10|25|45\n")
+    named = {word for line in script.read_text().splitlines() for word in line.split() if word.startswith("tests/")}
+    assert named
+    assert all((ROOT / path).exists() for path in named)

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# All that only a card can tell, in order of use: bash benchmarks/card.sh 10|25|45   (minutes; results in $OUT)
+# No network, no model files. Each block stands alone: a run that is cut short keeps what was written before.
+# Try it on a machine without a card first: SHAPE=tiny bash benchmarks/card.sh 10
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OUT=${OUT:-card_output}
+minutes=${1:-10} shape=${SHAPE:-3b} python=${PYTHON:-python3}
+case $minutes in 10 | 25 | 45) ;; *) echo "usage: bash benchmarks/card.sh 10|25|45" >&2; exit 2 ;; esac
+mkdir -p "$OUT"
+
+block() {  # seconds, command: one that is too slow or fails does not end the rest
+  echo "== ${*:2}" | tee -a "$OUT/log"
+  timeout "$1" "${@:2}" 2>&1 | tee -a "$OUT/log" | grep -v Warning | cut -c1-230
+}
+probe() { block "$1" "$python" -m benchmarks.card_probe "${@:2}" --json "$OUT/card-$shape-$2.json"; }
+tests() { block "$1" "$python" -m pytest -q -p no:cacheprovider "${@:2}"; }
+
+if command -v nvidia-smi > /dev/null; then
+  nvidia-smi -L
+  # for this card alone: a third of nvcc's time
+  chip=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+  PMC_FAST_CHIPS=$chip PMC_FAST_CUDA=1 "$python" -m pip install -q -e . --no-deps --no-build-isolation 2>&1 | tail -2 || exit 1
+fi
+
+# 10 minutes: what can crash or be wrong, then where the time goes
+tests 110 tests/cuda_graphs tests/data/test_packing.py tests/ops/test_scaled.py tests/rollout/test_rollout_graphs.py \
+  -k "gpu or varlen or scaled"
+probe 80 fit --shape "$shape"
+probe 70 trainer --shape "$shape"
+probe 45 head --shape "$shape" --quick
+probe 100 pass --shape "$shape" --quick
+probe 100 step --shape "$shape" --quick
+[ "$minutes" = 10 ] && exit
+
+# to 25
+tests 240 tests/ops tests/models/test_fused_layers.py tests/rollout/test_engine.py
+probe 90 profile --shape "$shape"
+probe 120 peers --shape "$shape"
+SMALL=135m
+probe 90 step --shape $SMALL && probe 90 pass --shape $SMALL
+[ "$minutes" = 25 ] && exit
+
+# to 45: races and bounds, then whole suites
+if command -v compute-sanitizer > /dev/null; then
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 block 240 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q \
+    -p no:cacheprovider tests/ops/test_decode_cuda.py -k gpu
+fi
+block 400 "$python" -m benchmarks.gpu --quick --json "$OUT/gpu.json"
