@@ -252,7 +252,10 @@ def _train(probe: Probe, model: Any, graphs: bool) -> list[dict[str, Any]]:
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     g = np.random.default_rng(0)
-    text = lambda n: " ".join(f"w{i}" for i in g.integers(0, 500, n).tolist())  # noqa: E731
+
+    def text(length: int) -> str:
+        return " ".join(f"w{i}" for i in g.integers(0, 500, size=length).tolist())
+
     forget = [text(8) for _ in range(16)]
     retain = [{"question": text(8), "answer": text(12)} for _ in range(16)]
     with tempfile.TemporaryDirectory() as directory:
