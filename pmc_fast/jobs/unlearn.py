@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ..config import UnlearnConfig
 from ..data import (
+    Encoded,
     Encoder,
     Question,
     Row,
@@ -412,10 +413,10 @@ def _trainer(
 
 
 class _Trainer(PMCTrainer):
-    """Is quiet about the data: `check` has said it."""
+    """A PMCTrainer whose data `check` has checked."""
 
-    def _warn(self, text: str) -> None:
-        pass
+    def _encode_retain(self, dataset: Any) -> list[Encoded]:
+        return self.pmc.encode(dataset, "retain_dataset")
 
 
 class _Told(TrainerCallback):

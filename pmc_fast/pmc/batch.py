@@ -1,4 +1,4 @@
-"""What passes between sampling and the loss: an optimizer step's questions and answers, and a micro-batch's loss."""
+"""A sampled batch and its loss."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ class Step:
     counters: dict[str, float] = field(default_factory=dict)  # of the rollout
 
     def split(self, size: int) -> list["Step"]:
-        """Return micro-batches of at most `size` questions: as many on every process, the last ones may be empty."""
+        """Return micro-batches of at most `size` questions, the same number on every process; the last may be empty."""
         if size < 1:
             raise PMCError(f"size of a micro-batch is {size}: it must be at least 1")
         parts = [-(-n // size) for n in self.sizes]
@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The loss of a micro-batch: backward it, step when all micro-batches of the step are done."""
+    """The loss of a micro-batch: call backward on it, and step once all micro-batches of the step are done."""
 
     loss: torch.Tensor  # [], differentiable: its share of the step's loss
     collapse: torch.Tensor  # [], cross-entropy of the sampled answers; of all packs together if there are several

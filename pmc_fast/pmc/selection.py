@@ -1,6 +1,11 @@
-"""How N scored answers become what is trained on."""
+"""From the scores of N answers to the answers that are trained on."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from ..config import PMCConfig
 
 
 def argmin(scores: np.ndarray) -> np.ndarray:
@@ -22,3 +27,32 @@ def bradley_terry(scores: np.ndarray, tau: float) -> np.ndarray:
 def draw(probabilities: np.ndarray, key: tuple[int, ...]) -> int:
     """Draw an index with the given probabilities [N]; the same one for the same key."""
     return int(np.random.default_rng(key).choice(len(probabilities), p=probabilities))
+
+
+def select(
+    config: PMCConfig, candidates: Sequence[Any], scores: np.ndarray, key: tuple[int, ...]
+) -> tuple[list[list[Any]], float]:
+    """Return the answers to train on, each with its weight, and their score.
+
+    Parameters
+    ----------
+    config : PMCConfig
+        selection and tau are read.
+    candidates : sequence
+        A question's N answers: texts, or lists of token ids.
+    scores : ndarray [N]
+    key : tuple of int
+        Of the draw, if `config.selection` draws.
+    """
+    if config.selection == "argmin":
+        pick = int(argmin(scores[None])[0])
+        return [[candidates[pick], 1.0]], float(scores[pick])
+    weights = bradley_terry(scores[None], config.tau)[0]
+    if config.selection == "bradley_terry":
+        pick = draw(weights, key)
+        return [[candidates[pick], 1.0]], float(scores[pick])
+    merged: dict[Any, list[Any]] = {}  # equal answers become one with the sum of their weights
+    for candidate, weight in zip(candidates, weights, strict=True):
+        name = candidate if isinstance(candidate, str) else tuple(candidate)
+        merged.setdefault(name, [candidate, 0.0])[1] += float(weight)
+    return list(merged.values()), float(np.clip(weights @ scores, 0, 1))

@@ -1,4 +1,4 @@
-"""What PMC remembers of each forget question between visits: the best answer so far and its score."""
+"""Each forget question's best answer so far and its score, kept between visits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +24,7 @@ class BestStore:
 
     Notes
     -----
-    An answer is text for PMC itself; trainers without strings store token ids. The store never
-    looks inside.
+    PMC stores an answer as text; trainers without strings store token ids. The store treats both alike.
     """
 
     def __init__(self, num_questions: int) -> None:
@@ -41,7 +40,7 @@ class BestStore:
         return [i for i in indices if (entry := self._at(i)) is None or entry.score > 0]
 
     def offer(self, index: int, answer: Any, score: float) -> bool:
-        """Take `answer` unless the stored one scores lower; a tie replaces. True if it was taken."""
+        """Store `answer` unless the stored one scores lower; a tie replaces. Return whether it was stored."""
         if not 0 <= score <= 1:  # NaN fails this too
             raise PMCError(f"score of question {index} is {score}: a reward must stay within 0 and 1")
         entry = self._at(index)
@@ -74,7 +73,7 @@ class BestStore:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned; a state of another size is refused."""
+        """Restore what `state_dict` returned; a state of another size is refused."""
         entries = state["entries"]
         if len(entries) != len(self._entries):
             raise PMCError(f"store of {len(entries)} questions does not fit a run of {len(self._entries)}")

@@ -127,7 +127,7 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         self.pmc = PMC(
             self.model, processing_class, pmc_config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
         )
-        self.retain = self.pmc.encode_retain(retain_dataset, warn=self._warn)
+        self.retain = self._encode_retain(retain_dataset)
         self.eval_dataset = self.encode_eval(eval_dataset)
         self.retain_order = torch.Generator().manual_seed(pmc_config.seed + 1)
         self.stop_rule = None
@@ -139,9 +139,8 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
 
     # --- data
 
-    def _warn(self, text: str) -> None:
-        if self.is_world_process_zero():
-            logger.warning(text)
+    def _encode_retain(self, dataset: Any) -> list[Encoded]:
+        return self.pmc.encode_retain(dataset)
 
     def get_train_dataloader(self) -> Any:
         """Return a loader of the indices of all processes' questions, the same on each; `_mine` takes them apart.

@@ -54,6 +54,16 @@ def test_result_is_a_model_with_card_and_reports(arguments, data, tiny, capsys):
     assert left_behind(data) == ["out"]
 
 
+def test_forget_and_retain_data_are_compared_once(arguments, monkeypatch):
+    """In `check`, with all other sets: the job's trainer does not do it again."""
+    from pmc_fast.data import overlap
+
+    compared, near = [], overlap.near
+    monkeypatch.setattr(overlap, "near", lambda *sides: compared.append(sides) or near(*sides))
+    assert run([*arguments, "--no-evaluate"]) == 0
+    assert len(compared) == 1
+
+
 def test_text_stays_out_unless_asked_for(arguments, data, tiny, tokenizer, capsys):
     config = UnlearnConfig.merge("small", {"max_length": 40})
     questions = [row.question for row in load_rows(data / "forget.jsonl")]
