@@ -27,7 +27,7 @@ LEVELS = (
     ("models",),
     ("cuda_graphs",),
     ("data", "ops"),
-    ("config.py", "distributed.py", "kernels"),
+    ("config", "distributed.py", "kernels"),
     ("utils",),
     ("errors.py",),
 )

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from pmc_fast.config import PRESETS, PMCConfig, UnlearnConfig
+from pmc_fast.cli.main import cli
+from pmc_fast.config import PRESETS, EvaluateConfig, PMCConfig, RequestConfig, UnlearnConfig, VerifyConfig
 from pmc_fast.errors import PMCError
 
 
@@ -58,7 +59,56 @@ def test_published_presets():
         assert UnlearnConfig.merge(name).weight_decay == 0.01
 
 
-def test_every_field_has_a_help_text():
-    for f in dataclasses.fields(UnlearnConfig):
+def fields(config):
+    return {f.name: f for f in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("config", [RequestConfig, EvaluateConfig, VerifyConfig])
+def test_every_field_has_a_help_text(config):
+    for f in fields(config).values():
         assert len(f.metadata["help"]) > 10, f.name
-    assert {f.name for f in dataclasses.fields(PMCConfig)} < {f.name for f in dataclasses.fields(UnlearnConfig)}
+
+
+def test_settings_are_composed_of_what_each_command_reads():
+    assert not issubclass(EvaluateConfig, PMCConfig)
+    training = {
+        "num_samples",
+        "retain_weight",
+        "num_epochs",
+        "learning_rate",
+        "output",
+        "resume",
+        "lora",
+        "skip_threshold",
+    }
+    assert not training & fields(EvaluateConfig).keys()
+    own = {"lora", "stack", "lora_r", "lora_alpha", "lora_target", "keep_private"}
+    assert fields(RequestConfig).keys() - fields(UnlearnConfig).keys() == own
+    for part in (PMCConfig, EvaluateConfig):  # a name means the same everywhere
+        for name in fields(part).keys() & fields(RequestConfig).keys() - {"max_degenerate"}:
+            theirs, ours = fields(part)[name], fields(RequestConfig)[name]
+            assert (theirs.default, theirs.type, theirs.metadata) == (ours.default, ours.type, ours.metadata), name
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "more"),
+    [
+        ("unlearn", RequestConfig, {"config_file", "preset", "dry_run"}),
+        ("evaluate", EvaluateConfig, {"json_file", "rows_file", "report_file"}),
+        ("verify", VerifyConfig, {"json_file", "files"}),
+    ],
+)
+def test_commands_hide_no_setting_and_add_none(command, config, more):
+    assert {p.name for p in cli.commands[command].params} == fields(config).keys() | more
+
+
+def test_paths_expand_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = RequestConfig(model="~/m", general=["~/a.jsonl", "b.jsonl"], system_prompt="~")
+    assert (config.model, config.general, config.system_prompt) == (
+        "/home/ann/m",
+        ["/home/ann/a.jsonl", "b.jsonl"],
+        "~",
+    )
+    with pytest.raises(PMCError, match=r"retain '\\udcff' is not UTF-8"):
+        UnlearnConfig(retain="\udcff")

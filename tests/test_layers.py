@@ -9,7 +9,9 @@ from tests.pages import ROOT
 
 PAGE = ROOT / "docs/architecture.md"
 # what the oracle may share with what it judges: reading, encoding, loading, the order of rows; no formula
-SHARED = re.compile(r"(config|errors|data/.*|utils/.*|models/(context|generation)|pmc/(__init__|schedule))\.py|data")
+SHARED = re.compile(
+    r"(config/.*|errors|data/.*|utils/.*|models/(context|generation)|pmc/(__init__|schedule))\.py|data"
+)
 
 
 def test_every_module_has_a_level_and_a_row():

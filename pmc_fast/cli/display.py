@@ -1,104 +1,21 @@
-"""What the commands share: options from settings, progress, scores and gates on the terminal."""
+"""What the commands print: progress, scores, gates, the plan of a dry run, a verification."""
 
-import dataclasses
-import os
-import signal
 import sys
-import threading
 import time
-import types
-import typing
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import Terminated
 from ..utils.text import printable
+
+if TYPE_CHECKING:  # torch and transformers load when a command runs: --help stays quick
+    from ..jobs.unlearn import Plan
 
 GATE_MISSED = 3
 
 
-@contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Raise Terminated when SIGTERM comes, unless someone handles it already or this is not the main thread."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    ):
-        yield
-        return
-    signal.signal(signal.SIGTERM, _end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _end(signum: int, frame: Any) -> None:
-    raise Terminated
-
-
-def quiet_logs() -> None:
-    """Keep logs that are no terminal free of progress bars, and users from warnings that are for developers."""
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", category=FutureWarning)
-    if not sys.stderr.isatty():  # before the libraries are imported
-        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-            os.environ.setdefault(name, "1")
-
-
-def config_options(config: type[Any], names: Iterable[str] | None = None) -> Callable[[Any], Any]:
-    """Give a command one option a field of `config`, in the order of `names`; options not given pass None."""
-
-    def decorate(command: Any) -> Any:
-        hints = typing.get_type_hints(config)
-        fields = {f.name: f for f in dataclasses.fields(config)}
-        for f in reversed([fields[name] for name in names or fields]):
-            flag = "--" + f.name.replace("_", "-")
-            kind = hints[f.name]
-            options: dict[str, Any] = {"help": _help(f), "default": None}
-            if kind is bool:
-                flag += "/--no-" + f.name.replace("_", "-")
-            elif kind == list[str]:
-                options["multiple"] = True
-            elif typing.get_origin(kind) is typing.Literal:
-                options["type"] = click.Choice(typing.get_args(kind))
-            else:
-                options["type"] = _plain(kind)
-            if "flag_value" in f.metadata:  # the flag without a value
-                options |= {"is_flag": False, "flag_value": f.metadata["flag_value"]}
-            command = click.option(flag, *f.metadata.get("aliases", ()), f.name, **options)(command)
-        return command
-
-    return decorate
-
-
-def _plain(kind: Any) -> type:
-    if isinstance(kind, types.UnionType):
-        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
-    return kind
-
-
-def _help(f: dataclasses.Field[Any]) -> str:
-    unset = (None, "", dataclasses.MISSING)
-    return f.metadata["help"] + ("" if f.default in unset else f"  [default: {f.default}]")
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given; those given several times as lists."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in options.items()
-        if value not in (None, ())
-    }
-
-
 def print_scores(made: dict[str, Any]) -> None:
     """Print a table of metrics, before and after."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -111,9 +28,61 @@ def print_scores(made: dict[str, Any]) -> None:
     table = Table("metric", *(["before"] if both else []), "after" if both else "value")
     for metric, before, after in rows:
         table.add_row(escape(metric), *([before] if both else []), after)
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = _console()
     console.print(table)
     console.print(escape(verdict(made)), soft_wrap=True)
+
+
+def print_verification(made: dict[str, Any]) -> None:
+    """Print what `verify` found of each request, and of what was to be kept."""
+    from rich.table import Table
+
+    table = Table("request", "questions", "unlearn quality", "at least", "under 3 words", "leaking")
+    for name, r in made["requests"].items():
+        forget, leaks = r["sets"]["forget"], "-"
+        if "sampling" in r:
+            leaks = f"{r['sampling'].get('leaking_questions', 0):.0%}"
+        table.add_row(
+            name, str(forget["rows"]), f"{r['unlearn_quality']:.1f}", _bound(r), f"{forget['degenerate']:.0%}", leaks
+        )
+    _console().print(table)
+    if made["keep"]:
+        click.echo(f"utility {made['keep']['utility']:.1f}, at least {_bound(made['keep'])}")
+    for name in made["not_verified"]:
+        click.echo(f"{name}: not verified")
+    click.echo(f"effective weights {made['weights']}, as recorded")
+
+
+def _bound(of: dict[str, Any]) -> str:
+    return "-" if of["bound"] is None else f"{of['bound']:.1f}"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 100)
+
+
+def print_plan(plan: "Plan", output: str) -> None:
+    """Print what a run would do that ends in `output`."""
+    c, s = plan.config, plan.schedule
+    answered = sum(bool(row.answer) for row in plan.forget)
+    click.echo(
+        f"forget    {len(plan.forget)} questions of {c.forget}, {answered or 'none'} with an answer"
+        + ("" if answered else ": the model's own first answers are taken for the truth")
+    )
+    click.echo(f"retain    {len(plan.retain)} pairs of {c.retain}")
+    click.echo(f"evaluate  {', '.join(f'{e.name} ({len(e.rows)})' for e in plan.sets) or 'nothing'}")
+    click.echo(f"prompts   {c.prompt_format}, prompt and answer at most {c.max_length} tokens")
+    click.echo(
+        f"steps     {s.steps} ({s.steps_per_epoch} an epoch), each {c.batch_size} x "
+        f"{c.gradient_accumulation_steps} questions, {c.num_samples} samples a question"
+    )
+    if c.skip_known_forgotten:
+        click.echo("skip      questions known to be forgotten: fewer steps where there are any")
+    click.echo(f"output    {output}: nothing was written")
+    for text in plan.warnings:
+        click.echo(f"warning: {text}", err=True)
 
 
 def print_gates(made: dict[str, Any]) -> int:

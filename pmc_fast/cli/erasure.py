@@ -7,12 +7,8 @@ import click
 
 from ..config import VerifyConfig
 from ..utils.files import check_new_files, write_file
-from .display import (
-    Progress,
-    config_options,
-    given,
-    print_gates,
-)
+from .display import Progress, print_gates, print_verification
+from .options import config_options, given
 
 
 @click.command()
@@ -72,36 +68,7 @@ def verify(json_file: str | None, files: tuple[str, ...], **options: Any) -> int
 
     with Progress() as progress:
         made = run(config, progress)
-    _print(made)
+    print_verification(made)
     if json_file:
         write_file(json_file, json.dumps(made, indent=1))
     return print_gates(made)
-
-
-def _print(made: dict[str, Any]) -> None:
-    rows = [
-        ("request", "questions", "unlearn quality", "at least", "under 3 words", "leaking"),
-        *(
-            (
-                name,
-                str(r["sets"]["forget"]["rows"]),
-                f"{r['unlearn_quality']:.1f}",
-                _number(r["bound"]),
-                f"{r['sets']['forget']['degenerate']:.0%}",
-                f"{r['sampling'].get('leaking_questions', 0):.0%}" if "sampling" in r else "-",
-            )
-            for name, r in made["requests"].items()
-        ),
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    if made["keep"]:
-        click.echo(f"utility {made['keep']['utility']:.1f}, at least {_number(made['keep']['bound'])}")
-    for name in made["not_verified"]:
-        click.echo(f"{name}: not verified")
-    click.echo(f"effective weights {made['weights']}, as recorded")
-
-
-def _number(bound: float | None) -> str:
-    return "-" if bound is None else f"{bound:.1f}"

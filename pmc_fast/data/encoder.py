@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..config import PMCConfig
+from ..config import PromptConfig
 from ..errors import PMCError
 from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
@@ -37,13 +37,12 @@ class Encoder:
     ----------
     tokenizer
         A transformers tokenizer; it is not changed.
-    config : PMCConfig
-        prompt_format, max_length, system_prompt, date_string and accidents are read.
+    config : PromptConfig
     generation_config : transformers.GenerationConfig, optional
         Adds its eos ids to the tokenizer's as those that end an answer.
     """
 
-    def __init__(self, tokenizer: Any, config: PMCConfig, generation_config: Any = None) -> None:
+    def __init__(self, tokenizer: Any, config: PromptConfig, generation_config: Any = None) -> None:
         self.tokenizer = tokenizer
         self.max_length = config.max_length
         self.format = resolve_format(tokenizer, config.prompt_format)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import UnlearnConfig
+from ..config import RequestConfig
 from ..distributed import launched
 from ..errors import PMCError
 from ..jobs import earlier_runs, unlearn
@@ -24,7 +24,7 @@ from .stack import (
 )
 
 
-def unlearn_request(config: UnlearnConfig, monitor: Monitor | None = None) -> dict[str, Any]:
+def unlearn_request(config: RequestConfig, monitor: Monitor | None = None) -> dict[str, Any]:
     """Run the job with an adapter for its result, the next one of `config.stack`; see `job.unlearn`.
 
     Returns
@@ -44,7 +44,7 @@ def unlearn_request(config: UnlearnConfig, monitor: Monitor | None = None) -> di
         return made | {"request": str(outcome.directory)}
 
 
-def check_request(config: UnlearnConfig) -> unlearn.Plan:
+def check_request(config: RequestConfig) -> unlearn.Plan:
     """Check a request as `job.check` does, and its stack; write nothing."""
     _check_possible()
     return unlearn.check(config, StackedAdapter(config))
@@ -59,11 +59,15 @@ def _check_possible() -> None:
 class StackedAdapter:
     """A run that trains the next adapter of a stack; see `pmc_fast.jobs.outputs.Outcome`."""
 
-    def __init__(self, config: UnlearnConfig) -> None:
+    def __init__(self, config: RequestConfig) -> None:
         self.config, self.stack = config, Stack(config.stack)
         self.directory = self.stack.next_directory
         self.base = self.before = self.after = ""  # hashes of weights
         self.adapter: adapters.Adapter | None = None
+
+    @property
+    def destination(self) -> str:
+        return self.config.stack
 
     @property
     def checkpoints(self) -> Path:

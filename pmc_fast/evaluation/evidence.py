@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..config import UnlearnConfig
+from ..config import EvaluationConfig
 from ..data import Encoded, Encoder, Row
 from ..errors import PMCError
 from ..pmc.reward import choose_scorer
@@ -27,7 +27,7 @@ from .side_effects import (
 FORGET, PARAPHRASED = "forget", "forget_paraphrased"
 
 
-def leakage_settings(config: UnlearnConfig) -> LeakageSettings | None:
+def leakage_settings(config: EvaluationConfig) -> LeakageSettings | None:
     """Return how `config` has a model attacked; None where it does not."""
     if not config.attack_samples:
         return None

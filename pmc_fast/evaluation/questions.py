@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..config import RewardName, UnlearnConfig
+from ..config import EvaluationConfig, RewardName
 from ..data import (
     Question,
     Row,
@@ -47,7 +47,7 @@ class EvalSet:
         return [(row.question, row.answer) for row in self.rows]
 
 
-def load_sets(config: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row]) -> list[EvalSet]:
+def load_sets(config: EvaluationConfig, forget: Sequence[Row], retain: Sequence[Row]) -> list[EvalSet]:
     """Return what `config` has evaluated, reading the files that only the evaluation needs.
 
     Of a long retain set 400 rows are drawn with replacement, the draw of the published evaluation.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import PromptConfig
 from ..data import Row
 from ..data.overlap import normalized
 from ..errors import PMCError
@@ -73,14 +74,14 @@ def read(model: str) -> list[dict[str, Any]]:
     return found
 
 
-def check_prompts(model: str, settings: Any) -> list[str]:
+def check_prompts(model: str, settings: PromptConfig) -> list[str]:
     """Return a warning if questions are put in other prompts than in the run that made a model.
 
     Parameters
     ----------
     model : str
         A directory beside whose weights `unlearn` left a report, or any other.
-    settings : UnlearnConfig
+    settings : PromptConfig
         Its prompt_format is resolved ("tags" or "chat").
     """
     try:

@@ -22,6 +22,10 @@ class Outcome(Protocol):
     """What a run trains and leaves. The job calls `check`, `earlier`, `attach`, `detach` and `write`, in this order."""
 
     @property
+    def destination(self) -> str:
+        """Where the result goes, as the user wrote it."""
+
+    @property
     def checkpoints(self) -> Path:
         """Where the run's checkpoints are; known once `attach` was called."""
 
@@ -54,6 +58,10 @@ class WholeModel:
         self.config = config
         self.path, self.dtype = Path(config.output), torch.float32
         self.model: Any = None
+
+    @property
+    def destination(self) -> str:
+        return self.config.output
 
     @property
     def checkpoints(self) -> Path:

@@ -206,7 +206,7 @@ def unlearn(config: UnlearnConfig, monitor: Monitor | None = None, outcome: Outc
         try:
             return _run(plan, monitor, stages, outcome)
         except (KeyboardInterrupt, Terminated) as error:
-            error.add_note(what_is_left(config.stack or config.output, outcome.checkpoints))
+            error.add_note(what_is_left(outcome.destination, outcome.checkpoints))
             raise
 
 

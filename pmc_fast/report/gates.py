@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import UnlearnConfig
+from ..config import EvaluationConfig
 
 CHOSEN = ("unlearn_quality", "utility")  # gates that a user sets; the other is on by default
 FELL = 0.8  # utility that ends below this part of what it was is warned of
@@ -12,7 +12,7 @@ PEAK = 10.0  # or one that was ever so far above it: guessing among all tokens c
 
 
 def judge(
-    config: UnlearnConfig, after: Mapping[str, Any], before: Mapping[str, Any] | None = None
+    config: EvaluationConfig, after: Mapping[str, Any], before: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     """Return each gate of `config` that the scores speak to: its ``name``, ``value``, ``bound`` and whether it ``passed``.
 

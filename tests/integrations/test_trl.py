@@ -277,7 +277,7 @@ def test_refusals(trainer_of, tiny, tiny_dir, tmp_path):
     with pytest.raises(PMCError, match="retain_dataset, row 1 has no answer"):
         trainer_of(retain=[{"prompt": "Who?"}])
     with pytest.raises(
-        PMCError, match=r"args is a pmc_fast\.config\.PMCConfig: it must be a PMCConfig of pmc_fast\.int"
+        PMCError, match=r"args is a pmc_fast\.config\.parts\.PMCConfig: it must be a PMCConfig of pmc_fast\.int"
     ):
         trainer_of(pmc_fast.PMCConfig())
     with pytest.raises(PMCError, match="model is a dict: it must be a model, or the name or directory of one"):

@@ -155,7 +155,7 @@ def test_what_can_not_be_attacked_is_refused_before_a_model_is_loaded(command, d
     (data / "empty.md").write_text(" \n")
     text = ["--side-effects-text", str(data / "text.md")]
     for flags, message in (
-        (["--attack-first-words", "-1"], "attack_first_words is -1: it must be 0 (off) or more"),
+        (["--attack-first-words", "-1"], "attack_first_words is -1: it must be 0 or more"),
         (["--attack-samples", "2", "--attack-prefill", "word " * 30], "forget: row 1 and what its answer must begin"),
         (["--leak-threshold", "0"], "leak_threshold is 0.0"),
         (["--confidence", "1"], "confidence is 1.0"),

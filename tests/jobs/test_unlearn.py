@@ -198,7 +198,7 @@ def test_pad_equal_to_eos_changes_nothing(arguments, data, tiny_dir, monkeypatch
         ({"num_samples": 0}, "num_samples is 0: it must be at least 1"),
         ({"top_p": 1.5}, "top_p is 1.5: it must be above 0 and at most 1"),
         ({"optimizer": "no_such_one"}, "optimizer is 'no_such_one': use one that transformers knows"),
-        ({"top_k": -1}, "top_k is -1: it must be 0 (off) or more"),
+        ({"top_k": -1}, "top_k is -1: it must be 0 (all tokens) or more"),
         ({"max_length": 9}, "row 1: the question takes 9 tokens and leaves none of max_length 9"),
         ({"device": "cuda:9"}, "device is 'cuda:9'"),
         ({"lr": "fast"}, "'fast' is not a valid float"),
@@ -392,7 +392,7 @@ def test_settings_from_a_file_yield_to_flags(arguments, data, capsys):
         ("lamda: 2", "setting 'lamda' is unknown: did you mean lambda?"),
         ("num_sample: 2", "setting 'num_sample' is unknown: did you mean num_samples?"),
         ("lr: 1e-5\nlearning_rate: 1e-4", "gives learning_rate twice"),
-        ("stop_score: low", "stop_score is 'low' in"),
+        ("stop_score: low", "stop_score is 'low': it must be a number"),
     ):
         (data / "bad.yaml").write_text(text + "\n")
         assert run([*arguments, "--config", str(data / "bad.yaml")]) == 2

@@ -1,0 +1,81 @@
+"""Flags and YAML files, from the fields of a settings class."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import RequestConfig
+from ..errors import PMCError
+
+
+def config_options(config: type[Any]) -> Callable[[Any], Any]:
+    """Give a command one option for each field of `config`; options that are not given pass None."""
+
+    def decorate(command: Any) -> Any:
+        hints = typing.get_type_hints(config)
+        for f in reversed(dataclasses.fields(config)):
+            flag, kind = "--" + f.name.replace("_", "-"), hints[f.name]
+            options: dict[str, Any] = {"help": _help(f), "default": None}
+            if kind is bool:
+                flag += "/--no-" + f.name.replace("_", "-")
+            elif kind == list[str]:
+                options["multiple"] = True
+            elif typing.get_origin(kind) is typing.Literal:
+                options["type"] = click.Choice(typing.get_args(kind))
+            elif isinstance(kind, types.UnionType):
+                options["type"] = typing.get_args(kind)[0]  # float | None
+            else:
+                options["type"] = kind
+            if "flag_value" in f.metadata:  # what the flag means without a value
+                options |= {"is_flag": False, "flag_value": f.metadata["flag_value"]}
+            command = click.option(flag, *f.metadata.get("aliases", ()), f.name, **options)(command)
+        return command
+
+    return decorate
+
+
+def _help(f: dataclasses.Field[Any]) -> str:
+    unset = (None, "", dataclasses.MISSING)
+    return f.metadata["help"] + ("" if f.default in unset else f"  [default: {f.default}]")
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given; those that may be given several times as lists."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
+
+
+def read_yaml(path: str | None) -> dict[str, Any]:
+    """Return the settings of a file by their fields' names."""
+    if path is None:
+        return {}
+    try:
+        import yaml
+    except ImportError as error:
+        raise PMCError("--config needs pyyaml: pip install 'pmc_fast[cli]'") from error
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise PMCError(f"config {path} can't be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise PMCError(f"config {path} must hold 'name: value' lines")
+    names, hints = RequestConfig.names(), typing.get_type_hints(RequestConfig)
+    settings: dict[str, Any] = {}
+    for key, value in content.items():
+        name = names.get(str(key).removeprefix("--").replace("-", "_"), str(key))
+        if name in settings:
+            raise PMCError(f"config {path} gives {name} twice, under two names: keep one")
+        if isinstance(value, str) and hints.get(name) in (float, float | None):
+            with suppress(ValueError):  # YAML 1.1 reads 1e-5 as a string
+                value = float(value)
+        settings[name] = value
+    return settings
