@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from pmc_fast.config import UnlearnConfig
+from pmc_fast.config import RequestConfig, UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.erasure import adapters, unlearn
 from pmc_fast.erasure.stack import Stack, locked
@@ -576,7 +576,7 @@ def test_an_interrupted_sum_is_not_what_was_recorded(two, monkeypatch):
 
 
 def test_unlearn_request_returns_where_it_wrote(two, tiny_dir):
-    config = UnlearnConfig.merge(
+    config = RequestConfig.merge(
         "small",
         {"lora": True, "model": str(tiny_dir), "stack": str(two / "stack"), "forget": str(two / "forget1.jsonl"),
          "retain": str(two / "retain.jsonl"), "num_epochs": 1.0, "num_samples": 2, "max_length": 40,
