@@ -58,8 +58,8 @@ struct Seen {
 constexpr int kTogether = 4;  // queries that share a load of a key or a value
 
 // What a row spends its time on, for any type and processor: kTogether queries at once.
-template <typename T>
-struct Plain {
+template <typename T, Isa>
+struct Kernels {
   using C = typename Math<T>::Type;
 
   // out[m][j] = q[m] . keys[j]; rows of q and of out are dim and width apart
@@ -100,7 +100,7 @@ PMC_AVX512 inline __m512 load(const BFloat16* p, __mmask16 mask) {
 }
 
 template <typename T>
-struct Avx512 {
+struct Kernels<T, Isa::kAvx512> {
   PMC_AVX512 static inline void dots(const float* q, const Seen<T>& keys, int64_t dim, float* out,
                                      int64_t width) {
     constexpr int kKeys = 16 / kTogether;
@@ -154,7 +154,7 @@ struct Avx512 {
   }
 };
 template <>
-struct Avx512<double> : Plain<double> {};
+struct Kernels<double, Isa::kAvx512> : Kernels<double, Isa::kGeneric> {};
 #endif
 
 // Slots lie anywhere: no hardware guesses the next one.
@@ -194,7 +194,7 @@ struct Tile {
 };
 
 // The rows of one tile, one key/value head: the prompt's keys and values stay in cache from row to row.
-template <typename Kernels, typename T>
+template <typename K, typename T>
 PMC_INLINE void attend(const DecodeAttention<T>& a, const Tile& tile, int64_t head,
                        std::vector<typename Math<T>::Type>& scratch) {
   using C = typename Math<T>::Type;
@@ -220,8 +220,8 @@ PMC_INLINE void attend(const DecodeAttention<T>& a, const Tile& tile, int64_t he
         const T* source = a.q + r * a.q_row + (heads + std::min(m, count - 1)) * a.q_head;
         for (int64_t d = 0; d < a.dim; ++d) q[m * a.dim + d] = widen(source[d]) * static_cast<C>(a.scale);
       }
-      Kernels::dots(q, Seen<T>{k_pool, stride, prefix, shared}, a.dim, scores, width);
-      Kernels::dots(q, Seen<T>{k_pool, stride, suffix, own}, a.dim, scores + shared, width);
+      K::dots(q, Seen<T>{k_pool, stride, prefix, shared}, a.dim, scores, width);
+      K::dots(q, Seen<T>{k_pool, stride, suffix, own}, a.dim, scores + shared, width);
       for (int64_t m = 0; m < count; ++m) {
         C* row = scores + m * width;
         if (a.softcap > 0) {
@@ -232,8 +232,8 @@ PMC_INLINE void attend(const DecodeAttention<T>& a, const Tile& tile, int64_t he
         softmax(row, width);
       }
       std::fill(out, out + kTogether * a.dim, C{0});
-      Kernels::weigh(scores, width, Seen<T>{v_pool, stride, prefix, shared}, a.dim, out);
-      Kernels::weigh(scores + shared, width, Seen<T>{v_pool, stride, suffix, own}, a.dim, out);
+      K::weigh(scores, width, Seen<T>{v_pool, stride, prefix, shared}, a.dim, out);
+      K::weigh(scores + shared, width, Seen<T>{v_pool, stride, suffix, own}, a.dim, out);
       for (int64_t m = 0; m < count; ++m) {
         T* target = a.out + (r * a.heads + heads + m) * a.dim;
         for (int64_t d = 0; d < a.dim; ++d) narrow(out[m * a.dim + d], target + d);
@@ -241,30 +241,6 @@ PMC_INLINE void attend(const DecodeAttention<T>& a, const Tile& tile, int64_t he
     }
   }
 }
-
-template <typename Kernels, typename T>
-PMC_INLINE void attend_some(const DecodeAttention<T>& a, const std::vector<Tile>& tiles, int64_t begin,
-                            int64_t end) {
-  std::vector<typename Math<T>::Type> scratch;
-  for (int64_t i = begin; i < end; ++i) attend<Kernels>(a, tiles[i / a.kv_heads], i % a.kv_heads, scratch);
-}
-
-template <typename T>
-void some_generic(const DecodeAttention<T>& a, const std::vector<Tile>& tiles, int64_t begin, int64_t end) {
-  attend_some<Plain<T>>(a, tiles, begin, end);
-}
-#ifdef PMC_X86
-template <typename T>
-PMC_AVX2 void some_avx2(const DecodeAttention<T>& a, const std::vector<Tile>& tiles, int64_t begin,
-                        int64_t end) {
-  attend_some<Plain<T>>(a, tiles, begin, end);
-}
-template <typename T>
-PMC_AVX512 void some_avx512(const DecodeAttention<T>& a, const std::vector<Tile>& tiles, int64_t begin,
-                            int64_t end) {
-  attend_some<Avx512<T>>(a, tiles, begin, end);
-}
-#endif
 
 template <typename T>
 void run(const DecodeAttention<T>& a, Isa isa, int threads) {
@@ -287,13 +263,15 @@ void run(const DecodeAttention<T>& a, Isa isa, int threads) {
     const Span s = span_of(a.index, r, a.window);
     work += (s.prefix_end - s.prefix_begin + s.suffix_end - s.suffix_begin) * a.heads * a.dim * 2;
   }
-  auto* some = &some_generic<T>;
-#ifdef PMC_X86
-  if (isa == Isa::kAvx2) some = &some_avx2<T>;
-  if (isa == Isa::kAvx512) some = &some_avx512<T>;
-#endif
   parallel_for(static_cast<int64_t>(tiles.size()) * a.kv_heads, work < kAlone ? 1 : threads,
-               [&](int64_t begin, int64_t end) { some(a, tiles, begin, end); });
+               [&](int64_t begin, int64_t end) {
+                 dispatch(isa, [&](auto tag) PMC_ALWAYS_INLINE {
+                   std::vector<typename Math<T>::Type> scratch;
+                   for (int64_t i = begin; i < end; ++i) {
+                     attend<Kernels<T, tag>>(a, tiles[i / a.kv_heads], i % a.kv_heads, scratch);
+                   }
+                 });
+               });
 }
 
 }  // namespace

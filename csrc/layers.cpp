@@ -120,51 +120,29 @@ PMC_INLINE void some(const Rotary& a, int64_t begin, int64_t end) {
 }
 
 template <typename A>
-void generic(const A& a, int64_t begin, int64_t end) {
-  some(a, begin, end);
-}
-#ifdef PMC_X86
-template <typename A>
-PMC_AVX2 void avx2(const A& a, int64_t begin, int64_t end) {
-  some(a, begin, end);
-}
-template <typename A>
-PMC_AVX512 void avx512(const A& a, int64_t begin, int64_t end) {
-  some(a, begin, end);
-}
-#endif
-
-template <typename A>
-auto* compiled_for(Isa isa) {
-  auto* part = &generic<A>;
-#ifdef PMC_X86
-  if (isa == Isa::kAvx2) part = &avx2<A>;
-  if (isa == Isa::kAvx512) part = &avx512<A>;
-#endif
-  return part;
+void compiled(const A& a, int64_t begin, int64_t end, Isa isa) {
+  dispatch(isa, [&](auto) PMC_ALWAYS_INLINE { some(a, begin, end); });
 }
 
 // count parts of `each` numbers
 template <typename A>
 void run(const A& a, int64_t count, int64_t each, Isa isa, int threads) {
-  auto* part = compiled_for<A>(isa);
   parallel_for(count, count * each < kAlone ? 1 : threads,
-               [&](int64_t begin, int64_t end) { part(a, begin, end); });
+               [&](int64_t begin, int64_t end) { compiled(a, begin, end, isa); });
 }
 
 }  // namespace
 
 void rms_norm(const RmsNorm& a, Isa isa, int threads) { run(a, a.rows, a.size, isa, threads); }
 void rms_norm_backward(const RmsNormBackward& a, Isa isa, int threads) {
-  auto* rows = compiled_for<NormRows>(isa);
   const int64_t parts = a.rows * a.size < kAlone ? 1 : threads;
   const int64_t sums = a.dweight ? a.size : 0;
   std::vector<float> recent(static_cast<size_t>(parts * sums));
   std::vector<double> total(static_cast<size_t>(parts * sums));
   parallel_for(parts, threads, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      rows({a, recent.data() + p * sums, total.data() + p * sums}, a.rows * p / parts,
-           a.rows * (p + 1) / parts);
+      compiled(NormRows{a, recent.data() + p * sums, total.data() + p * sums}, a.rows * p / parts,
+               a.rows * (p + 1) / parts, isa);
     }
   });
   for (int64_t i = 0; i < sums; ++i) {  // in the parts' order: the same result every time

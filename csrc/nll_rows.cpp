@@ -63,38 +63,17 @@ PMC_INLINE void one_row(const NllRows<T>& a, int64_t r) {
 }
 
 template <typename T>
-PMC_INLINE void some_rows(const NllRows<T>& a, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) one_row(a, r);
-}
-
-#ifdef PMC_X86
-template <typename T>
-PMC_AVX512 void rows_avx512(const NllRows<T>& a, int64_t begin, int64_t end) {
-  some_rows(a, begin, end);
-}
-template <typename T>
-PMC_AVX2 void rows_avx2(const NllRows<T>& a, int64_t begin, int64_t end) {
-  some_rows(a, begin, end);
-}
-#endif
-template <typename T>
-void rows_generic(const NllRows<T>& a, int64_t begin, int64_t end) {
-  some_rows(a, begin, end);
-}
-
-template <typename T>
-void dispatch(const NllRows<T>& a, Isa isa, int threads) {
-  auto* rows = &rows_generic<T>;
-#ifdef PMC_X86
-  if (isa == Isa::kAvx2) rows = &rows_avx2<T>;
-  if (isa == Isa::kAvx512) rows = &rows_avx512<T>;
-#endif
-  parallel_for(a.rows, threads, [&](int64_t begin, int64_t end) { rows(a, begin, end); });
+void run(const NllRows<T>& a, Isa isa, int threads) {
+  parallel_for(a.rows, threads, [&](int64_t begin, int64_t end) {
+    dispatch(isa, [&](auto) PMC_ALWAYS_INLINE {
+      for (int64_t r = begin; r < end; ++r) one_row(a, r);
+    });
+  });
 }
 
 }  // namespace
 
-void nll_rows(const NllRows<float>& args, Isa isa, int threads) { dispatch(args, isa, threads); }
-void nll_rows(const NllRows<double>& args, Isa isa, int threads) { dispatch(args, isa, threads); }
+void nll_rows(const NllRows<float>& args, Isa isa, int threads) { run(args, isa, threads); }
+void nll_rows(const NllRows<double>& args, Isa isa, int threads) { run(args, isa, threads); }
 
 }  // namespace pmc

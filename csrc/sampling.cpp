@@ -48,37 +48,21 @@ PMC_INLINE RowStats row_stats(const T* z, int64_t size, double temperature, T* b
   return {top, sum, same ? sum : row_sum_exp(z, size, top, static_cast<T>(1 / temperature))};
 }
 
-template <typename T>
-using StatsFn = RowStats (*)(const T*, int64_t, double, T*);
-
-template <typename T>
-RowStats stats_generic(const T* z, int64_t size, double temperature, T* block_max) {
-  return row_stats(z, size, temperature, block_max);
-}
-#ifdef PMC_X86
-template <typename T>
-PMC_AVX2 RowStats stats_avx2(const T* z, int64_t size, double temperature, T* block_max) {
-  return row_stats(z, size, temperature, block_max);
-}
-template <typename T>
-PMC_AVX512 RowStats stats_avx512(const T* z, int64_t size, double temperature, T* block_max) {
-  return row_stats(z, size, temperature, block_max);
-}
-#endif
-
 // Scratch of one thread, kept between rows.
 template <typename T>
 struct Sampler {
-  Sampler(const SampleNucleus<T>& args, StatsFn<T> stats, Isa isa)
+  Sampler(const SampleNucleus<T>& args, Isa processor)
       : a(args),
-        stats_of(stats),
+        isa(processor),
         all((args.top_k == 0 || args.top_k >= args.vocab) && args.top_p >= 1),
         races(all && isa == Isa::kAvx512),
         block_max(static_cast<size_t>((args.vocab + kBlock - 1) / kBlock)) {}
 
   void row(int64_t r) {
     const T* logits = a.logits + r * a.stride;
-    const RowStats stats = stats_of(logits, a.vocab, a.temperature, block_max.data());
+    const RowStats stats = dispatch(isa, [&](auto) PMC_ALWAYS_INLINE {
+      return row_stats(logits, a.vocab, a.temperature, block_max.data());
+    });
     const int64_t begin = a.cu_draws[r], end = a.cu_draws[r + 1];
     if (!(stats.sum > 0 && std::isfinite(stats.sum))) {  // a NaN, a +inf, or nothing but -inf
       for (int64_t d = begin; d < end; ++d) a.tokens[d] = -1, a.logps[d] = std::nan("");
@@ -230,7 +214,7 @@ struct Sampler {
   }
 
   const SampleNucleus<T>& a;
-  const StatsFn<T> stats_of;
+  const Isa isa;
   const bool all, races;  // nothing is left out; and the race knows a shorter way then
   std::vector<T> block_max;
   std::vector<float> bounds;
@@ -241,13 +225,8 @@ struct Sampler {
 
 template <typename T>
 void run(const SampleNucleus<T>& args, Isa isa, int threads) {
-  StatsFn<T> stats = &stats_generic<T>;
-#ifdef PMC_X86
-  if (isa == Isa::kAvx2) stats = &stats_avx2<T>;
-  if (isa == Isa::kAvx512) stats = &stats_avx512<T>;
-#endif
   parallel_for(args.rows, threads, [&](int64_t begin, int64_t end) {
-    Sampler<T> sampler(args, stats, isa);
+    Sampler<T> sampler(args, isa);
     for (int64_t r = begin; r < end; ++r) sampler.row(r);
   });
 }

@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 // Inlined into functions with a target attribute, where they are compiled for that target.
-#define PMC_INLINE static inline __attribute__((always_inline))
+#define PMC_ALWAYS_INLINE __attribute__((always_inline))
+#define PMC_INLINE static inline PMC_ALWAYS_INLINE
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PMC_X86 1
@@ -23,6 +25,31 @@ enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The best instruction set of this processor.
 Isa best_isa();
+
+template <Isa kIsa>
+using IsaTag = std::integral_constant<Isa, kIsa>;
+
+#ifdef PMC_X86
+template <typename F>
+PMC_AVX2 auto compiled_for_avx2(const F& f) {
+  return f(IsaTag<Isa::kAvx2>());
+}
+template <typename F>
+PMC_AVX512 auto compiled_for_avx512(const F& f) {
+  return f(IsaTag<Isa::kAvx512>());
+}
+#endif
+
+// Calls f(IsaTag) as compiled for an instruction set. f is a lambda marked PMC_ALWAYS_INLINE, and what it
+// calls is PMC_INLINE: the rest is compiled for any processor.
+template <typename F>
+auto dispatch(Isa isa, const F& f) {
+#ifdef PMC_X86
+  if (isa == Isa::kAvx512) return compiled_for_avx512(f);
+  if (isa == Isa::kAvx2) return compiled_for_avx2(f);
+#endif
+  return f(IsaTag<Isa::kGeneric>());
+}
 
 constexpr int kLanes = 64;  // independent sums: hides latency, and bounds the rounding of long ones
 
