@@ -26,29 +26,27 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor, its cores usable here, memory in GiB, system, and the GPU's name or None."""
+    """Return the processor, the instructions that torch uses, usable cores, memory in GiB, system, and GPU or None."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    flags: list[str] = []
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in lines.items()}
-        cpu = fields.get("model name", cpu)
-        wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-        flags = [f for f in wanted if f in fields.get("flags", "").split()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": cpu,
-        "cpu_flags": flags,
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "memory_gib": round(memory / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def code() -> dict[str, str | None]:
