@@ -11,10 +11,8 @@
 
 #include "checks.h"
 #include "decode_attention.h"
-#include "kv_pool.h"
 #include "nll_rows.h"
 #include "rollout_trie.h"
-#include "rouge.h"
 #include "sampling.h"
 
 namespace py = pybind11;
@@ -25,35 +23,6 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
 constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
-
-// offsets must start at 0, never fall and end at size: the C++ trusts them with its reads.
-void check_ends(const Array<int64_t>& offsets, int64_t size, const char* name) {
-  const bool shaped = offsets.ndim() == 1 && offsets.size() >= 1;
-  if (shaped) pmc::check_offsets(name, offsets.data(), offsets.size(), size);
-  if (!shaped || offsets.data()[offsets.size() - 1] != size) {
-    throw std::invalid_argument(std::string(name) + " must rise from 0 to the number of ids");
-  }
-}
-
-Array<double> rouge_l_recall(const Array<int32_t>& references, const Array<int64_t>& reference_offsets,
-                             const Array<int32_t>& candidates, const Array<int64_t>& candidate_offsets) {
-  check_ends(reference_offsets, references.size(), "reference_offsets");
-  check_ends(candidate_offsets, candidates.size(), "candidate_offsets");
-  const int64_t questions = reference_offsets.size() - 1;
-  const int64_t texts = candidate_offsets.size() - 1;
-  if (questions == 0 ? texts != 0 : texts % questions != 0) {
-    throw std::invalid_argument("every reference needs the same number of candidates");
-  }
-  const int64_t samples = questions == 0 ? 0 : texts / questions;
-  Array<double> recall({questions, samples});
-  double* out = recall.mutable_data();
-  {
-    py::gil_scoped_release nogil;
-    pmc::rouge_l_recall(references.data(), reference_offsets.data(), candidates.data(),
-                        candidate_offsets.data(), questions, samples, out);
-  }
-  return recall;
-}
 
 // Tensors come as addresses: the caller (pmc_fast.ops) has checked devices, types and shapes. What numbers
 // alone can tell is checked here too, so that a caller's mistake is an error and not a read out of bounds.
@@ -319,9 +288,6 @@ py::list results(const pmc::RolloutTrie& trie, int64_t question) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "pmc_fast's C++ for the CPU";
-  m.def("rouge_l_recall", &rouge_l_recall, py::arg("references").noconvert(),
-        py::arg("reference_offsets").noconvert(), py::arg("candidates").noconvert(),
-        py::arg("candidate_offsets").noconvert());
   m.def("best_isa", [] { return static_cast<int>(pmc::best_isa()); });
   pmc::bind_layers(m);
   m.def("nll_rows_f32", &nll_rows<float>);
@@ -331,16 +297,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("decode_attention_f32", &decode_attention<float>);
   m.def("decode_attention_f64", &decode_attention<double>);
   m.def("decode_attention_bf16", &decode_attention<pmc::BFloat16>);
-  py::class_<pmc::KvPool>(m, "KvPool")
-      .def(py::init<int64_t>())
-      .def("take", &pmc::KvPool::take)
-      .def("hold", &pmc::KvPool::hold)
-      .def("drop", &pmc::KvPool::drop)
-      .def("holders", &pmc::KvPool::holders)
-      .def_property_readonly("available", &pmc::KvPool::available)
-      .def_property_readonly("in_use", &pmc::KvPool::in_use)
-      .def_property_readonly("peak", &pmc::KvPool::peak)
-      .def_property_readonly("span", &pmc::KvPool::span);
   py::class_<pmc::RolloutTrie>(m, "RolloutTrie")
       .def(py::init<int64_t, std::vector<int32_t>, int64_t, bool>(), py::arg("capacity"), py::arg("stops"),
            py::arg("match"), py::arg("share_prompts") = true)

@@ -23,7 +23,6 @@ class KvPool {
   int64_t peak() const { return peak_; }
   // One more than the largest slot handed out so far: how long the tensors must be.
   int64_t span() const { return static_cast<int64_t>(holders_.size()); }
-  int32_t holders(int32_t slot) const { return holders_[index_of(slot)]; }
 
  private:
   size_t index_of(int32_t slot) const;

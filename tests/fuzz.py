@@ -163,32 +163,6 @@ SIZES = st.sampled_from([0, 1, 2, 3, 5, 16, 17, 63, 64, 65, 130])
 SOME = st.sampled_from([1, 2, 3, 5, 16, 17, 63, 64, 65, 130])
 
 
-def rouge_l_recall(data: st.DataObject) -> None:
-    questions, samples = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 3))
-    ends = [offsets(data, questions, 70), offsets(data, questions * samples, 70)]
-    ids = [np.random.default_rng(i).integers(0, 9, int(e[-1])).astype(np.int32) for i, e in enumerate(ends)]
-    good = [guarded(a) for pair in zip(ids, ends, strict=True) for a in pair]
-    recall = MODULE.rouge_l_recall(*good)
-    COUNTS["sound calls"] += 1
-    assert recall.shape == (questions, samples if questions else 0)
-    assert ((recall >= 0) & (recall <= 1)).all()
-    at = data.draw(st.integers(0, 3))
-    spoilers = [lambda a: a.astype(np.float64), lambda a: a.astype(">i8"), lambda a: None, lambda a: "ids"]
-    if good[at].size > 1:
-        spoilers.append(lambda a: np.repeat(a, 2)[::2])  # not contiguous
-    if at % 2:
-        spoilers += [
-            lambda a: a + data.draw(st.sampled_from([1, -1, 2**62, -(2**62)])),
-            lambda a: a[:0],
-            lambda a: np.concatenate([a, [data.draw(st.sampled_from([-1, 2**62, 2**63 - 1]))]]),
-            lambda a: np.concatenate([[0], [2**63 - 1], a[1:]]) if len(a) > 1 else a[:0],
-            lambda a: a[None],
-        ]
-    bad = list(good)
-    bad[at] = data.draw(st.sampled_from(spoilers))(good[at])
-    refused(f"rouge_l_recall: argument {at}", lambda: MODULE.rouge_l_recall(*bad))
-
-
 def nll_rows(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([np.float32, np.float64]))
     rows, vocab, gap = data.draw(st.integers(0, 4)), data.draw(SOME), data.draw(st.integers(0, 3))
@@ -388,31 +362,6 @@ def rotary(data: st.DataObject) -> None:
     refused("rotary: an odd dim", lambda: MODULE.rotary_f32(*odd.values()))
 
 
-def kv_pool(data: st.DataObject) -> None:
-    refused("KvPool", lambda: MODULE.KvPool(data.draw(BAD_SIZE | st.just(2**31))))
-    capacity = data.draw(st.integers(0, 6))
-    pool, held = MODULE.KvPool(capacity), Counter()
-    for _ in range(data.draw(st.integers(0, 12))):
-        action = data.draw(st.sampled_from(["take", "hold", "drop", "holders", "nonsense"]))
-        slots = data.draw(st.lists(st.integers(-2, 7) | st.sampled_from([2**31 - 1, -(2**31)]), max_size=3))
-        try:
-            if action == "take":
-                held[pool.take()] = 1
-            elif action == "nonsense":
-                refused("KvPool.hold", lambda: pool.hold(data.draw(st.sampled_from([None, "ab", [2**31], [1.5], 3]))))
-            elif action == "holders":
-                assert all(pool.holders(s) == held[s] for s in slots)
-            else:
-                for s in slots:  # one by one: a list is taken as far as it is sound
-                    getattr(pool, action)([s])
-                    held[s] += 1 if action == "hold" else -1
-        except (ValueError, RuntimeError) as error:  # no such slot; or one that is free, or none that is
-            _count_refusal("slot", error)
-        else:
-            COUNTS["sound calls"] += 1
-        assert pool.in_use == sum(n > 0 for n in held.values()) == capacity - pool.available
-
-
 def trie(data: st.DataObject) -> None:
     """Whole rollouts of random draws, with nonsense thrown in between: they still end, and free all slots."""
     draw = data.draw
@@ -478,7 +427,7 @@ def trie(data: st.DataObject) -> None:
 PROPERTIES = {
     f.__name__: f
     for f in (
-        rouge_l_recall, nll_rows, sample_nucleus, decode_attention, linear, gemm, norms, silu_mul, rotary, kv_pool, trie
+        nll_rows, sample_nucleus, decode_attention, linear, gemm, norms, silu_mul, rotary, trie
     )
 }  # fmt: skip
 NEED_AVX512 = ("linear", "gemm")

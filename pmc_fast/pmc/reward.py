@@ -1,14 +1,13 @@
 """Rewards: how much of the model's initial answer a sampled answer still holds."""
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from rapidfuzz.distance import LCSseq
 
 from ..config import RewardName
 from ..errors import PMCError
-from ..ops import native
 from ..utils import words
 from ..utils.text import row_numbers
 
@@ -93,18 +92,12 @@ def _recall(
     counts = {len(texts) for texts in candidates}
     if len(counts) > 1:
         raise PMCError(f"lists of {min(counts)} and {max(counts)} candidates: every question needs the same number")
-    ids: dict[str, int] = {}
-    references = _encode([units(y, y) for y in initial], ids)
-    samples = [units(x, y) for y, texts in zip(initial, candidates, strict=True) for x in texts]
-    return native.cpu().rouge_l_recall(*references, *_encode(samples, ids))
-
-
-def _encode(texts: Sequence[Sequence[str]], ids: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the texts' word ids, flat (int32), and where each text begins and ends (int64 [texts + 1])."""
-    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-    np.cumsum([len(t) for t in texts], out=offsets[1:])
-    flat = [ids.setdefault(word, len(ids)) for word in itertools.chain(*texts)]
-    return np.array(flat, dtype=np.int32), offsets
+    recall = np.zeros((len(initial), max(counts, default=0)))
+    for row, y, texts in zip(recall, initial, candidates, strict=True):
+        reference = units(y, y)
+        if reference:
+            row[:] = [LCSseq.similarity(reference, units(x, y)) / len(reference) for x in texts]
+    return recall
 
 
 def _with_penalty(

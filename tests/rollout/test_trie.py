@@ -1,4 +1,4 @@
-"""The C++ that plans rollouts: the slot pool, and the trie against a model made of arithmetic."""
+"""The C++ that plans rollouts, against a model made of arithmetic."""
 
 import hashlib
 
@@ -11,38 +11,6 @@ from pmc_fast.ops import native
 
 VOCAB = 6
 STOP = 5
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["take", "hold", "drop"]), st.integers(0, 30)), max_size=80))
-def test_pool_against_a_list_of_holders(actions):
-    pool, capacity, holders = native.cpu().KvPool(7), 7, {}
-    for action, n in actions:
-        slot = sorted(holders)[n % len(holders)] if holders else None
-        if action == "take":
-            if len(holders) == capacity:
-                with pytest.raises(RuntimeError, match="no free slot"):
-                    pool.take()
-            else:
-                taken = pool.take()
-                assert taken not in holders
-                holders[taken] = 1
-        elif slot is not None and action == "hold":
-            pool.hold([slot])
-            holders[slot] += 1
-        elif slot is not None:
-            pool.drop([slot])
-            holders[slot] -= 1
-            if holders[slot] == 0:
-                del holders[slot]
-                with pytest.raises(RuntimeError, match="let go twice"):
-                    pool.drop([slot])
-                with pytest.raises(RuntimeError, match="free slot"):
-                    pool.hold([slot])
-        assert pool.in_use == len(holders)
-        assert pool.available == capacity - len(holders)
-        assert pool.span <= capacity
-        assert all(pool.holders(s) == count for s, count in holders.items())
 
 
 def drawn(prompt, stream, sample, answer, flat):
