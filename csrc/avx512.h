@@ -1,4 +1,4 @@
-// What several AVX-512 kernels need.
+// Helpers shared by the AVX-512 kernels.
 #pragma once
 
 #include "simd.h"
@@ -14,7 +14,7 @@ PMC_AVX512 inline __mmask16 tail_mask(int64_t left) {
   return left >= 16 ? static_cast<__mmask16>(0xFFFF) : static_cast<__mmask16>((1u << left) - 1);
 }
 
-// Lane j is the sum over the lanes of v[j], of 16: three rounds of adding halves of neighbours.
+// Returns a vector whose lane j is the sum of the 16 lanes of v[j].
 PMC_AVX512 inline __m512 sum_lanes(const __m512* v) {
   __m512 s[8], q[4];
   for (int i = 0; i < 8; ++i) {

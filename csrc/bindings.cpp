@@ -1,4 +1,4 @@
-// What Python sees of the CPU's C++: checks shapes, releases the GIL, calls plain C++.
+// Python bindings of the CPU's C++: check arguments, release the GIL, call plain C++.
 #include "bindings.h"
 
 #include <pybind11/numpy.h>
@@ -24,8 +24,9 @@ using Array = py::array_t<T, py::array::c_style>;
 
 constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
 
-// Tensors come as addresses: the caller (pmc_fast.ops) has checked devices, types and shapes. What numbers
-// alone can tell is checked here too, so that a caller's mistake is an error and not a read out of bounds.
+// Tensors come as addresses: the caller (pmc_fast.ops) has checked devices, types and shapes. Sizes, strides
+// and indices are checked here again, so that a caller's mistake raises an error instead of reading out of
+// bounds.
 template <typename T>
 void nll_rows(uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, uintptr_t bias,
               double temperature, double softcap, double logit_scale, uintptr_t cu_targets, uintptr_t targets,
@@ -117,8 +118,7 @@ const int32_t* array_at(const Index& index, const char* name, int64_t count) {
   return reinterpret_cast<const int32_t*>(std::get<I>(index));
 }
 
-// Offsets that rise and slots that are in the pool: all reads and writes depend on them. Reads what is as
-// long as its offsets say.
+// Checks that offsets rise and that slots are in the pool, as all reads and writes depend on them.
 pmc::StepIndex checked(const Index& index, int64_t pool_slots) {
   const int64_t rows = std::get<7>(index), blocks = std::get<8>(index);
   pmc::check_range("rows", rows, 0, kInt32 - 1);

@@ -1,11 +1,11 @@
-// What the files that know pybind11 share.
+// Shared by the files that use pybind11.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace pmc {
 
-// Throws where this processor lacks an instruction set.
+// Throws if this processor lacks an instruction set.
 void check_isa(int isa);
 
 // The layers of a model: linear, norms, activations.

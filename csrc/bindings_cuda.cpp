@@ -35,7 +35,7 @@ void decode_attention(py::tuple q, py::tuple k, py::tuple v, uintptr_t k_pool, u
                                      window,
                                      {array(0), array(1), array(2), array(3), array(4), array(5), array(6),
                                       number(index, 7), number(index, 8)}};
-  // with the GIL: a launch takes less than letting go of it and waiting for it
+  // keeps the GIL: a launch takes less time than releasing and acquiring it
   pmc::decode_attention(args, reinterpret_cast<cudaStream_t>(stream));
 }
 

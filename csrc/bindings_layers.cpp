@@ -1,4 +1,4 @@
-// What Python sees of a model's layers. Tensors come as addresses: pmc_fast.ops has checked them.
+// Python bindings of a model's layers. Tensors come as addresses, which pmc_fast.ops has checked.
 #include <pybind11/stl.h>
 
 #include <stdexcept>
@@ -17,7 +17,7 @@ namespace pmc {
 
 void check_isa(int isa) {
   if (isa < 0 || isa > static_cast<int>(best_isa())) {
-    throw std::invalid_argument("isa " + std::to_string(isa) + " is not to be had on this processor");
+    throw std::invalid_argument("isa " + std::to_string(isa) + " is not supported by this processor");
   }
 }
 
@@ -29,11 +29,11 @@ Memory floats_of(const char* name, uintptr_t address, int64_t rows, int64_t size
 Memory floats_of(const char* name, uintptr_t address, int64_t size) {
   return memory_of(name, address, sizeof(float), size);
 }
-// What may be left out: then at address 0, and of no size.
+// An optional array: address 0 and no size if it is left out.
 Memory optional_of(const char* name, uintptr_t address, int64_t size) {
   return floats_of(name, address, address ? size : 0);
 }
-// As check_apart, but the two may be the very same numbers.
+// As check_apart, but the two may be the same array.
 void check_same_or_apart(const Memory& written, std::initializer_list<Memory> others) {
   for (const Memory& other : others) {
     if (other.address != written.address || other.bytes != written.bytes) check_apart(written, {other});

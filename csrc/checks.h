@@ -1,4 +1,4 @@
-// Refuses what Python must not pass on, before any memory is touched: sizes, addresses, overlaps.
+// Checks of arguments before any memory is touched: sizes, addresses, overlaps.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ Memory memory_of(const char* name, uintptr_t address, int64_t item, int64_t size
 Memory memory_of(const char* name, uintptr_t address, int64_t item, int64_t rows, int64_t heads, int64_t dim,
                  int64_t row_stride, int64_t head_stride);
 
-// Refuses overlaps of what is written with anything else that is given.
+// Throws if `written` overlaps any of the others.
 void check_apart(const Memory& written, std::initializer_list<Memory> others);
 
 // offsets[0] is at least 0 (exactly 0 if `from_zero`), none falls, and none is above `most`.

@@ -11,8 +11,8 @@
 namespace pmc {
 namespace {
 
-constexpr int64_t kTileRows = 8;     // rows that read a prompt's keys together
-constexpr int64_t kAlone = 1 << 18;  // multiplications that are not worth a second thread
+constexpr int64_t kTileRows = 8;      // rows that read a prompt's keys together
+constexpr int64_t kSerial = 1 << 18;  // up to so many multiplications one thread is faster than two
 constexpr int kWidth = 16;
 
 template <typename T>
@@ -57,7 +57,7 @@ struct Seen {
 
 constexpr int kTogether = 4;  // queries that share a load of a key or a value
 
-// What a row spends its time on, for any type and processor: kTogether queries at once.
+// Dot products and weighted sums of kTogether queries at once, for any type and processor.
 template <typename T, Isa>
 struct Kernels {
   using C = typename Math<T>::Type;
@@ -105,7 +105,7 @@ struct Kernels<T, Isa::kAvx512> {
                                      int64_t width) {
     constexpr int kKeys = 16 / kTogether;
     for (int64_t j = 0; j < keys.count; j += kKeys) {
-      const T* key[kKeys];  // past the end the last key again: its sum is not stored
+      const T* key[kKeys];  // past the end the last key is repeated; its sum is not stored
       for (int k = 0; k < kKeys; ++k) key[k] = keys[std::min(j + k, keys.count - 1)];
       __m512 sum[kTogether][kKeys];
       for (int m = 0; m < kTogether; ++m) {
@@ -157,7 +157,7 @@ template <>
 struct Kernels<double, Isa::kAvx512> : Kernels<double, Isa::kGeneric> {};
 #endif
 
-// Slots lie anywhere: no hardware guesses the next one.
+// Slots are scattered, so that the hardware cannot prefetch them.
 template <typename T>
 PMC_INLINE void fetch(const Seen<T>& seen, int64_t dim) {
   for (int64_t j = 0; j < seen.count; ++j) {
@@ -216,7 +216,7 @@ PMC_INLINE void attend(const DecodeAttention<T>& a, const Tile& tile, int64_t he
     C *q = scratch.data(), *out = q + kTogether * a.dim, *scores = out + kTogether * a.dim;
     for (int64_t first = 0; first < group; first += kTogether) {
       const int64_t count = std::min<int64_t>(kTogether, group - first), heads = head * group + first;
-      for (int64_t m = 0; m < kTogether; ++m) {  // past the end the last query again
+      for (int64_t m = 0; m < kTogether; ++m) {  // past the end the last query is repeated
         const T* source = a.q + r * a.q_row + (heads + std::min(m, count - 1)) * a.q_head;
         for (int64_t d = 0; d < a.dim; ++d) q[m * a.dim + d] = widen(source[d]) * static_cast<C>(a.scale);
       }
@@ -263,7 +263,7 @@ void run(const DecodeAttention<T>& a, Isa isa, int threads) {
     const Span s = span_of(a.index, r, a.window);
     work += (s.prefix_end - s.prefix_begin + s.suffix_end - s.suffix_begin) * a.heads * a.dim * 2;
   }
-  parallel_for(static_cast<int64_t>(tiles.size()) * a.kv_heads, work < kAlone ? 1 : threads,
+  parallel_for(static_cast<int64_t>(tiles.size()) * a.kv_heads, work < kSerial ? 1 : threads,
                [&](int64_t begin, int64_t end) {
                  dispatch(isa, [&](auto tag) PMC_ALWAYS_INLINE {
                    std::vector<typename Math<T>::Type> scratch;

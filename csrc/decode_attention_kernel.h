@@ -1,5 +1,5 @@
-// The CUDA kernels of decode_attention.h, apart from their launch: what they need of CUDA is few enough
-// built-ins that a test compiles this file for the CPU and runs it there, thread by thread.
+// The CUDA kernels of decode_attention.h, without their launch. They use so few CUDA built-ins that a test
+// compiles this file for the CPU and runs it there, thread by thread.
 //
 // A unit is a row and up to kQueries of the query heads that share a key/value head. kSplits warps share the
 // keys that it sees, prompt and suffix as one list. Keys and values go from the pool into registers, 16 bytes
@@ -10,7 +10,7 @@
 // for bandwidth. The prompt's keys, which all rows of a question read, come from the card's memory once and
 // then from its caches: neighbouring rows share a thread block, whose warps read them at about the same time.
 //
-// What a row gets depends on nothing but the row: neither on which rows are beside it nor on how many.
+// A row's result depends on the row alone, not on which or how many other rows are in the step.
 #pragma once
 
 #include <cmath>
@@ -147,7 +147,7 @@ struct Shape {
   static PMC_SHARED int lane_of(int team, int key) { return team * lanes + key * lanes_of_key; }
 };
 
-// What a team knows of its queries so far: online softmax, in powers of two. A lane has its numbers of `out`.
+// A team's online softmax of its queries so far, in powers of two. A lane has its numbers of `out`.
 template <typename C, int kHeads, int kNumbers>
 struct Running {
   C peak[kHeads], sum[kHeads], out[kHeads][kNumbers];

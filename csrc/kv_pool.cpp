@@ -41,7 +41,7 @@ void KvPool::hold(const std::vector<int32_t>& slots) {
 
 void KvPool::drop(const std::vector<int32_t>& slots) {
   for (const int32_t slot : slots) {
-    if (holders_[index_of(slot)] <= 0) throw std::logic_error("a slot was let go twice");
+    if (holders_[index_of(slot)] <= 0) throw std::logic_error("a slot was dropped twice");
     if (--holders_[slot] == 0) {
       free_.push_back(slot);
       --in_use_;

@@ -1,4 +1,4 @@
-// Which token slots of the key/value pool are in use, and by how many histories.
+// Reference counts of the token slots of the key/value pool.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,8 @@
 
 namespace pmc {
 
-// A slot holds one token's keys and values in every layer. Histories share the slots of what they have in
-// common; a slot is free again when the last history that holds it lets go.
+// A slot holds one token's keys and values in every layer. Histories share the slots of their common prefix;
+// a slot is free again when the last history that holds it drops it.
 class KvPool {
  public:
   explicit KvPool(int64_t capacity);

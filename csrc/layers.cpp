@@ -9,7 +9,7 @@
 namespace pmc {
 namespace {
 
-constexpr int64_t kAlone = 1 << 16;  // numbers that are not worth a second thread
+constexpr int64_t kSerial = 1 << 16;  // up to so many numbers one thread is faster than two
 
 PMC_INLINE void some(const RmsNorm& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
@@ -29,7 +29,7 @@ PMC_INLINE void some(const RmsNorm& a, int64_t begin, int64_t end) {
   }
 }
 
-// A thread's rows; sums of dweight pass from float32 to float64 every few rows.
+// A thread's rows. Sums of dweight move from float32 to float64 every kRecent rows.
 struct NormRows {
   RmsNormBackward a;
   float* recent;  // [size], 0
@@ -54,7 +54,7 @@ PMC_INLINE void some(const NormRows& n, int64_t begin, int64_t end) {
       double sum = 0;
       for (; i < a.size; ++i) sum += dy[i] * (a.weight[i] + a.offset) * x[i];
       for (int k = 0; k < kLanes; ++k) sum += lanes[k];
-      const float along = static_cast<float>(sum / a.size) * rstd * rstd;  // what lies along x does not count
+      const float along = static_cast<float>(sum / a.size) * rstd * rstd;  // the norm does not change along x
       float* dx = a.dx + r * a.size;
       for (i = 0; i < a.size; ++i) dx[i] = rstd * (dy[i] * (a.weight[i] + a.offset) - x[i] * along);
     }
@@ -124,10 +124,10 @@ void compiled(const A& a, int64_t begin, int64_t end, Isa isa) {
   dispatch(isa, [&](auto) PMC_ALWAYS_INLINE { some(a, begin, end); });
 }
 
-// count parts of `each` numbers
+// `count` parts of `each` numbers
 template <typename A>
 void run(const A& a, int64_t count, int64_t each, Isa isa, int threads) {
-  parallel_for(count, count * each < kAlone ? 1 : threads,
+  parallel_for(count, count * each < kSerial ? 1 : threads,
                [&](int64_t begin, int64_t end) { compiled(a, begin, end, isa); });
 }
 
@@ -135,7 +135,7 @@ void run(const A& a, int64_t count, int64_t each, Isa isa, int threads) {
 
 void rms_norm(const RmsNorm& a, Isa isa, int threads) { run(a, a.rows, a.size, isa, threads); }
 void rms_norm_backward(const RmsNormBackward& a, Isa isa, int threads) {
-  const int64_t parts = a.rows * a.size < kAlone ? 1 : threads;
+  const int64_t parts = a.rows * a.size < kSerial ? 1 : threads;
   const int64_t sums = a.dweight ? a.size : 0;
   std::vector<float> recent(static_cast<size_t>(parts * sums));
   std::vector<double> total(static_cast<size_t>(parts * sums));
@@ -145,7 +145,7 @@ void rms_norm_backward(const RmsNormBackward& a, Isa isa, int threads) {
                a.rows * (p + 1) / parts, isa);
     }
   });
-  for (int64_t i = 0; i < sums; ++i) {  // in the parts' order: the same result every time
+  for (int64_t i = 0; i < sums; ++i) {  // in the order of parts: deterministic
     double sum = 0;
     for (int64_t p = 0; p < parts; ++p) sum += total[static_cast<size_t>(p * sums + i)];
     a.dweight[i] = static_cast<float>(sum);

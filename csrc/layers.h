@@ -14,8 +14,8 @@ struct RmsNorm {
   float* y;             // [rows, size]
   int64_t rows, size;
   float eps;     // added to the mean of squares
-  float offset;  // 1 for families that store the weight less 1
-  float* rstd;   // [rows], or null: 1 / rms(x), for the way back
+  float offset;  // 1 for model families that store the weight minus 1
+  float* rstd;   // [rows], or null: 1 / rms(x), for the backward pass
 };
 
 struct RmsNormBackward {
@@ -48,7 +48,7 @@ struct Rotary {
   const float *cos, *sin;  // [rows, dim]
   float* y;                // [rows, heads, dim], contiguous
   int64_t rows, heads, dim, row_stride, head_stride;
-  bool back;  // the transposed map: x is dy then, and y dx
+  bool back;  // the transposed map: x is dy and y is dx
 };
 
 void rms_norm(const RmsNorm& args, Isa isa, int threads);

@@ -73,7 +73,7 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t, 
     try {
       for (; part < threads; ++part)
         workers.emplace_back([&task, part, threads] { task.run_part(part, threads); });
-    } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+    } catch (const std::system_error&) {  // no more threads are available: this one does the rest
       for (; part < threads; ++part) task.run_part(part, threads);
     }
     task.run_part(0, threads);

@@ -1,4 +1,4 @@
-// Random numbers as a function of what they are for, not of the order in which they are drawn.
+// Counter-based random numbers: functions of their keys, not of the order in which they are drawn.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The exponential race over a whole vocabulary: nearly all tokens are out of it before their weight is
-// computed.
+// The exponential race over a whole vocabulary, which rules out nearly all tokens before computing their
+// weight.
 #pragma once
 
 #include <cstdint>

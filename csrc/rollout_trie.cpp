@@ -12,8 +12,7 @@ namespace {
 
 constexpr int64_t kLongest = std::numeric_limits<int32_t>::max();  // of lengths and positions
 constexpr int64_t kLongestGuess = 8;
-constexpr int64_t kSpareSlots =
-    8;  // for each row: a question is admitted only where it won't be sent back soon
+constexpr int64_t kSpareSlots = 8;  // for each row, so that admitted questions are not preempted soon
 
 }  // namespace
 
@@ -101,7 +100,7 @@ bool RolloutTrie::plan(int64_t max_rows, int64_t guess_rows, StepPlan& plan) {
   return true;
 }
 
-// Sends questions back until the rows of the next step have slots; false if it had to.
+// Preempts questions until the rows of the next step have slots; returns whether none had to be.
 bool RolloutTrie::make_room(int64_t max_rows) {
   bool roomy = true;
   for (;;) {
@@ -113,8 +112,8 @@ bool RolloutTrie::make_room(int64_t max_rows) {
   }
 }
 
-// The question that came last starts again later: its draws are functions of their keys, so it draws the same
-// samples. One that is alone goes on with half of its samples.
+// The question admitted last starts again later: its draws are functions of their keys, so it draws the same
+// samples. If it is the only one, it continues with half of its samples.
 void RolloutTrie::preempt() {
   counters_.preemptions += 1;
   Active& last = active_.back();
@@ -179,9 +178,9 @@ void RolloutTrie::admit(int64_t rows, int64_t max_rows) {
   }
 }
 
-// The slots of the longest beginning that the prompt has in common with an active question's. Those are
-// computed in an earlier step or in the same: rows are given out in the order of admission, and a step's rows
-// all write before any reads. A prompt's last token is always computed, for its logits.
+// The slots of the longest prefix that the prompt shares with an active question's. They are computed in an
+// earlier step or in the same one: rows are planned in the order of admission, and all rows of a step write
+// before any reads. A prompt's last token is always computed, for its logits.
 std::vector<int32_t> RolloutTrie::shared_slots(const Question& question) const {
   const Active* with = nullptr;
   size_t longest = 0;
@@ -270,9 +269,8 @@ void RolloutTrie::add_guesses(int64_t rows, int64_t max_rows, int64_t guess_rows
   }
 }
 
-// Where the longest suffix of a sample's tokens, of at most match_, stands in a draft, in another sample of
-// the question, in its prompt or in the sample itself with something behind it: the index of what follows
-// there.
+// Finds the longest suffix of a sample's tokens, of at most match_, in a draft, in another sample of the
+// question, in its prompt or earlier in the sample itself; returns the index of what follows it there.
 size_t RolloutTrie::continuation(const Question& question, int32_t sample,
                                  const std::vector<int32_t>** source) const {
   const std::vector<int32_t>& own = question.results[sample].tokens;
@@ -290,7 +288,8 @@ size_t RolloutTrie::continuation(const Question& question, int32_t sample,
     if (best >= static_cast<size_t>(match_)) break;
     if (static_cast<int32_t>(s) != sample) search(question.results[s].tokens);
   }
-  best = std::max<size_t>(best, 1);  // one token alone says too little here: 1 of 110 such guesses came true
+  best = std::max<size_t>(best,
+                          1);  // a match of one token predicts little here: 1 of 110 such guesses was drawn
   if (best < static_cast<size_t>(match_)) search(question.prompt);
   if (best < static_cast<size_t>(match_)) search(own);
   return at;

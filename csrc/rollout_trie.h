@@ -32,10 +32,10 @@ struct Counters {
           preemptions = 0;
 };
 
-// Prompts that begin alike share the slots of what they have in common, and it is computed once. Samples of
+// Prompts share the slots of their common prefix, which is computed once. Samples of
 // one question that have drawn the same tokens are one row. After its distribution is known each sample
 // draws; those that drew the same token are one row of the next step. Drafts are guesses of what will be
-// drawn, computed in the same step as the row they continue; those that nobody draws are let go.
+// drawn, computed in the same step as the row they continue; those that no sample draws are dropped.
 class RolloutTrie {
  public:
   // capacity: slots of the pool; match: longest suffix that a guess is looked up by, 0 for no guesses
@@ -49,7 +49,7 @@ class RolloutTrie {
   // Fills `plan` with at most max_rows rows, guesses only as far as guess_rows; false when all is done.
   bool plan(int64_t max_rows, int64_t guess_rows, StepPlan& plan);
 
-  // Takes what was drawn from the last plan's logits: tokens and logps [D], mass [L].
+  // Takes the draws from the last plan's logits: tokens and logps [D], mass [L].
   void advance(const int64_t* tokens, const double* logps, const double* mass);
 
   const std::vector<Sample>& results(int64_t question) const { return questions_.at(question).results; }

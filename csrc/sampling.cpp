@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kBins = 256;  // of log-probability, for the threshold search without top_k
 constexpr double kBinsPerNat = 8;
-constexpr int64_t kBlock = 256;  // logits that are passed over together when none of them can matter
+constexpr int64_t kBlock = 256;  // logits that are skipped together if none can be kept
 
 template <typename T>
 struct Candidate {
@@ -94,7 +94,7 @@ struct Sampler {
   }
 
  private:
-  // The row's draws where nothing is left out, without a list of what is kept.
+  // The row's draws without top_k and top_p.
   void row_of_all(int64_t r, double top, double log_sum) {
     const T* logits = a.logits + r * a.stride;
     bounds.resize(static_cast<size_t>(a.vocab));
@@ -215,7 +215,7 @@ struct Sampler {
 
   const SampleNucleus<T>& a;
   const Isa isa;
-  const bool all, races;  // nothing is left out; and the race knows a shorter way then
+  const bool all, races;  // no top_k or top_p; and race.h serves
   std::vector<T> block_max;
   std::vector<float> bounds;
   std::vector<Candidate<T>> kept, ties;

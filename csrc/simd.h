@@ -1,4 +1,4 @@
-// Loops over a row that compilers vectorise, for one copy of them per instruction set.
+// One source for several instruction sets, and loops over a row that compilers vectorise.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-"""Rewards: how much of the model's initial answer a sampled answer still holds."""
+"""Rewards: how much of the model's initial answer a sampled answer repeats."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from ..utils.text import row_numbers
 Reward = Callable[[Sequence[str], Sequence[Sequence[str]], int], np.ndarray]
 """Any callable (initial [Q], candidates [Q][N], min_len) -> float64 [Q, N] in [0, 1]; 0: fully unlike."""
 
-HIDDEN = 0.01  # the largest share of all letters that auto lets ROUGE not see; names in English texts stay far below
-HIDDEN_WORDS = 0.25  # and of one text's words: of one of TOFU's, with three titles in Cyrillic, it is 0.22
+HIDDEN = 0.01  # auto uses ROUGE up to this share of letters that ROUGE ignores; names in English texts stay far below
+HIDDEN_WORDS = 0.25  # and up to this share of one text's words: a TOFU text with three Cyrillic titles has 0.22
 
 
 def rouge_l_recall(initial: Sequence[str], candidates: Sequence[Sequence[str]], min_len: int = 0) -> np.ndarray:
@@ -54,7 +54,7 @@ def rouge_l_recall(initial: Sequence[str], candidates: Sequence[Sequence[str]], 
 def judged(
     reward: Reward, initial: Sequence[str], candidates: Sequence[Sequence[str]], min_len: int = 0
 ) -> np.ndarray:
-    """Return what a reward, a user's own too, says of candidates; refuse what is not a score in [0, 1] of each."""
+    """Call a reward, which may be a user's own, and refuse anything but scores [Q, N] in [0, 1]."""
     shape = (len(candidates), len(candidates[0]))
     made = reward(initial, candidates, min_len)
     try:
@@ -76,8 +76,8 @@ def judged(
 def unicode_recall(initial: Sequence[str], candidates: Sequence[Sequence[str]], min_len: int = 0) -> np.ndarray:
     """Score candidates as `rouge_l_recall` does, by the words of any script (`words.unicode_units`).
 
-    Words are stemmed where the initial answer is taken for English (`words.is_english`): between texts in ASCII the
-    recall is ROUGE's. Candidates of fewer than `min_len` of `words.count_words` get exp(-words) on top.
+    Words are stemmed if the initial answer is English (`words.is_english`): between texts in ASCII the recall equals
+    ROUGE's. Candidates of fewer than `min_len` words (`words.count_words`) get exp(-words) on top.
     """
     recall = _recall(initial, candidates, lambda text, of: words.unicode_units(text, words.is_english(of)))
     return _with_penalty(recall, candidates, min_len, words.count_words)
@@ -114,22 +114,22 @@ def _with_penalty(
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """One way to compare texts, for training and all that is measured: `ROUGE` or `UNICODE`."""
+    """One way to compare texts, in training and in evaluation: `ROUGE` or `UNICODE`."""
 
     name: RewardName
     recall: Reward
     count_words: Callable[[str], int]
     end_of_words: Callable[[str, int], int]  # where a text's first so many words end
     has_words: Callable[[str], bool]
-    refusal: str  # what is said of a text that can't be compared
+    refusal: str  # the error for a text that can't be compared
 
     def require_words(self, source: str, texts: Iterable[tuple[int, str]]) -> None:
-        """Refuse texts of which the scorer sees nothing, or next to nothing: their recall would always be near 0.
+        """Refuse texts in which the scorer sees too few letters: their recall would always be near 0.
 
         Parameters
         ----------
         source : str
-            What the texts are, for the error.
+            Names the texts in the error.
         texts : iterable of (int, str)
             Each with its row's number, from 1.
         """
@@ -161,10 +161,10 @@ def choose_scorer(reward: RewardName, texts: Iterable[str]) -> Scorer:
     Parameters
     ----------
     reward : {"auto", "rouge", "unicode"}
-        auto: rouge, unless it would not see over 1 % of all letters and digits of the texts, or half of one text's,
-        or over a quarter of one text's words are mostly beyond ASCII.
+        auto: rouge, unless it ignores over 1 % of all letters and digits of the texts or over half of one text's, or
+        over a quarter of one text's words are mostly outside ASCII.
     texts : iterable of str
-        What others are compared with: truths and initial answers.
+        The texts that others are compared with: truths and initial answers.
     """
     if reward != "auto":
         if reward not in SCORERS:

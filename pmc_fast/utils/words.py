@@ -1,4 +1,4 @@
-"""Words of any script: what recalls compare, what lengths count, and how much of a text ROUGE sees."""
+"""Words of any script: the units of recalls and lengths, and how much of a text ROUGE sees."""
 
 import itertools
 import re
@@ -11,7 +11,7 @@ from nltk.stem.porter import PorterStemmer
 
 _stem = lru_cache(maxsize=1 << 17)(PorterStemmer().stem)
 
-# --- as rouge_score 0.1.2 with its stemmer has them
+# --- words as in rouge_score 0.1.2 with its stemmer
 
 _ROUGE_WORD = re.compile("[a-z0-9]+")
 _RUN = re.compile(r"\S+")
@@ -19,7 +19,7 @@ _RUN = re.compile(r"\S+")
 
 @lru_cache(maxsize=1 << 12)
 def rouge_units(text: str) -> tuple[str, ...]:
-    """Return the words that rouge_score compares: of a to z and 0 to 9, stemmed if longer than 3 characters."""
+    """Return the words that rouge_score compares: runs of a to z and 0 to 9, stemmed if longer than 3 characters."""
     return _stemmed(_ROUGE_WORD.findall(text.lower()))
 
 
@@ -46,17 +46,17 @@ def hidden_from_rouge(text: str) -> tuple[int, int]:
 
 
 def says_nothing(text: str) -> bool:
-    """Return whether a text is punctuation and white space alone: no letter, digit or symbol, such as an emoji."""
+    """Return whether a text has no letter, digit or symbol (such as an emoji)."""
     return not _SAID.search(text)
 
 
-# --- of any script
+# --- words of any script
 
 _SAID = regex.compile(r"[\p{L}\p{N}\p{S}]")
 _LETTER = regex.compile(r"[\p{L}\p{N}]")
 # written without spaces between words, or (Korean) with particles joined to them: a character is a word
 _CHARACTERS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{Yi}ー"
-# likewise, but of few letters, which say little alone: what readers don't take apart is a word
+# likewise without spaces, but with few letters, which mean little alone: a cluster that readers don't split is a word
 _CLUSTERS = (
     r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}\p{Javanese}\p{Balinese}"
 )
@@ -73,8 +73,8 @@ _WORD = regex.compile(
     rf"{_CLUSTER}|{_CHARACTER}|(?:{_SPACED}[^\s\u200b\u0f0b\u1361])+"
 )  # Tibetan's, Ethiopic's spaces
 
-# What writers leave out or not, of the same word: Hebrew points, Arabic vowel signs and tatweel, stress in Cyrillic,
-# what is not shown (joiners, soft hyphens); not the zero-width space, which parts words.
+# Optional in spelling: Hebrew points, Arabic vowel signs and tatweel, stress marks in Cyrillic, characters that are
+# not shown (joiners, soft hyphens); not the zero-width space, which separates words.
 _OPTIONAL = regex.compile(
     r"[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u0652\u0670\u06d6-\u06dc\u06df-\u06e8"
     r"\u06ea-\u06ed]|(?<=\p{Cyrillic})[\u0300\u0301]|(?!\u200b)\p{Default_Ignorable_Code_Point}"
@@ -92,11 +92,11 @@ def unicode_units(text: str, stem: bool = False) -> tuple[str, ...]:
     ----------
     text : str
     stem : bool
-        Stem words of a to z and 0 to 9 as ROUGE does: then a text in ASCII has the words that ROUGE sees.
+        Stem words of a to z and 0 to 9 as ROUGE does: a text in ASCII then has the same words as in ROUGE.
 
     Notes
     -----
-    NFKC and case folding; marks belong to their letter; digits of any script are those of ASCII.
+    NFKC and case folding; marks belong to their letter; digits of any script become ASCII digits.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = _OPTIONAL.sub("", text.replace("i\u0307", "i")).translate(_SAME)
@@ -105,7 +105,7 @@ def unicode_units(text: str, stem: bool = False) -> tuple[str, ...]:
 
 
 def share_beyond_ascii(text: str) -> float:
-    """Return the share of a text's words of which more than half is not in ASCII: names with an accent are none."""
+    """Return the share of a text's words that are mostly outside ASCII; names with one accent are not."""
     if text.isascii():
         return 0.0
     units = unicode_units(text)
@@ -114,7 +114,7 @@ def share_beyond_ascii(text: str) -> float:
 
 @lru_cache(maxsize=1 << 12)
 def is_english(text: str) -> bool:
-    """Return whether a text is taken for English: all in ASCII, or with words that only English has."""
+    """Return whether a text counts as English: all in ASCII, or with words that only English has."""
     return text.isascii() or not _ENGLISH.isdisjoint(unicode_units(text))
 
 
@@ -123,7 +123,7 @@ def _word_ends(text: str) -> Iterable[int]:
 
 
 def count_words(text: str) -> int:
-    """Return the number of words of a text: between white space, and in scripts without it by character."""
+    """Return the number of words of a text: runs between white space; in scripts without it, characters."""
     return sum(1 for _ in _word_ends(text))
 
 
