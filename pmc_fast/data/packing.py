@@ -105,7 +105,7 @@ def num_targets(sequence: Encoded) -> int:
     return sum(label != IGNORED for label in sequence.labels[1:])
 
 
-def pack(groups: Sequence[Sequence[Encoded]], max_tokens: int) -> list[Pack]:
+def pack(groups: Sequence[Sequence[Encoded]], max_tokens: int, *, share_from: int = 0) -> list[Pack]:
     """Lay groups of sequences end to end.
 
     Parameters
@@ -115,6 +115,9 @@ def pack(groups: Sequence[Sequence[Encoded]], max_tokens: int) -> list[Pack]:
         label: the answers to one question. Sequences that train no token are left out.
     max_tokens : int
         Of a pack; a longer group has a pack of its own.
+    share_from : int
+        Where each group is one sequence and all begin with at least so many equal tokens, such as a chat template's
+        system turn, a pack computes these once. 0: never.
 
     Returns
     -------
@@ -123,6 +126,8 @@ def pack(groups: Sequence[Sequence[Encoded]], max_tokens: int) -> list[Pack]:
     """
     if max_tokens < 1:
         raise PMCError(f"max_tokens is {max_tokens}: it must be at least 1")
+    if share_from and all(len(group) == 1 for group in groups):
+        return _pack_common([s for [s] in groups], max_tokens, share_from)
     packs, builder = [], _Builder()
     number = 0
     for group in groups:
@@ -139,6 +144,29 @@ def pack(groups: Sequence[Sequence[Encoded]], max_tokens: int) -> list[Pack]:
     if builder.ids:
         packs.append(builder.build())
     return packs
+
+
+def _pack_common(sequences: Sequence[Encoded], max_tokens: int, share_from: int) -> list[Pack]:
+    """Pack sequences, each pack with one copy of what all of them begin with, if that is long enough."""
+    numbered = [(i, s) for i, s in enumerate(sequences) if num_targets(s)]
+    shared = _shared_length([s for _, s in numbered])
+    if shared < share_from:
+        return pack([[s] for s in sequences], max_tokens)
+    packs: list[list[tuple[int, Encoded]]] = []
+    room = 0
+    for number, s in numbered:
+        size = _used(s) - shared
+        if not packs or size > room:
+            packs.append([])
+            room = max_tokens - shared
+        packs[-1].append((number, s))
+        room -= size
+    made = []
+    for members in packs:
+        builder = _Builder()
+        builder.add(members, shared if len(members) > 1 else 0)
+        made.append(builder.build())
+    return made
 
 
 class _Builder:

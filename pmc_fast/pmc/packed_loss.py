@@ -17,6 +17,9 @@ from ..utils.labels import IGNORED
 from .batch import Loss, Retain, Step
 from .losses import pmc_weights
 
+# tokens that sequences begin with alike from which on a pack computes them once: below, masks cost what is saved
+SHARED_PREFIX = 8
+
 
 class PackedLoss:
     """CE(sampled answers) + lambda CE(retain answers) of one model; see `PMC.losses`.
@@ -51,7 +54,8 @@ class PackedLoss:
         if not part.indices and self.config.normalization == "micro_batch":
             kept = []  # retain pairs come with questions, in their group
         collapse = [a for answers in part.answers for a in answers]
-        packs = pack([*part.answers, *([s] for s in kept)], self.config.max_tokens)
+        share_from = 0 if self._pass.replays_on(device) else SHARED_PREFIX
+        packs = pack([*part.answers, *([s] for s in kept)], self.config.max_tokens, share_from=share_from)
         own_tokens = sum(map(num_targets, kept)) if retain_tokens is None else retain_tokens
         per_rank = self.ranks.gather((len(packs), own_tokens))
         count = max(n for n, _ in per_rank)

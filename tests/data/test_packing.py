@@ -48,12 +48,19 @@ def visible(segments):
     }
 
 
-@settings(max_examples=300, deadline=None)
-@given(groups(), st.integers(1, 30))
-def test_every_target_is_predicted_from_its_own_history(made, max_tokens):
+@st.composite
+def alike(draw):
+    """Groups of one sequence each, which all begin with the same prompt."""
+    prompt = draw(st.lists(st.integers(0, 9), min_size=1, max_size=8))
+    return [[draw(encoded(prompt=prompt))] for _ in range(draw(st.integers(0, 6)))]
+
+
+@settings(max_examples=400, deadline=None)
+@given(groups() | alike(), st.integers(1, 30), st.integers(0, 6))
+def test_every_target_is_predicted_from_its_own_history(made, max_tokens, share_from):
     flat = [s for group in made for s in group]
     seen = []
-    for p in pack(made, max_tokens):
+    for p in pack(made, max_tokens, share_from=share_from):
         assert [s.begin for s in p.segments] == [0, *[s.end for s in p.segments]][:-1]
         assert p.segments[-1].end == len(p)
         sees = visible(p.segments)
@@ -79,6 +86,16 @@ def test_a_groups_prompt_is_computed_once():
     assert len(p) == 4 + 1 + 2  # an answer's last token predicts nothing
     assert len(p.hidden_rows) == 1 + 1 + 2  # the prompt's last row predicts all three first tokens
     assert p.targets.tolist() == [5, 6, 7, 8, 9, 5]
+
+
+def test_what_all_begin_with_is_computed_once_a_pack():
+    system, answers = [1, 2, 3, 4], ([5, 6, 7], [7, 8, 9], [5, 5, 5], [9])
+    made = [[Encoded([*system, *a], [IGNORED] * 4 + a)] for a in answers]
+    (p,) = pack(made, 100, share_from=4)
+    assert len(p) == 4 + 2 + 2 + 2
+    assert [len(p) for p in pack(made, 100, share_from=5)] == [6 + 6 + 6 + 4]
+    assert [len(p) for p in pack(made, 8, share_from=4)] == [4 + 2 + 2, 4 + 2]
+    assert [p.sequences for p in pack(made, 8, share_from=4)] == [[0, 1], [2, 3]]
 
 
 @settings(max_examples=100, deadline=None)

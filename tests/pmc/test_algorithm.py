@@ -10,6 +10,7 @@ import transformers
 from pmc_fast import PMC, PMCConfig
 from pmc_fast.data import Row, collate
 from pmc_fast.errors import PMCError
+from pmc_fast.pmc import packed_loss
 from pmc_fast.pmc.selection import bradley_terry, draw
 from pmc_fast.reference import Reference
 from pmc_fast.rollout.engine import Rollouts
@@ -136,6 +137,23 @@ def test_packs_change_no_gradient(ready, selection):
         again, ours = summed(pmc, step, 2, max_tokens=max_tokens)
         assert again == pytest.approx(loss, rel=1e-5)
         close(ours, theirs, 1e-5)
+
+
+def test_a_shared_system_prompt_changes_no_gradient(ready, monkeypatch):
+    pmc, step = ready(prompt_format="chat", max_length=90)
+    kept = pmc.encode_retain(RETAIN)
+    tokens, losses, gradients_of = [], [], []
+    for share_from in (10**6, 1):
+        monkeypatch.setattr(packed_loss, "SHARED_PREFIX", share_from)
+        out = pmc.loss(step, kept)
+        pmc.model.zero_grad()
+        out.loss.backward()
+        tokens.append(out.counters["tokens"])
+        losses.append(out.loss.item())
+        gradients_of.append(gradients(pmc.model))
+    assert tokens[1] < 0.9 * tokens[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    close(gradients_of[1], gradients_of[0], 1e-5)
 
 
 @pytest.mark.parametrize("selection", ["argmin", "soft"])
