@@ -54,6 +54,7 @@ class PackedLoss:
         if not part.indices and self.config.normalization == "micro_batch":
             kept = []  # retain pairs come with questions, in their group
         collapse = [a for answers in part.answers for a in answers]
+        device = self._embeddings.weight.device
         share_from = 0 if self._pass.replays_on(device) else SHARED_PREFIX
         packs = pack([*part.answers, *([s] for s in kept)], self.config.max_tokens, share_from=share_from)
         own_tokens = sum(map(num_targets, kept)) if retain_tokens is None else retain_tokens
@@ -71,7 +72,6 @@ class PackedLoss:
         scale = self._scale(part, lengths, weights, sum(n for _, n in per_rank))
         # what `collapse` and `retain` report: each a mean over its own batch, whatever the weights in the loss are
         means = pmc_weights(lengths, weights, 1.0)
-        device = self._embeddings.weight.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for p in packs:
             row_scale, mean = (
