@@ -14,7 +14,6 @@ import fcntl
 import gc
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from pmc_fast.report.environment import machine, versions
+from pmc_fast.report.environment import commit, machine, versions
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
@@ -110,18 +109,6 @@ def document(
         **({"facts": dict(facts)} if facts else {}),
         "results": results,
     }
-
-
-def commit() -> str | None:
-    """Return the checkout's commit, with a + where files differ from it."""
-    root = Path(__file__).parent.parent
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 def write(

@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pmc_fast import PMC, PMCConfig
-from pmc_fast.data import collate, encode_pair, load_rows
+from pmc_fast import PMC, PMCConfig, collate, encode_pair, load_rows
 
 
 def main(

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from pmc_fast.data import Row, encode_pair, load_rows
-from pmc_fast.models.packed_forward import PackedPass
+from pmc_fast import PackedPass, Row, encode_pair, load_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"

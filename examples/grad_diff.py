@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from pmc_fast.data import Row, collate, encode_pair
+from pmc_fast import Row, collate, encode_pair
 
 
 class GradDiffTrainer(Trainer):

@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pmc_fast.data import collate, encode_pair, load_rows
+from pmc_fast import collate, encode_pair, load_rows
 
 
 def main(

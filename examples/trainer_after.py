@@ -8,8 +8,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from pmc_fast import PMCConfig, PMCTrainer
-from pmc_fast.data import load_rows
+from pmc_fast import PMCConfig, PMCTrainer, load_rows
 
 
 def main(

@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from pmc_fast.data import load_rows
+from pmc_fast import load_rows
 
 from .grad_diff import GradDiffTrainer
 

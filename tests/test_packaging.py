@@ -1,5 +1,6 @@
 """The installed package: where kernels/ lands, what it must not shadow, what imports without it all."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -96,6 +97,33 @@ def test_import_without_gpu_triton_and_compiled_modules():
     value, line = python(code)
     assert float(value) == pytest.approx(3.2189, abs=1e-3)
     assert "C++ module is missing" in line
+
+
+def test_the_front_door_has_the_public_names():
+    """In a checkout that is not installed, too, whose version no metadata tell."""
+    code = (
+        "import sys, importlib.metadata as m, pmc_fast\n"
+        "print(pmc_fast.__version__)\n"
+        "def absent(name):\n    raise m.PackageNotFoundError(name)\n"
+        "m.version = absent\n"
+        "from pmc_fast import *\n"
+        "print(sorted(set(dir()) & set(pmc_fast.__all__)) == sorted(pmc_fast.__all__))\n"
+        "assert evaluate.__module__ == 'pmc_fast.evaluation.questions'\n"
+        "from pmc_fast.report import environment\n"
+        "print(pmc_fast.__version__, environment.code()['version'])"
+    )
+    version, complete, unknown = python(code)
+    assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (complete, unknown) == ("True", "unknown None")
+
+
+def test_examples_import_from_the_front_door_alone():
+    integrations = {"pmc_fast.integrations.trl"}  # of an extra
+    for file in (ROOT / "examples").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert not {m for m in found if m.startswith("pmc_fast.")} - integrations, file.name
 
 
 def test_extras_are_there():

@@ -1,4 +1,4 @@
-"""What a result was made on: machine, versions, and what this build of pmc_fast can use."""
+"""The environment of a result: machine, versions, code, and what this build of pmc_fast can use."""
 
 import hashlib
 import importlib.metadata
@@ -8,8 +8,6 @@ import platform
 import subprocess
 from pathlib import Path
 from typing import Any
-
-from .. import __version__
 
 PACKAGES = ("pmc_fast", "torch", "triton", "transformers", "tokenizers", "numpy", "flash_attn", "datasets", "peft")
 
@@ -50,7 +48,7 @@ def _cpu_name() -> str:
 
 
 def code() -> dict[str, str | None]:
-    """Return which code this is: its version, a hash of its files, and the commit where it is a git checkout."""
+    """Return the installed version (None: a checkout that is not installed), a hash of the code's files, its commit."""
     package = Path(__file__).resolve().parents[1]
     files = sorted(
         Path(directory, name)
@@ -63,13 +61,15 @@ def code() -> dict[str, str | None]:
         content.update(
             f"{file.relative_to(package).as_posix()}\0".encode() + hashlib.sha256(file.read_bytes()).digest()
         )
-    return {"version": __version__, "sha256": content.hexdigest(), "commit": _commit(package)}
+    return {"version": versions()["pmc_fast"], "sha256": content.hexdigest(), "commit": commit()}
 
 
-def _commit(package: Path) -> str | None:
-    if not (package.parent / ".git").exists():
+def commit() -> str | None:
+    """Return the commit of the git checkout that this code is in, with -dirty where files differ; None elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else's
@@ -77,7 +77,7 @@ def _commit(package: Path) -> str | None:
 
 
 def capabilities() -> dict[str, str]:
-    """Return each optional part and whether it is here, or what would bring it."""
+    """Return each optional part and whether it is installed, or how to install it."""
     from ..errors import PMCError
     from ..ops.native import ISAS, isa
 

@@ -110,10 +110,19 @@ def _hashes(made: dict[str, Any]) -> list[tuple[str, str]]:
 
 def model_card(made: dict[str, Any]) -> str:
     """Return the model's README.md with the hub's metadata."""
-    model = made["settings"]["model"]
-    base = None if Path(model).exists() else model  # the hub refuses a card that names a local path
-    values: dict[str, Any] = {"made": made, "base": base, "name": Path(model).name, "rows": metric_rows(made)}
-    return _render("card.md.jinja", **values, verdict=verdict(made))
+    from huggingface_hub import ModelCardData
+
+    model, lora = made["settings"]["model"], made["settings"].get("lora", False)
+    local = Path(model).exists()  # the hub refuses a card that names a local path
+    metadata = ModelCardData(
+        base_model=None if local else model,
+        library_name="peft" if lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=["pmc_fast", "unlearning"],
+    )
+    values: dict[str, Any] = {"made": made, "lora": lora, "name": Path(model).name if local else model}
+    values |= {"metadata": metadata.to_yaml(), "rows": metric_rows(made), "verdict": verdict(made)}
+    return _render("card.md.jinja", **values)
 
 
 def metric_rows(made: dict[str, Any]) -> list[tuple[str, str, str]]:
