@@ -2,8 +2,7 @@
 
     make kernels-report                      # or: python -m benchmarks.kernels [--json FILE]
 
-No GPU is needed. Exits 1 if a configuration spills, exceeds the chip's shared memory, or multiplies
-on sm_90 without wgmma.
+No GPU is needed. Exits 1 if a configuration spills or exceeds the chip's shared memory.
 """
 
 import argparse
@@ -26,7 +25,6 @@ from triton.compiler import ASTSource
 
 from pmc_fast.kernels import (
     layers,
-    logps_fused,
     nll_rows,
     sampling,
     scaled,
@@ -54,18 +52,6 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         yield name, nll_rows.nll_rows_kernel, types, constexprs, options
         if bias == softcap == grad:  # vocabularies such as 50257 launch another variant
             yield f"{name} any size", nll_rows.nll_rows_kernel, types, constexprs, options
-    for dtype, bias, softcap in itertools.product(DTYPES, FLAGS, FLAGS):
-        config = dict(logps_fused.CONFIGS[4 if dtype == "fp32" else 2])
-        options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-        types = {
-            "hidden_ptr": f"*{dtype}", "head_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "top_ptr": "*fp32",
-            "sum_ptr": "*fp32", "rows": "i32", "vocab": "i32", "width": "i32", "hidden_stride": "i32",
-            "head_stride": "i32", "part": "i32", "inverse_temperature": "fp32", "softcap": "fp32",
-            "logit_scale": "fp32",
-        }  # fmt: skip
-        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
-        name = _name("row_logsumexp", dtype, flags)
-        yield name, logps_fused.row_logsumexp_kernel, types, flags | config, options
     for dtype, size in itertools.product(DTYPES, ("", " any size")):
         select, race = (dict(sampling.CONFIGS[kernel]) for kernel in ("select", "race"))
         types = {
@@ -131,8 +117,8 @@ def _layers() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
                 "k_head_stride",
             )
             types = pointers | dict.fromkeys(sizes_of, "i32")
-            name = _name("rotary", f"{x} {weight} {heads} x {dim}", {"BACK": back}) + size
-            yield name, layers.rotary_kernel, types, {"BACK": back} | config, options
+            name = _name("rotary", f"{x} {weight} {heads} x {dim}", {"BACKWARD": back}) + size
+            yield name, layers.rotary_kernel, types, {"BACKWARD": back} | config, options
         if x == weight:
             block = {"BLOCK": layers.CONFIGS["silu_mul"]}
             pointers = dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr"), f"*{x}")
@@ -155,7 +141,7 @@ def compile_one(
     chip: int,
     divisible: bool = True,
 ) -> dict[str, Any]:
-    """Compile for a chip; return registers and stack a thread, shared memory, and whether it uses wgmma."""
+    """Compile for a chip; return registers and stack a thread, and shared memory."""
     signature = types | dict.fromkeys(constexprs, "constexpr")
     # what a launch would specialise on: aligned pointers, and sizes and strides that 16 divides
     names = list(kernel.arg_names)
@@ -165,19 +151,7 @@ def compile_one(
     source = ASTSource(fn=kernel, signature={n: signature[n] for n in names}, constexprs=constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    return {
-        "registers": registers,
-        "stack": stack,
-        "shared": compiled.metadata.shared,
-        "tensor_cores": "wgmma"
-        if "wgmma" in ptx
-        else "tcgen05"
-        if "tcgen05.mma" in ptx
-        else "mma"
-        if "mma.sync" in ptx
-        else "-",
-    }
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -199,26 +173,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the table into this file")
     options = parser.parse_args(arguments)
     rows, faults = [], []
-    print(f"{'kernel':36} {'chip':6} {'registers':>9} {'stack':>6} {'shared KiB':>10}  tensor cores")
+    print(f"{'kernel':36} {'chip':6} {'registers':>9} {'stack':>6} {'shared KiB':>10}")
     for name, kernel, types, constexprs, launch in shipped():
         for chip, limit in CHIPS.items():
             used = compile_one(kernel, types, constexprs, launch, chip, divisible="any size" not in name)
             rows.append({"kernel": name, "chip": f"sm_{chip}"} | used)
             print(
-                f"{name:36} sm_{chip:<3} {used['registers']:9} {used['stack']:6} {used['shared'] / 1024:10.1f}  {used['tensor_cores']}",
+                f"{name:36} sm_{chip:<3} {used['registers']:9} {used['stack']:6} {used['shared'] / 1024:10.1f}",
                 flush=True,
             )
             if used["stack"]:
                 faults.append(f"{name} on sm_{chip} spills: {used['stack']} bytes of stack")
             if used["shared"] > limit:
                 faults.append(f"{name} on sm_{chip} takes {used['shared']} bytes of shared memory of {limit}")
-            if (
-                chip == 90
-                and name.startswith("row_logsumexp")
-                and "fp32" not in name
-                and used["tensor_cores"] != "wgmma"
-            ):
-                faults.append(f"{name} on sm_90 multiplies without wgmma")
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
     for fault in faults:

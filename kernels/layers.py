@@ -92,7 +92,7 @@ def rms_norm_backward_kernel(
 
 
 @triton.jit
-def _turn(
+def _rotate(
     x_ptr, y_ptr, head, heads, half, row_stride, head_stride, cos_1, cos_2, sin_1, sin_2, BLOCK_HALF: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -112,8 +112,8 @@ def rotary_kernel(
     k_ptr,  # [rows, k_heads, 2 * half], strided
     cos_ptr,  # [rows, 2 * half]
     sin_ptr,
-    q_turned_ptr,  # [rows, q_heads, 2 * half]
-    k_turned_ptr,  # [rows, k_heads, 2 * half]
+    q_out_ptr,  # [rows, q_heads, 2 * half]
+    k_out_ptr,  # [rows, k_heads, 2 * half]
     q_heads,
     k_heads,
     half,
@@ -121,7 +121,7 @@ def rotary_kernel(
     q_head_stride,
     k_row_stride,
     k_head_stride,
-    BACK: tl.constexpr,
+    BACKWARD: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
@@ -133,21 +133,21 @@ def rotary_kernel(
     cos_2 = tl.load(cos_ptr + half, mask=pair < half, other=0.0).to(tl.float32)
     sin_1 = tl.load(sin_ptr, mask=pair < half, other=0.0).to(tl.float32)
     sin_2 = tl.load(sin_ptr + half, mask=pair < half, other=0.0).to(tl.float32)
-    if BACK:
+    if BACKWARD:
         sin_1, sin_2 = -sin_2, -sin_1
     block = tl.program_id(1)  # q's heads, then k's
     q_blocks = tl.cdiv(q_heads, BLOCK_HEADS)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     if block < q_blocks:
         head += block * BLOCK_HEADS
-        _turn(
-            q_ptr, q_turned_ptr, head, q_heads, half, q_row_stride, q_head_stride,
+        _rotate(
+            q_ptr, q_out_ptr, head, q_heads, half, q_row_stride, q_head_stride,
             cos_1, cos_2, sin_1, sin_2, BLOCK_HALF,
         )  # fmt: skip
     else:
         head += (block - q_blocks) * BLOCK_HEADS
-        _turn(
-            k_ptr, k_turned_ptr, head, k_heads, half, k_row_stride, k_head_stride,
+        _rotate(
+            k_ptr, k_out_ptr, head, k_heads, half, k_row_stride, k_head_stride,
             cos_1, cos_2, sin_1, sin_2, BLOCK_HALF,
         )  # fmt: skip
 
@@ -261,14 +261,14 @@ def rms_norm_backward(
     return dx, None if parts is None else parts.sum(0).to(weight.dtype)
 
 
-def rotary_pair(
+def rotary(
     q: torch.Tensor,
     k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    q_turned: torch.Tensor,
-    k_turned: torch.Tensor,
-    back: bool,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    backward: bool,
 ) -> None:
     """Launch the kernel.
 
@@ -278,19 +278,19 @@ def rotary_pair(
         Last dimension contiguous; D even. Each has heads of its own number.
     cos, sin : Tensor [1, R, D]
         Contiguous.
-    q_turned, k_turned : Tensor [1, R, heads, D]
+    q_out, k_out : Tensor [1, R, heads, D]
         Contiguous; written.
-    back : bool
-        Turn as the gradient does.
+    backward : bool
+        Rotate back, as the gradient needs.
     """
     _, heads, rows, width = q.shape
-    if q_turned.numel() + k_turned.numel():
+    if q_out.numel() + k_out.numel():
         config = rotary_config(max(heads, k.shape[1]), width // 2)
         blocks = sum(triton.cdiv(n, config["BLOCK_HEADS"]) for n in (heads, k.shape[1]))
         with torch.cuda.device_of(q):
             rotary_kernel[(rows, blocks)](
-                q, k, cos, sin, q_turned, k_turned, heads, k.shape[1], width // 2,
-                q.stride(2), q.stride(1), k.stride(2), k.stride(1), BACK=back, **config,
+                q, k, cos, sin, q_out, k_out, heads, k.shape[1], width // 2,
+                q.stride(2), q.stride(1), k.stride(2), k.stride(1), BACKWARD=backward, **config,
             )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from ..ops.checks import no_double_backward
 from ..ops.scaled import scaled
 from .static_inputs import ALIGNED, round_up
 
@@ -122,6 +123,6 @@ class Replayed(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @no_double_backward
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
         return None, None, *ctx.pending.consume(factor)

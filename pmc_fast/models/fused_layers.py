@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from ..ops import cuda_layers, decode_layers, train_layers
-from ..ops.decode_layers import fast_linear_serves
+from ..ops import layers
+from ..ops.layers import fast_linear_serves
 from . import patching
 from .layer_sources import is_gated_mlp, is_rms_norm, is_rotary
 
@@ -43,7 +43,7 @@ class FastLayers:
     model : torch.nn.Module
     training : bool
         Lend layers with gradients, on the CPU linear ones (torch.nn.Linear, where AVX-512 is) included. Lend around
-        the forward pass; backward may come after. Without, what is lent on the CPU has no gradients, for rollouts.
+        the forward pass; backward may come after.
     backend : {"cpu", "cuda"}, optional
         Whose kernels; by default the device's own.
     """
@@ -114,7 +114,7 @@ class FastLayers:
         if not (is_rms_norm(module) and isinstance(weight, torch.Tensor) and weight.dim() == 1):
             return None
         width = weight.shape[0]  # 0: a wrapper brings the weight for the time of the layer's own call
-        too_wide = self._kind(weight.device) == "cuda" and width > cuda_layers.MAX_WIDTH
+        too_wide = self._kind(weight.device) == "cuda" and width > layers.MAX_WIDTH
         if width == 0 or too_wide or not isinstance(eps, float):
             return None
         original = module.forward
@@ -129,7 +129,9 @@ class FastLayers:
 
         def forward(x: torch.Tensor, *rest: Any) -> torch.Tensor:
             offset = None if rest else offset_for(x)
-            return original(x, *rest) if offset is None else self._ops(x).rms_norm(x, module.weight, eps, offset)
+            if offset is None:
+                return original(x, *rest)
+            return layers.rms_norm(x, module.weight, eps, offset, backend=self._backend)
 
         return forward if offset_for(weight) is not None else None
 
@@ -142,7 +144,7 @@ class FastLayers:
                 return None
             unit = _unit(x, expected)
             for offset in (0.0, 1.0):
-                ours = self._ops(x).rms_norm(x, weight, eps, offset)
+                ours = layers.rms_norm(x, weight, eps, offset, backend=self._backend)
                 close = ours.dtype == expected.dtype and torch.allclose(
                     ours, expected, rtol=_allowed(unit), atol=1e-6
                 )
@@ -165,7 +167,7 @@ class FastLayers:
 
         def gated(x: torch.Tensor) -> torch.Tensor:
             gate, up = module.gate_proj(x), module.up_proj(x)
-            return module.down_proj(self._ops(x).silu_mul(gate, up))
+            return module.down_proj(layers.silu_mul(gate, up, backend=self._backend))
 
         def agrees_on(x: torch.Tensor) -> bool:
             situation = self._situation(x, module.gate_proj.weight)
@@ -185,7 +187,7 @@ class FastLayers:
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             ours = self._situation(x, module.weight) is not None
-            return train_layers.linear(x, module.weight, module.bias) if ours else original(x)
+            return layers.linear(x, module.weight, module.bias) if ours else original(x)
 
         return forward
 
@@ -198,7 +200,7 @@ class FastLayers:
                 expected = function(x, x[:, :1], cos, sin)
             except (TypeError, RuntimeError):  # another signature: complex numbers, position ids
                 return False
-            ours = self._turned(x, x[:, :1], cos, sin)
+            ours = layers.rotary(x, x[:, :1], cos, sin, backend=self._backend)
         return all(_near(a, b, x) for a, b in zip(ours, expected, strict=True))
 
     def _rotate(
@@ -211,20 +213,11 @@ class FastLayers:
         )
         lasts = all(t.stride(-1) == 1 for t in (q, k)) and cos.is_contiguous() and sin.is_contiguous()
         fits = packed and lasts and k.shape[2:] == q.shape[2:] and k.dtype == q.dtype and q.shape[-1] % 2 == 0
-        if torch.is_grad_enabled():
-            differentiable = self.training or self._kind(q.device) == "cuda"
-            fits = fits and differentiable and not (cos.requires_grad or sin.requires_grad)
+        fits = fits and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
         situation = self._situation(q, k, cos, sin) if fits else None
         if situation is None or not self._turns_as(original, situation, q, cos):
             return original(q, k, cos, sin, *rest, **options)
-        return self._turned(q, k, cos, sin)
-
-    def _turned(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._kind(q.device) == "cuda":
-            return cuda_layers.rotary_pair(q, k, cos, sin)
-        return self._ops(q).rotary(q, cos, sin), self._ops(q).rotary(k, cos, sin)
+        return layers.rotary(q, k, cos, sin, backend=self._backend)
 
     def _turns_as(
         self, original: Callable[..., Any], situation: Situation, q: torch.Tensor, cos: torch.Tensor
@@ -237,11 +230,6 @@ class FastLayers:
     def _kind(self, device: torch.device) -> str:
         return self._backend or device.type
 
-    def _ops(self, x: torch.Tensor) -> ModuleType:
-        if self._kind(x.device) == "cuda":
-            return cuda_layers
-        return train_layers if self.training else decode_layers
-
     def _situation(self, *tensors: torch.Tensor) -> Situation | None:
         """Return the situation that a layer is called in, or None where our kernels do not serve.
 
@@ -249,7 +237,7 @@ class FastLayers:
         """
         device, kind = tensors[0].device, self._kind(tensors[0].device)
         types = tuple(t.dtype for t in tensors)
-        served = (torch.float32,) if kind == "cpu" else cuda_layers.DTYPES if kind == "cuda" else ()
+        served = layers.DTYPES.get(kind, ())
         if not plain(*tensors) or any(t.device != device for t in tensors) or any(t not in served for t in types):
             return None
         low = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

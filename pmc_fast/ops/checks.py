@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -59,13 +59,6 @@ def check_ranges(op: str, targets: torch.Tensor, rows: torch.Tensor | None, voca
         raise PMCError(f"{op}: rows {int(rows.min())} to {int(rows.max())} do not fit {num_rows} hidden rows")
 
 
-def check_float32_cpu(op: str, *tensors: torch.Tensor | None) -> None:
-    """Refuse what C++ that takes float32 would read as something else."""
-    for t in tensors:
-        if t is not None and (t.dtype != torch.float32 or t.device.type != "cpu"):
-            raise PMCError(f"{op}: a tensor is {t.dtype} on {t.device}: need float32 on the CPU")
-
-
 def under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Cast as autocast casts a linear layer's inputs, where it is switched on."""
     kind = tensors[0].device.type
@@ -75,7 +68,7 @@ def under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Let what an op computes keep the types that it chose: autocast ends at an op's door, forward and backward."""
+    """Switch autocast off inside an op, so that it computes in the types it chose."""
 
     @functools.wraps(function)
     def wrapper(*arguments: P.args, **options: P.kwargs) -> R:
@@ -89,15 +82,17 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a layer's backward refuse create_graph=True. (torch's once_differentiable lets it pass where dy is a constant.)"""
+def no_double_backward(backward: Callable[P, R]) -> Callable[P, R]:
+    """Run a backward without autocast, and refuse create_graph=True: its gradients would count as constants there.
 
+    (torch's once_differentiable lets create_graph pass where the incoming gradient is a constant.)
+    """
     backward = without_autocast(backward)
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, *dy: torch.Tensor) -> Any:
+    def wrapper(*arguments: P.args, **options: P.kwargs) -> R:
         if torch.is_grad_enabled():
-            raise PMCError("pmc_fast's layers have no second derivatives: create_graph must be False")
-        return backward(ctx, *dy)
+            raise PMCError("pmc_fast has no second derivatives: call backward or grad without create_graph")
+        return backward(*arguments, **options)
 
     return wrapper

@@ -96,6 +96,8 @@ def decode_attention(
     backend = resolve_backend(backend, q.device)
     if backend == "reference":
         return _reference(q, k, v, k_pool, v_pool, index, scale, softcap, window)
+    if backend == "cuda" and q.device.type != "cuda":  # Triton's interpreter does not run CUDA C++
+        raise PMCError(f"decode_attention: backend 'cuda' can't serve tensors on {q.device}: use cpu or reference")
     good = all(t.dim() == 3 for t in (q, k, v, k_pool, v_pool))
     good = good and all(t.dtype == q.dtype and t.stride(2) == 1 for t in (q, k, v, k_pool, v_pool))
     good = good and k.shape == v.shape and k_pool.is_contiguous() and v_pool.is_contiguous()

@@ -1,12 +1,12 @@
-"""The one place that knows which implementation serves which device."""
+"""Chooses the implementation that serves a device."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from ..errors import PMCError
 
-Backend = Literal["reference", "cpu", "cuda", "fused"]
+Backend = Literal["reference", "cpu", "cuda"]
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> Backend:
@@ -25,8 +25,10 @@ def resolve_backend(backend: str | None, device: torch.device) -> Backend:
         return "reference"
     if backend == "cpu" and device.type == "cpu":
         return "cpu"
-    if backend in ("cuda", "fused") and (device.type == "cuda" or triton_interprets()):
-        return "cuda" if backend == "cuda" else "fused"
+    if backend == "cuda" and (device.type == "cuda" or triton_interprets()):
+        return "cuda"
+    if backend not in get_args(Backend):
+        raise PMCError(f"backend is {backend!r}: use one of {', '.join(get_args(Backend))}")
     raise PMCError(f"backend {backend!r} can't serve tensors on {device}: use reference, cpu or cuda to match")
 
 

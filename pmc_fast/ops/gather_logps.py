@@ -3,16 +3,10 @@
 import torch
 
 from ..errors import PMCError
-from ..utils.labels import IGNORED
-from .checks import (
-    check_inputs,
-    check_ranges,
-    under_autocast,
-    without_autocast,
-)
+from .checks import check_inputs, check_ranges, no_double_backward, under_autocast, without_autocast
 from .dispatch import resolve_backend
-from .nll_reference import gather_logps_reference, transform_logits
-from .weighted_nll import WORKSPACE, refuse_second_derivative, weighted_nll_op
+from .nll_reference import gather_logps_reference
+from .weighted_nll import WORKSPACE, weighted_nll_op
 
 
 def gather_logps(
@@ -30,9 +24,7 @@ def gather_logps(
 ) -> torch.Tensor:
     """Return the targets' log-probs, for losses whose weights depend on them (NPO, SimNPO, DPO).
 
-    Parameters are those of `weighted_nll`, without `row_scale`; `backend` may also be "fused": one
-    Triton kernel that multiplies and normalises without ever storing a logit, for log-probs without
-    gradients. It is opt-in: its speed was not measured on a card yet (`python -m benchmarks.gpu`).
+    Parameters are those of `weighted_nll`, without `row_scale`.
 
     Returns
     -------
@@ -53,52 +45,15 @@ def gather_logps(
     hidden, head = under_autocast(hidden, head)
     check_inputs("gather_logps", hidden, head, targets, rows, bias, softcap, temperature)
     chosen = resolve_backend(backend, hidden.device)
-    if chosen in ("cuda", "fused") and hidden.dtype == torch.float64:
-        raise PMCError(f"gather_logps: the {chosen} backend has no float64: use backend='reference'")
+    if chosen == "cuda" and hidden.dtype == torch.float64:
+        raise PMCError("gather_logps: the cuda backend has no float64: use backend='reference'")
     if chosen == "reference":
         check_ranges("gather_logps", targets, rows, head.shape[0], hidden.shape[0])
-        return gather_logps_reference(
-            hidden,
-            head,
-            targets,
-            rows,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-        )
-    if chosen == "fused":
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, head, bias)):
-            raise PMCError("gather_logps: backend 'fused' has no gradients: use cuda, or torch.no_grad()")
-        return _fused(hidden, head, targets, rows, bias, temperature, softcap, logit_scale)
+        how = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+        return gather_logps_reference(hidden, head, targets, rows, **how)  # type: ignore[arg-type]
     return gather_logps_op(
         hidden, head, bias, targets, rows, temperature, softcap or 0.0, logit_scale, workspace, chosen
     )
-
-
-def _fused(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
-    rows: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-) -> torch.Tensor:
-    from ..kernels.logps_fused import row_logsumexp
-
-    hidden, head = hidden.contiguous(), head.contiguous()
-    top, log_sum = row_logsumexp(hidden, head, bias, temperature, softcap or 0.0, logit_scale)
-    counted = targets != IGNORED
-    inside = (targets >= 0) & (targets < head.shape[0])
-    token = torch.where(inside, targets, 0)
-    if rows is not None:
-        hidden, top, log_sum = hidden[rows], top[rows], log_sum[rows]
-    x = (hidden.float() * head[token].float()).sum(-1)
-    z = transform_logits(x, None if bias is None else bias[token], temperature, softcap, logit_scale)
-    logps = torch.where(inside, (z - top) - log_sum, torch.nan)
-    return torch.where(counted, logps, 0.0)
 
 
 @torch.library.custom_op("pmc_fast::gather_logps", mutates_args=())
@@ -132,9 +87,8 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(hidden, head, bias, targets, rows)
 
 
-@without_autocast
+@no_double_backward
 def _backward(ctx, g_logps):  # type: ignore[no-untyped-def]
-    refuse_second_derivative("gather_logps")
     if g_logps is None:
         return (None,) * 10
     hidden, head, bias, targets, rows = ctx.saved_tensors

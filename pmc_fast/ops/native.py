@@ -1,4 +1,4 @@
-"""Finds the compiled modules and says what is missing when one is needed."""
+"""Loads the compiled modules and the Triton kernels, or says what is missing."""
 
 import functools
 import importlib
@@ -61,3 +61,17 @@ def cuda() -> ModuleType:
             f"pmc_fast's CUDA module is missing ({error}): install the CUDA toolkit and run "
             "`PMC_FAST_CUDA=1 pip install .` again"
         ) from error
+
+
+def triton_kernels(name: str) -> ModuleType:
+    """Return a module of pmc_fast.kernels.
+
+    Raises
+    ------
+    PMCError
+        Triton is not installed.
+    """
+    try:
+        return importlib.import_module(f"..kernels.{name}", __package__)
+    except ImportError as error:
+        raise PMCError(f"the cuda backend needs triton ({error}): pip install 'triton>=3.6'") from error

@@ -1,4 +1,4 @@
-"""The CPU's GEMMs (ours where they are faster, else torch's) and row kernel (C++), for `nll_chunks`."""
+"""The CPU's GEMMs (ours where they are faster, else torch's) and row kernel (C++), for `nll_chunked`."""
 
 import torch
 

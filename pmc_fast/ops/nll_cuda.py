@@ -1,26 +1,9 @@
-"""The way to Triton's kernels; with the GPU's GEMMs (cuBLAS through torch), the part of `nll_chunks`."""
-
-import importlib
-from types import ModuleType
+"""The GPU's GEMMs (cuBLAS through torch) and row kernel (Triton), for `nll_chunked`."""
 
 import torch
 
-from ..errors import PMCError
+from .native import triton_kernels
 from .nll_chunked import Logits
-
-
-def triton_kernels(name: str) -> ModuleType:
-    """Import a module of pmc_fast.kernels.
-
-    Raises
-    ------
-    PMCError
-        Triton is not installed.
-    """
-    try:
-        return importlib.import_module(f"..kernels.{name}", __package__)
-    except ImportError as error:
-        raise PMCError(f"the cuda backend needs triton ({error}): pip install 'triton>=3.6'") from error
 
 
 class Cuda:

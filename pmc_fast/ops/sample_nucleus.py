@@ -8,7 +8,6 @@ import torch
 from ..errors import PMCError
 from . import native
 from .dispatch import resolve_backend
-from .nll_cuda import triton_kernels
 
 READS = {  # dtypes of logits
     "cpu": (torch.float32, torch.float64),
@@ -87,8 +86,6 @@ def sample_nucleus(
             "top_k >= 0 and 0 < top_p <= 1"
         )
     chosen = resolve_backend(backend, logits.device)
-    if chosen == "fused":
-        raise PMCError("sample_nucleus: backend 'fused' is for gather_logps: use cuda")
     if logits.dim() != 2 or logits.dtype not in READS[chosen] or logits.stride(1) != 1:
         reads = " or ".join(str(dtype).removeprefix("torch.") for dtype in READS[chosen])
         raise PMCError(
@@ -110,7 +107,7 @@ def sample_nucleus(
     )
     out = (draws.tokens, draws.logps, draws.nucleus_mass)
     if chosen == "cuda":
-        triton_kernels("sampling").sample_nucleus(logits, *keys, *out, temperature, top_k, top_p, seed)
+        native.triton_kernels("sampling").sample_nucleus(logits, *keys, *out, temperature, top_k, top_p, seed)
         return draws
     module = native.cpu()
     kernel = module.sample_nucleus_f32 if logits.dtype == torch.float32 else module.sample_nucleus_f64

@@ -5,7 +5,7 @@ import torch
 from ..errors import PMCError
 from .checks import without_autocast
 from .dispatch import resolve_backend
-from .nll_cuda import triton_kernels
+from .native import triton_kernels
 
 
 def scaled(

@@ -4,12 +4,7 @@ import torch
 
 from ..errors import PMCError
 from . import nll_chunked
-from .checks import (
-    check_inputs,
-    check_ranges,
-    under_autocast,
-    without_autocast,
-)
+from .checks import check_inputs, check_ranges, no_double_backward, under_autocast, without_autocast
 from .dispatch import resolve_backend
 from .nll_cpu import Cpu
 from .nll_cuda import Cuda
@@ -93,38 +88,14 @@ def weighted_nll(
     chosen = resolve_backend(backend, hidden.device)
     if chosen == "cuda" and hidden.dtype == torch.float64:
         raise PMCError("weighted_nll: the cuda backend has no float64: use backend='reference'")
-    if chosen == "fused":
-        raise PMCError("weighted_nll: backend 'fused' is for gather_logps without gradients: use cuda")
     if chosen == "reference":
         check_ranges("weighted_nll", targets, rows, head.shape[0], hidden.shape[0])
-        return weighted_nll_reference(
-            hidden,
-            head,
-            targets,
-            row_scale,
-            rows,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-        )
+        options = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+        return weighted_nll_reference(hidden, head, targets, row_scale, rows, **options)
     grad = torch.is_grad_enabled()
-    loss, logps, *_ = weighted_nll_op(
-        hidden,
-        head,
-        bias,
-        targets,
-        row_scale,
-        rows,
-        temperature,
-        softcap or 0.0,
-        logit_scale,
-        grad and hidden.requires_grad,
-        grad and head.requires_grad,
-        grad and bias is not None and bias.requires_grad,
-        workspace,
-        chosen,
-    )
+    need = [grad and t is not None and t.requires_grad for t in (hidden, head, bias)]
+    how = (temperature, softcap or 0.0, logit_scale)
+    loss, logps, *_ = weighted_nll_op(hidden, head, bias, targets, row_scale, rows, *how, *need, workspace, chosen)
     return loss, logps
 
 
@@ -151,18 +122,10 @@ def weighted_nll_op(
         check_ranges("weighted_nll", targets, rows, head.shape[0], hidden.shape[0])
     compact = rows is None or backend == "cpu"  # a host sync: on CUDA only where rows does not promise
     plan = nll_chunked.make_plan(targets, row_scale, rows, hidden.shape[0], compact=compact)
-    return nll_chunked.run(
-        Cuda() if backend == "cuda" else Cpu(),
-        plan,
-        hidden.detach(),
-        head.detach(),
-        None if bias is None else bias.detach(),
-        targets,
-        row_scale,
-        nll_chunked.Logits(temperature, softcap, logit_scale),
-        (need_hidden, need_head, need_bias),
-        workspace,
-    )
+    device = Cuda() if backend == "cuda" else Cpu()
+    hidden, head, bias = hidden.detach(), head.detach(), None if bias is None else bias.detach()
+    logits, need = nll_chunked.Logits(temperature, softcap, logit_scale), (need_hidden, need_head, need_bias)
+    return nll_chunked.run(device, plan, hidden, head, bias, targets, row_scale, logits, need, workspace)
 
 
 @weighted_nll_op.register_fake
@@ -189,15 +152,8 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*output[2:])
 
 
-def refuse_second_derivative(op: str) -> None:
-    """Raise inside a backward that builds a graph: its gradients would count as constants there."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op} is differentiable once: call backward or grad without create_graph")
-
-
-@without_autocast
+@no_double_backward
 def _backward(ctx, g_loss, *_):  # type: ignore[no-untyped-def]
-    refuse_second_derivative("weighted_nll")
     saved = ctx.saved_tensors
     wanted = [ctx.need[i] and g_loss is not None for i in range(3)]
     grads = [_times(saved[i], g_loss, ctx.dtypes[i]) if wanted[i] else None for i in range(3)]

@@ -20,7 +20,7 @@ from ..models.context import autocast, eval_mode
 from ..models.fsdp import is_sharded
 from ..models.fused_layers import FastLayers, plain, replaced
 from ..ops.decode_attention import StepIndex, decode_attention
-from ..ops.decode_layers import fast_linear_serves, linear
+from ..ops.layers import fast_linear_serves, linear
 from . import weights
 from .inputs import StepTensors
 
@@ -215,14 +215,15 @@ class ModelStep:
                 and weights.merges(module)
                 and fast_linear_serves(module.base_layer.weight)
             ):
-                forwards[module] = functools.partial(linear, weight=self._merged(module), bias=module.base_layer.bias)
+                bias = module.base_layer.bias
+                forwards[module] = functools.partial(linear, weight=self._merged(module), bias=bias, few_rows=True)
             if type(module) is not torch.nn.Linear or not plain(module.weight) or _makes_weight(module):
                 continue
             if self.autocast_dtype is not None and module.weight.dtype == torch.float32:
                 weight, bias = self._copy(module)
                 forwards[module] = functools.partial(torch.nn.functional.linear, weight=weight, bias=bias)
             elif self.autocast_dtype is None and fast_linear_serves(module.weight):
-                forwards[module] = functools.partial(linear, weight=module.weight, bias=module.bias)
+                forwards[module] = functools.partial(linear, weight=module.weight, bias=module.bias, few_rows=True)
         return forwards
 
     def _merged(self, module: Any) -> torch.Tensor:

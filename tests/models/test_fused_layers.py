@@ -14,7 +14,7 @@ from pmc_fast.models import fused_layers
 from pmc_fast.models.fused_layers import ROTARY, FastLayers
 from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.ops.gemm import gemm_serves
-from pmc_fast.ops.train_layers import rms_norm
+from pmc_fast.ops.layers import rms_norm
 from pmc_fast.rollout import RolloutEngine
 from tests.families import HOW, PROMPTS, SIZES
 

@@ -1,18 +1,19 @@
 """Triton's layers against torch's in float64, judged by torch's own error in the same type."""
 
+import functools
+
 import pytest
 import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pmc_fast.errors import PMCError
-from pmc_fast.ops.cuda_layers import (
-    MAX_WIDTH,
-    rms_norm,
-    rotary_pair,
-    silu_mul,
-)
+from pmc_fast.ops import layers
+from pmc_fast.ops.layers import MAX_WIDTH
 
+rms_norm, silu_mul, rotary = (
+    functools.partial(f, backend="cuda") for f in (layers.rms_norm, layers.silu_mul, layers.rotary)
+)
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"  # there Triton's interpreter, which cuts bfloat16 where it should round
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
@@ -129,7 +130,7 @@ def test_silu_mul_far_out():
 @NEED
 @pytest.mark.parametrize("shape", [(9, 3, 5, 64), (3, 5, 1, 6), (1, 1, 7, 2), (40, 2, 2, 128), (2, 2, 0, 8)])
 @pytest.mark.parametrize("layout", ["rows", "heads", "part"])
-def test_rotary_pair(shape, layout, need, dtype):
+def test_rotary(shape, layout, need, dtype):
     q_heads, k_heads, rows, dim = shape
     q, k = (
         {
@@ -141,14 +142,14 @@ def test_rotary_pair(shape, layout, need, dtype):
     )  # fmt: skip
     # halves of their own: no model has them, and an operation on halves must not mix them up
     cos, sin = randn(1, rows, dim, dtype=dtype, seed=2), randn(1, rows, dim, dtype=dtype, seed=3)
-    compare(rotary_pair, torch_rotary, [q, k, cos, sin], [randn(*x.shape, seed=4) for x in (q, k)])
-    assert all(x.transpose(1, 2).is_contiguous() for x in rotary_pair(q, k, cos, sin))
+    compare(rotary, torch_rotary, [q, k, cos, sin], [randn(*x.shape, seed=4) for x in (q, k)])
+    assert all(x.transpose(1, 2).is_contiguous() for x in rotary(q, k, cos, sin))
 
 
-def test_rotary_pair_of_two_types_has_the_type_of_torchs():
+def test_rotary_of_two_types_has_the_type_of_torchs():
     q, k = (randn(1, n, 5, 8, dtype=torch.float16, grad=True) for n in (3, 1))
     cos, sin = randn(1, 5, 8, seed=1), randn(1, 5, 8, seed=2)
-    compare(rotary_pair, torch_rotary, [q, k, cos, sin], [randn(*x.shape, seed=3) for x in (q, k)])
+    compare(rotary, torch_rotary, [q, k, cos, sin], [randn(*x.shape, seed=3) for x in (q, k)])
 
 
 def test_one_of_a_pair_may_go_unused():
@@ -156,7 +157,7 @@ def test_one_of_a_pair_may_go_unused():
     cos, sin = randn(1, 5, 8, seed=1), randn(1, 5, 8, seed=2)
     for i, x in enumerate((q, k)):
         ours, theirs = (
-            torch.autograd.grad(f(q, k, cos, sin)[i].sum(), x)[0] for f in (rotary_pair, torch_rotary)
+            torch.autograd.grad(f(q, k, cos, sin)[i].sum(), x)[0] for f in (rotary, torch_rotary)
         )  # fmt: skip
         torch.testing.assert_close(ours, theirs)
 
@@ -167,21 +168,21 @@ def test_dy_of_any_strides():
         compare(rms_norm, torch_rms_norm, [x, weight], dy, 1e-6)
         compare(silu_mul, torch_silu_mul, [x, randn(1, 3, 8, seed=4, grad=True)], dy)
         pair = [x[None], x[None], randn(1, 3, 8, seed=5), randn(1, 3, 8, seed=6)]
-        compare(rotary_pair, torch_rotary, pair, [dy[None]] * 2)
+        compare(rotary, torch_rotary, pair, [dy[None]] * 2)
 
 
 def test_what_needs_no_gradient_keeps_nothing():
     x, weight = randn(1, 2, 4, 8, grad=True), randn(8, seed=1, grad=True)
     cos = randn(1, 4, 8)
     with torch.no_grad():
-        for y in (rms_norm(x, weight, 1e-6), silu_mul(x, x), *rotary_pair(x, x, cos, cos)):
+        for y in (rms_norm(x, weight, 1e-6), silu_mul(x, x), *rotary(x, x, cos, cos)):
             assert y.grad_fn is None
     assert not rms_norm(x.detach(), weight.detach(), 1e-6).requires_grad
 
 
 def test_second_derivatives_are_refused():
     x, weight, cos = randn(1, 2, 4, 8, grad=True), randn(8, seed=1, grad=True), randn(1, 4, 8)
-    for y in (rms_norm(x, weight, 1e-6), silu_mul(x, x), *rotary_pair(x, x, cos, cos)):
+    for y in (rms_norm(x, weight, 1e-6), silu_mul(x, x), *rotary(x, x, cos, cos)):
         with pytest.raises(PMCError, match="second derivatives"):
             torch.autograd.grad(y.sum(), x, create_graph=True)
 
@@ -194,12 +195,12 @@ def test_what_does_not_fit_is_refused():
         (lambda: rms_norm(x.double(), randn(8), 1e-6), "float64"),
         (lambda: silu_mul(x, x.half()), "must agree"),
         (lambda: silu_mul(x, x[..., 1:]), "must agree"),
-        (lambda: rotary_pair(x[..., 1:], x[..., 1:], cos[..., 1:], cos[..., 1:]), "need"),
-        (lambda: rotary_pair(x, x, cos[:, 1:], cos[:, 1:]), "need"),
-        (lambda: rotary_pair(x, x[:, :, 1:], cos, cos), "need"),
-        (lambda: rotary_pair(x, x.half(), cos, cos), "need"),
-        (lambda: rotary_pair(x, x, cos, cos.half()), "need"),
-        (lambda: rotary_pair(x, x, cos.clone().requires_grad_(), cos), "must not need gradients"),
+        (lambda: rotary(x[..., 1:], x[..., 1:], cos[..., 1:], cos[..., 1:]), "need"),
+        (lambda: rotary(x, x, cos[:, 1:], cos[:, 1:]), "need"),
+        (lambda: rotary(x, x[:, :, 1:], cos, cos), "need"),
+        (lambda: rotary(x, x.half(), cos, cos), "need"),
+        (lambda: rotary(x, x, cos, cos.half()), "need"),
+        (lambda: rotary(x, x, cos.clone().requires_grad_(), cos), "must not need gradients"),
     ]:
         with pytest.raises(PMCError, match=message):
             call()
@@ -212,7 +213,7 @@ def test_a_cuda_graph_may_hold_them():
 
     def compute():
         y = rms_norm(x, weight, 1e-6)
-        return silu_mul(*rotary_pair(y, x, cos, cos))
+        return silu_mul(*rotary(y, x, cos, cos))
 
     expected = compute()
     graph = torch.cuda.CUDAGraph()

@@ -1,5 +1,7 @@
 """What a decode step computes with: attention over the shared pool, linear layers, RMS norms."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmc_fast.errors import PMCError
-from pmc_fast.ops import native
+from pmc_fast.ops import layers, native
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
-from pmc_fast.ops.decode_layers import (
-    fast_linear_serves,
-    linear,
-    rms_norm,
-    rotary,
-    silu_mul,
-)
+from pmc_fast.ops.layers import fast_linear_serves, rms_norm, rotary, silu_mul
+
+linear = functools.partial(layers.linear, few_rows=True)
 
 
 def random_index(generator, blocks):
@@ -190,7 +188,9 @@ def test_rotary(heads, rows, dim):
     x = torch.randn(1, rows, heads, dim, generator=g).transpose(1, 2)
     cos, sin = torch.randn(1, rows, dim, generator=g), torch.randn(1, rows, dim, generator=g)
     turned = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
-    torch.testing.assert_close(rotary(x, cos, sin), x * cos[:, None] + turned * sin[:, None])
+    q, k = rotary(x, x[:, :1], cos, sin)
+    torch.testing.assert_close(q, x * cos[:, None] + turned * sin[:, None])
+    assert torch.equal(k, q[:, :1])
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_rotary(heads, rows, dim):
     [
         lambda x: linear(x.double(), x), lambda x: linear(x, x.half()), lambda x: linear(x, x[:, :3].contiguous()),
         lambda x: rms_norm(x, x[0].bfloat16(), 1e-6),
-        lambda x: silu_mul(x, x[:1]), lambda x: silu_mul(x, x.double()), lambda x: rotary(x[None, None], x, x),
-        lambda x: rotary(x[None, None], x[None].double(), x[None]),
+        lambda x: silu_mul(x, x[:1]), lambda x: silu_mul(x, x.double()), lambda x: rotary(*[x[None, None]] * 2, x, x),
+        lambda x: rotary(*[x[None, None]] * 2, x[None].double(), x[None]),
     ],
 )  # fmt: skip
 def test_layers_refuse_what_they_would_misread(call):

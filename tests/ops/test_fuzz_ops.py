@@ -6,13 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pmc_fast.ops import (
-    decode_layers,
     gather_logps,
-    train_layers,
     weighted_nll,
 )
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
 from pmc_fast.ops.gemm import gemm, gemm_serves
+from pmc_fast.ops.layers import linear, rms_norm, rotary, silu_mul
 from pmc_fast.ops.sample_nucleus import sample_nucleus
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -87,22 +86,17 @@ def test_layers(data):
         data.draw(tensors(out, size)),
         data.draw(st.none() | tensors(out)),
     )
-    for layers in (decode_layers, train_layers):
-        outcome(lambda m=layers: m.linear(x, weight, bias), lambda: torch.nn.functional.linear(x, weight, bias))
-        scale = data.draw(tensors(size))
+    for few in (False, True):
         outcome(
-            lambda m=layers, w=scale: m.rms_norm(x, w, 1e-5),
-            lambda w=scale: torch.nn.functional.rms_norm(x, w.shape, w, 1e-5),
+            lambda few=few: linear(x, weight, bias, few_rows=few), lambda: torch.nn.functional.linear(x, weight, bias)
         )
-        up = data.draw(tensors(rows, size))
-        outcome(lambda m=layers, u=up: m.silu_mul(x, u), lambda u=up: torch.nn.functional.silu(x) * u)
-        heads, dim = data.draw(SIZES), 2 * data.draw(SIZES)
-        y, cos, sin = (
-            data.draw(tensors(1, heads, rows, dim)),
-            data.draw(tensors(1, rows, dim)),
-            data.draw(tensors(1, rows, dim)),
-        )
-        outcome(lambda m=layers, a=(y, cos, sin): m.rotary(*a))
+    scale, up = data.draw(tensors(size)), data.draw(tensors(rows, size))
+    outcome(lambda: rms_norm(x, scale, 1e-5), lambda: torch.nn.functional.rms_norm(x, scale.shape, scale, 1e-5))
+    outcome(lambda: silu_mul(x, up), lambda: torch.nn.functional.silu(x) * up)
+    heads, dim = data.draw(SIZES), 2 * data.draw(SIZES)
+    q, k = (data.draw(tensors(1, n, rows, dim)) for n in (heads, data.draw(SIZES)))
+    cos, sin = (data.draw(tensors(1, rows, dim)) for _ in range(2))
+    outcome(lambda: torch.cat(rotary(q, k, cos, sin), 1))
     a, b = data.draw(tensors(rows, size)), data.draw(tensors(size, out))
     into = data.draw(st.none() | tensors(rows, out))
     alias = data.draw(st.booleans()) and a.dim() == 2 and a.shape == (rows, out)

@@ -377,7 +377,7 @@ def test_a_second_backward_is_right_and_a_second_derivative_is_refused():
     (second,) = torch.autograd.grad(2 * loss, hidden, retain_graph=True)
     torch.testing.assert_close(second, 2 * kept)
     for product in (loss * hidden.sum(), gather_logps(hidden, x["head"], x["targets"]).square().sum()):
-        with pytest.raises(RuntimeError, match="differentiable once"):
+        with pytest.raises(PMCError, match="second derivatives"):
             torch.autograd.grad(product, hidden, create_graph=True)
 
 
@@ -443,7 +443,7 @@ def test_mistakes_are_named():
         ({"bias": torch.zeros(3)}, r"bias must be floating \[31\]"),
         ({"rows": torch.zeros(5)}, "rows must be int64"),
         ({"rows": torch.full((5,), 9)}, "rows 9 to 9 do not fit 5 hidden rows"),
-        ({"backend": "tpu"}, "backend 'tpu' can't serve"),
+        ({"backend": "tpu"}, "backend is 'tpu'"),
     ):
         with pytest.raises(PMCError, match=message):
             weighted_nll(*fine, **options)
@@ -508,16 +508,6 @@ def test_an_offset_that_logits_share_changes_nothing(backend, offset):
     other = torch.sigmoid(moved[~own] - moved[own])[:, None]  # its probability, which the target lacks
     expected = torch.where(own, -other, other)
     torch.testing.assert_close(d_z.cpu().double(), expected, atol=1e-30, rtol=3e-6)
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
-def test_the_fused_kernel_keeps_the_offset_apart(offset):
-    z = torch.tensor([[3.0, 0.0], [0.0, 3.0]]) + offset
-    device = DEVICE["cuda"]
-    fused = gather_logps(
-        z.to(device), torch.eye(2, device=device), torch.tensor([0, 0], device=device), backend="fused"
-    )
-    torch.testing.assert_close(fused.cpu(), torch.log_softmax(z - offset, 1)[:, 0], atol=2e-7, rtol=2e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -623,7 +613,7 @@ def in_process(isa, code):
 
 
 def test_the_instruction_set_can_be_chosen():
-    code = "from pmc_fast import native; print(native.isa())"
+    code = "from pmc_fast.ops import native; print(native.isa())"
     for i, name in enumerate(native.ISAS):
         done = in_process(name, code)
         if i <= native.cpu().best_isa():

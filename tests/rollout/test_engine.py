@@ -10,7 +10,7 @@ import transformers as tf
 
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import sample_nucleus
-from pmc_fast.ops.decode_layers import fast_linear_serves
+from pmc_fast.ops.layers import fast_linear_serves
 from pmc_fast.rollout import RolloutEngine, rollout
 from pmc_fast.rollout.model_runner import ATTENTION, attention
 from tests.families import FAMILIES, HOW, PROMPTS, REFUSED, build

@@ -1,0 +1,62 @@
+"""Which backend serves: an unknown name is refused by every op, and so is a device that a backend can't read."""
+
+import pytest
+import torch
+
+from pmc_fast.errors import PMCError
+from pmc_fast.ops import gather_logps, sample_nucleus, weighted_nll
+from pmc_fast.ops.decode_attention import StepIndex, decode_attention
+from pmc_fast.ops.dispatch import resolve_backend
+from pmc_fast.ops.layers import rms_norm, rotary, silu_mul
+from pmc_fast.ops.scaled import scaled
+
+X, IDS = torch.ones(1, 4), torch.zeros(1, dtype=torch.int64)
+ROW = X.view(1, 1, 4)  # one row of one head
+INDEX = StepIndex(*(torch.tensor(t, dtype=torch.int32) for t in ([0], [1], [0, 0], [0], [0, 1], [0, 1], [0])))
+OPS = {
+    "weighted_nll": lambda how: weighted_nll(X, X, IDS, X[:, 0], backend=how),
+    "gather_logps": lambda how: gather_logps(X, X, IDS, backend=how),
+    "sample_nucleus": lambda how: sample_nucleus(
+        X, torch.tensor([0, 1]), IDS, IDS, IDS, temperature=1.0, backend=how
+    ),
+    "decode_attention": lambda how: decode_attention(
+        ROW, ROW, ROW, ROW.clone(), ROW.clone(), INDEX, scale=1.0, backend=how
+    ),
+    "scaled": lambda how: scaled(X, torch.tensor(2.0), backend=how),
+    "rms_norm": lambda how: rms_norm(X, X[0], 1e-6, backend=how),
+    "silu_mul": lambda how: silu_mul(X, X, backend=how),
+    "rotary": lambda how: rotary(X[None, None], X[None, None], X[None], X[None], backend=how),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["fused", "", "CPU", "cpu ", "cuda:0", "triton", "mps"])
+def test_every_op_refuses_an_unknown_backend(op, name):
+    with pytest.raises(PMCError, match=f"backend is '{name}': use one of reference, cpu, cuda"):
+        OPS[op](name)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_its_backends(op):
+    OPS[op]("cpu")
+    if op in ("rms_norm", "silu_mul", "rotary"):  # torch's own layers are their reference
+        with pytest.raises(PMCError, match=f"{op}: there is no backend 'reference'"):
+            OPS[op]("reference")
+    else:
+        OPS[op]("reference")
+
+
+def test_a_backend_that_can_not_read_a_devices_memory_is_refused(monkeypatch):
+    monkeypatch.setattr("pmc_fast.ops.dispatch.triton_interprets", lambda: False)
+    for name, device in (("cuda", "cpu"), ("cpu", "cuda"), ("cpu", "meta")):
+        with pytest.raises(PMCError, match=f"'{name}' can't serve tensors on {device}"):
+            resolve_backend(name, torch.device(device))
+    with pytest.raises(PMCError, match="device meta has no kernels"):
+        resolve_backend(None, torch.device("meta"))
+
+
+def test_cuda_attention_refuses_the_memory_of_the_cpu(monkeypatch):
+    """Triton's interpreter reads it, CUDA C++ does not."""
+    monkeypatch.setattr("pmc_fast.ops.dispatch.triton_interprets", lambda: True)
+    with pytest.raises(PMCError, match="decode_attention: backend 'cuda' can't serve tensors on cpu"):
+        OPS["decode_attention"]("cuda")
