@@ -1,7 +1,8 @@
 # make demo   set everything up and watch a real model forget real facts
 # make test   set everything up and run the tests
 # make lint   ruff, mypy, clang-format
-# make bench  the CPU benchmarks, half an hour on two cores; README's tables and plots from their results
+# make bench  the CPU benchmarks, half an hour on two cores; then the tables and plots of README and docs/
+# make docs   the documentation as a site, with an API reference, in build/site/
 # make kernels-report   registers, shared memory and spills of every Triton kernel
 # make cuda-report      the same of the CUDA C++ ones, where nvcc built them
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: demo test lint format bench kernels-report cuda-report clean
+.PHONY: demo test lint format bench docs kernels-report cuda-report clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(CPP)
@@ -42,7 +43,11 @@ BENCH ?= --short
 bench: $(INSTALLED)
 	$(BIN)/python -m examples.demo_model
 	$(BIN)/python -m pytest benchmarks $(BENCH)
-	$(BIN)/python -m benchmarks.report --readme
+	$(BIN)/python -m benchmarks.report --pages
+
+# a broken link, anchor or reference fails
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernels

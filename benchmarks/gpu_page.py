@@ -1,6 +1,8 @@
-"""README's table of what was measured on a card, from `python -m benchmarks.gpu --short`."""
+"""The table of what was measured on a card, from `python -m benchmarks.gpu --short`."""
 
 from typing import Any
+
+from .suites import duration
 
 COMMAND = "`python -m benchmarks.gpu --short`"
 
@@ -20,23 +22,21 @@ def table(document: dict[str, Any] | None) -> str:
         theirs = min(seconds.values())
         counters = result["facts"].get("counters")
         speed = f", {counters['sampled_tokens'] / ours:,.0f} tokens/s" if counters else ""
-        lines.append(f"| {result['name']} | {_time(ours)}{speed} | {_time(theirs)} | {theirs / ours:.1f} |")
+        lines.append(f"| {result['name']} | {duration(ours)}{speed} | {duration(theirs)} | {theirs / ours:.1f} |")
     by = {(r["method"], r["steps"]): r for r in runs}
     for (method, steps), r in by.items():
         if method != "pmc_fast":
             continue
         end = r["curve"][-1]
-        name, ours = f"the demo's task, {steps} steps", _time(r["seconds"])
+        name, ours = f"the demo's task, {steps} steps", duration(r["seconds"])
         theirs = by.get(("reference", steps))
         if theirs:
-            lines.append(f"| {name} | {ours} | {_time(theirs['seconds'])} | {theirs['seconds'] / r['seconds']:.1f} |")
+            lines.append(
+                f"| {name} | {ours} | {duration(theirs['seconds'])} | {theirs['seconds'] / r['seconds']:.1f} |"
+            )
         else:
             quality = f"quality {end['unlearn_quality']:.1f}, utility {end['utility']:.1f}"
             lines.append(f"| {name}: {quality} | {ours} | not run | |")
     m, v = document["machine"], document["versions"]
     lines += ["", f"Measured on one {m['gpu']}, torch {v['torch']}, transformers {v['transformers']}, bfloat16."]
     return "\n".join(lines)
-
-
-def _time(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"

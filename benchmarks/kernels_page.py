@@ -1,15 +1,15 @@
 """The measured tables of docs/kernels.md, from the result files that their first heads link to.
 
-    python -m benchmarks.report --readme     # writes them again, with README's
+    python -m benchmarks.report --pages     # writes them again, with those of the other pages
 
-Which rows and columns there are, and with how many digits, is what the page has.
+The page decides on rows, columns and digits.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
-from .readme import Suites
+from .suites import Suites
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 TABLE = re.compile(r"^\| \[`results/([\w-]+)\.json`\][^\n]*\n\|[-:|]+\n(?:\|[^\n]*\n)+", re.MULTILINE)

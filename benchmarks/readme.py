@@ -1,213 +1,65 @@
-"""README's tables and plots, from the result files: what stands between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+"""The tables and plots of README and docs/, from the result files: what stands between `<!-- bench:NAME -->` and
+`<!-- /bench -->`.
 
-    python -m benchmarks.report --readme
+    python -m benchmarks.report --pages
 
-A row whose result is not there is left out, a table without any is a line that says what makes it. Words around the
-tables are written by hand.
+A row without a result is left out; a table without any becomes a line that names the command that makes it. The words
+around the tables are written by hand.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import compare_report, end_to_end, gpu_page, harness
+from .cpu_page import cpu_table
+from .suites import Missing, Suites, duration, load
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-Documents = Mapping[str, dict[str, Any]]
 
 
-class Missing(KeyError):
-    """A result that a row needs is not there."""
+# --- the first table of README
+
+SUMMARY = [  # what, suite, case, whose time it is compared with
+    ("Llama-3.2-3B, rollouts of 8 questions x 20", "gpu", "Llama-3.2-3B: rollouts", "generate"),
+    ("Llama-3.2-3B, loss and backward, 8 + 8 rows", "gpu", "Llama-3.2-3B: loss", "reference"),
+    ("SmolLM2-135M, rollouts of 8 questions x 20", "gpu", "SmolLM2-135M: rollouts", "generate"),
+    ("SmolLM2-135M, loss and backward, 8 + 8 rows", "gpu", "SmolLM2-135M: loss", "reference"),
+    ("SmolLM2-135M, rollouts, facts known", "rollout", "knows the facts, T 0.9", "generate"),
+    ("SmolLM2-135M, rollouts, facts not known", "rollout", "does not know the facts", "generate"),
+    ("SmolLM2-135M, training step, 8 + 8 rows", "step", "training step", "reference"),
+]
 
 
-class Suites:
-    """Result files by suite."""
-
-    def __init__(self, documents: Documents) -> None:
-        self.documents = documents
-
-    def results(self, suite: str) -> list[dict[str, Any]]:
-        return self.documents[suite]["results"] if suite in self.documents else []
-
-    def case(self, suite: str, name: str) -> dict[str, Any]:
-        """Return the result whose name begins with `name`."""
-        for result in self.results(suite):
-            if result.get("name", "").startswith(name):
-                return result
-        raise Missing(f"{suite}: {name}")
-
-    def value(self, suite: str, name: str, who: str, key: str = "median_s") -> float:
-        found = self.case(suite, name)["contestants"].get(who, {}).get(key)
-        if found is None:
-            raise Missing(f"{suite}: {name}: {who}")
-        return float(found)
-
-    def best(self, suite: str, name: str, who: str) -> tuple[str, float]:
-        """Return the fastest of the contestants whose names begin with `who`, and its seconds."""
-        of = self.case(suite, name)["contestants"]
-        found = {n: float(c["median_s"]) for n, c in of.items() if n.startswith(who)}
-        if not found:
-            raise Missing(f"{suite}: {name}: {who}")
-        return min(found.items(), key=lambda item: item[1])
-
-
-Cell = str | Callable[[Suites], str]  # of a table's row
-
-
-def times(ratio: float) -> str:
-    return f"{ratio:.2f} x" if ratio < 2 else f"{ratio:.1f} x"
-
-
-def less(ratio: float) -> str:
-    return f"{times(ratio)} less"
-
-
-def machines(documents: list[dict[str, Any]]) -> str:
-    """Return what results were measured on, each machine once."""
-    seen = []
-    for d in documents:
-        m, v = d["machine"], d["versions"]
-        device = m["gpu"] or f"{m['cpu']}, {m['threads']} threads"
-        form = "; short form" if d.get("facts", {}).get("short") else ""
-        seen.append(f"{device}, torch {v['torch']}, transformers {v['transformers']}{form}")
-    return "; ".join(dict.fromkeys(seen))
-
-
-# --- the CPU suites
-
-
-def _against(suite: str, name: str, who: str, theirs: str, key: str = "median_s") -> Callable[[Suites], str]:
-    return lambda s: less(s.value(suite, name, theirs, key) / s.value(suite, name, who, key))
-
-
-def _nll(name: str, theirs: str = "torch eager", who: str = "pmc_fast") -> tuple[Cell, Cell]:
-    """Return the time and memory cells of a case of weighted_nll."""
-    time, memory = (_against("weighted_nll", name, who, theirs, key) for key in ("median_s", "peak_bytes"))
-    return time, memory
-
-
-def _gemms(s: Suites) -> str:
-    names = [f"M {count}, forward + backward" for count in (500, 1600)]
-    who = ("three GEMMs alone", "pmc_fast")
-    shares = [s.value("weighted_nll", n, who[0]) / s.value("weighted_nll", n, who[1]) for n in names]
-    return f"{', '.join(f'{share:.0%}'.replace('%', ' %') for share in shares)} of their rate"
-
-
-def _step(s: Suites) -> str:
-    theirs, ours = (s.value("step", "training step", who) for who in ("reference", "pmc_fast"))
-    return f"{less(theirs / ours)} ({theirs:.1f} s, {ours:.1f} s)"
-
-
-def _step_memory(s: Suites) -> str:
-    peaks = s.case("step", "training step")["facts"]["peak_bytes_of_loss_and_backward"]
-    theirs, ours = peaks["reference"], peaks["pmc_fast"]
-    return f"{less(theirs / ours)} ({theirs / 1e9:.1f}, {ours / 1e9:.1f} GB)"
-
-
-def _lora(s: Suites) -> str:
-    full = s.value("step", "LoRA", "full")
-    few, all_ = (full / s.value("step", "LoRA", f"LoRA r 16, {which}") for which in ("q and v", "all linear layers"))
-    return f"{less(few)} ({times(all_)})"
-
-
-def _trainers(s: Suites) -> str:
-    who = ("PMCTrainer", "accelerate", "TRL", "OpenUnlearning")
-    name = "3 steps in other trainers"
-    shares = [s.value("integrations", name, w) / s.value("integrations", name, "core") for w in who]
-    return ", ".join(f"{share:.2f}" for share in shares) + " x"
-
-
-def _rollout(name: str) -> Callable[[Suites], str]:
-    def cell(s: Suites) -> str:
-        theirs = s.value("rollout", name, "generate")
-        ours, drafts = (theirs / s.value("rollout", name, who) for who in ("pmc_fast", "pmc_fast, drafts"))
-        return f"{less(ours)}, with drafts {times(drafts)}"
-
-    return cell
-
-
-def _rollout_memory(name: str) -> Callable[[Suites], str]:
-    def cell(s: Suites) -> str:
-        peaks = s.case("rollout", name)["facts"]["peak_bytes_of_a_first_call"]
-        return less(peaks["generate"] / peaks["pmc_fast"])
-
-    return cell
-
-
-def _all_differ(s: Suites) -> str:
-    """Time, and time a sampled token: the two draw different samples."""
-    name = "does not know the facts"
-    ratio = s.value("rollout", name, "generate") / s.value("rollout", name, "pmc_fast")
-    facts = s.case("rollout", name)["facts"]
-    tokens = facts["counters"]["pmc_fast"]["sampled_tokens"] / facts["generate_tokens"]
-    return f"{less(ratio)} ({times(ratio * tokens)} a token)"
-
-
-def _best(suite: str, name: str, who: str) -> Callable[[Suites], str]:
-    return lambda s: less(s.best(suite, name, who)[1] / s.value(suite, name, "pmc_fast"))
-
-
-def _best_name(suite: str, name: str, who: str, label: str) -> Callable[[Suites], str]:
-    return lambda s: label.format(s.best(suite, name, who)[0].removeprefix(who).strip(" ,"))
-
-
-def _attack(name: str) -> Callable[[Suites], str]:
-    """Return how often which questions are asked, as the suite has named its case."""
-    return lambda s: f"leak attack: {s.case('leakage', name)['name']}"
-
-
-GREEDY, ASKED, SCORED = "greedy, 140 questions", "evaluation, 160 questions", "likelihoods, 20 questions x 7 answers"
-ROWS: list[tuple[Cell, Cell, Cell, Cell]] = [
-    ("`rouge_l_recall`, 320 candidates x 40 words, words seen before", "rouge_score",
-     _against("reward", "320 candidates", "pmc_fast", "rouge_score"), ""),
-    ("the same, no word seen before", "rouge_score",
-     _against("reward", "320 candidates", "pmc_fast, new words", "rouge_score"), ""),
-    ("`weighted_nll`, 8 x 200 padded, 496 count, forward + backward", "torch eager", *_nll("8 x 200 padded")),
-    ("`weighted_nll`, 500 valid rows", "torch eager", *_nll("M 500, forward + backward")),
-    ("`weighted_nll`, 1600 valid rows", "torch eager", *_nll("M 1600, forward + backward")),
-    ("the same two, three bare GEMMs of that size", "", _gemms, ""),
-    ("`weighted_nll`, 500 rows, frozen head", "full head",
-     *_nll("M 500, frozen head", "pmc_fast, full", "pmc_fast, frozen")),
-    ("`weighted_nll`, 8 questions x 20 samples in one call", "20 eager passes",
-     *_nll("8 questions x 20 samples", "torch eager, 20 passes", "pmc_fast, one call")),
-    ("training step, 8 questions + 8 retain rows", "reference (padded to 200, third forward)", _step, _step_memory),
-    ("training step with LoRA r 16 on q and v (all linear layers)", "full fine-tuning", _lora, ""),
-    ("training step in PMCTrainer, accelerate, TRL, OpenUnlearning (stand-in)", "the core's", _trainers, ""),
-    ("rollouts, model that knows the facts, T 0.9", "generate", _rollout("knows the facts, T 0.9"),
-     _rollout_memory("knows the facts, T 0.9")),
-    ("rollouts, the same, T 1.25", "generate", _rollout("knows the facts, T 1.25"), ""),
-    ("rollouts, model without the facts, T 0.9", "generate", _all_differ, _rollout_memory("does not know the facts")),
-    ("greedy answers to 140 questions, token-identical",
-     _best_name("rollout", GREEDY, "generate, batches of", "generate, its best batch size ({})"),
-     _best("rollout", GREEDY, "generate"), ""),
-    ("evaluation: 160 questions answered and scored",
-     _best_name("evaluation", ASKED, "generate, batches of", "generate, its best batches ({})"),
-     _best("evaluation", ASKED, "generate"), ""),
-    ("likelihoods of 7 answers to 20 questions",
-     _best_name("evaluation", SCORED, "padded batches of", "padded batches of {}"),
-     _best("evaluation", SCORED, "padded"), ""),
-    (_attack("sampling"), "generate", _best("leakage", "sampling", "generate"), ""),
-    (_attack("prefill"), "generate", _best("leakage", "prefill", "generate"), ""),
-    (_attack("after unlearning"), "generate", _best("leakage", "after unlearning", "generate"), ""),
-]  # fmt: skip
-CPU_SUITES = ("reward", "weighted_nll", "step", "integrations", "rollout", "evaluation", "leakage")
-
-
-def cpu_table(suites: Suites) -> str:
-    lines = []
-    for row in ROWS:
+def summary_table(suites: Suites) -> str:
+    """Return seconds on a card and on a CPU beside those of generate and of the published algorithm."""
+    rows = []
+    for what, suite, name, theirs in SUMMARY:
         try:
-            lines.append(f"| {' | '.join(cell if isinstance(cell, str) else cell(suites) for cell in row)} |")
+            ours, other = (suites.value(suite, name, who) for who in ("pmc_fast", theirs))
         except Missing:
             continue
-    if not lines:
+        rows.append((what, suites.documents[suite], ours, other))
+    if runs := suites.results("end_to_end"):
+        whole, published = (
+            mean([r["seconds"] for r in runs if r["method"] == method]) for method in ("pmc_fast", "reference")
+        )
+        rows.append(("SmolLM2-135M, whole run, mean", suites.documents["end_to_end"], whole, published))
+    if not rows:
         return "Not measured yet: `make bench`."
-    measured = machines([suites.documents[name] for name in CPU_SUITES if name in suites.documents])
-    head = ["| CPU benchmark (`make bench`) | against | time | memory |", "|---|---|---:|---:|"]
-    return "\n".join([*head, *lines, "", f"Measured on {measured}."])
+    lines = ["| | measured on | pmc_fast | baseline | speed-up |", "|---|---|---:|---:|---:|"]
+    for what, document, ours, other in rows:
+        m = document["machine"]
+        where = m["gpu"].removeprefix("NVIDIA ").split(" ")[0] if m["gpu"] else f"CPU, {m['threads']} threads"
+        lines.append(f"| {what} | {where} | {duration(ours)} | {duration(other)} | {other / ours:.1f} x |")
+    return "\n".join(lines)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 # --- whole runs
@@ -296,6 +148,7 @@ def _compared(make: Callable[[list[dict[str, Any]]], str]) -> Callable[[Suites],
 
 
 BLOCKS: dict[str, Callable[[Suites], str]] = {
+    "summary": summary_table,
     "demo": demo_table,
     "end_to_end": runs_table,
     "drop_ins": drop_ins_table,
@@ -309,27 +162,28 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
 }
 
 
-def load(directory: Path = harness.RESULTS) -> Suites:
-    files = sorted(directory.glob("*.json"))
-    return Suites({f.stem: json.loads(f.read_text(encoding="utf-8")) for f in files})
-
-
 def fill(text: str, suites: Suites) -> str:
     """Return a text with its blocks made anew; SystemExit names a block that nobody makes."""
 
     def block(match: re.Match[str]) -> str:
         if match[2] not in BLOCKS:
-            raise SystemExit(f"benchmarks.report: README asks for bench:{match[2]}; there are {', '.join(BLOCKS)}")
+            raise SystemExit(f"benchmarks.report: a page asks for bench:{match[2]}; there are {', '.join(BLOCKS)}")
         return f"{match[1]}{BLOCKS[match[2]](suites)}\n{match[3]}"
 
     return BLOCK.sub(block, text)
 
 
-def rewrite(path: Path = README, directory: Path = harness.RESULTS) -> None:
-    """Write README's tables and the plots again from the result files."""
-    suites = load(directory)
-    path.write_text(fill(path.read_text(encoding="utf-8"), suites), encoding="utf-8")
+def pages() -> list[Path]:
+    """Return README and the pages of docs/ that have such blocks."""
+    return [p for p in (README, *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(p.read_text(encoding="utf-8"))]
+
+
+def rewrite() -> None:
+    """Write the tables of all pages and the plots again from the result files."""
+    suites = load()
+    for page in pages():
+        page.write_text(fill(page.read_text(encoding="utf-8"), suites), encoding="utf-8")
     if runs := suites.results("end_to_end"):
         end_to_end.plot(runs)
     if runs := suites.results("compare_methods"):
-        compare_report.draw(runs, directory / "compare_methods.svg")
+        compare_report.draw(runs, harness.RESULTS / "compare_methods.svg")

@@ -1,7 +1,7 @@
-"""Prints tables from result files, or writes README's.
+"""Prints tables from result files, or writes those of README and docs/.
 
     python -m benchmarks.report benchmarks/results/reward.json benchmarks/results/step.json
-    python -m benchmarks.report --readme         # README's tables and the plots, from benchmarks/results/
+    python -m benchmarks.report --pages         # tables of README and docs/, and plots
 
 Printed together, files of different machines or versions are refused: their times say nothing about each other.
 """
@@ -69,23 +69,25 @@ def _seconds(value: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables of the files named on the command line, or write README's."""
+    """Print the tables of the files named on the command line, or write those of README and docs/."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--readme", action="store_true", help="write README's tables and the plots anew")
+    parser.add_argument(
+        "--pages", action="store_true", help="write the tables of README and docs/ and the plots again"
+    )
     given = parser.parse_args(arguments)
-    if not given.files and not given.readme:
-        parser.error("name result files, or --readme")
+    if not given.files and not given.pages:
+        parser.error("name result files, or --pages")
     for document in load(given.files):
         print(table(document))
-    if given.readme:
-        from . import kernels_page, readme
+    if given.pages:
+        from . import kernels_page, readme, suites
 
         readme.rewrite()
         page = kernels_page.PAGE
-        page.write_text(kernels_page.fill(page.read_text(encoding="utf-8"), readme.load()), encoding="utf-8")
+        page.write_text(kernels_page.fill(page.read_text(encoding="utf-8"), suites.load()), encoding="utf-8")
 
 
 if __name__ == "__main__":

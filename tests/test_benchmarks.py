@@ -1,4 +1,4 @@
-"""The harness: fair order, right statistics, one schema, no mixing of machines. README's tables. Compared methods."""
+"""The harness: fair order, right statistics, one schema, no mixing of machines. Tables of README and docs/. Compared methods."""
 
 import json
 import subprocess
@@ -20,6 +20,7 @@ from benchmarks import (
     report,
     runs,
     settings,
+    suites,
 )  # fmt: skip
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row
@@ -100,13 +101,16 @@ def test_runs_end_to_end_are_compared_seed_by_seed(tmp_path, monkeypatch):
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
-# --- README
+# --- tables of README and docs/
 
 
-def test_readme_shows_what_the_results_say():
-    text, suites = readme.README.read_text(), readme.load()
-    assert {match[1] for match in readme.BLOCK.findall(text)} >= {"demo", "end_to_end", "cpu"}
-    assert readme.fill(text, suites) == text, "run `python -m benchmarks.report --readme`"
+def test_pages_show_what_the_results_say():
+    results, shown = suites.load(), set()
+    for page in readme.pages():
+        text = page.read_text()
+        shown |= {match[1] for match in readme.BLOCK.findall(text)}
+        assert readme.fill(text, results) == text, f"{page.name}: run `python -m benchmarks.report --pages`"
+    assert shown == set(readme.BLOCKS)
 
 
 def suite(contestants, facts=None):
@@ -117,7 +121,7 @@ def suite(contestants, facts=None):
 def test_readme_blocks_come_from_results():
     times = {"rouge_score": 3.0, "pmc_fast, new words": 2.0, "pmc_fast": 1.0}
     text = "before\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nafter\n"
-    made = readme.fill(text, readme.Suites({"reward": suite(times, {"short": True})}))
+    made = readme.fill(text, suites.Suites({"reward": suite(times, {"short": True})}))
     assert "words seen before | rouge_score | 3.0 x less |  |" in made
     assert "no word seen before | rouge_score | 1.50 x less |  |" in made
     assert "weighted_nll" not in made  # nor any other row without its result
@@ -125,9 +129,9 @@ def test_readme_blocks_come_from_results():
     assert "short form" in made
     assert made.startswith("before\n")
     assert made.endswith("\nafter\n")
-    assert "Not measured yet: `make bench`." in readme.fill(text, readme.Suites({}))
+    assert "Not measured yet: `make bench`." in readme.fill(text, suites.Suites({}))
     with pytest.raises(SystemExit, match="bench:nothing"):
-        readme.fill(text.replace("cpu", "nothing"), readme.Suites({}))
+        readme.fill(text.replace("cpu", "nothing"), suites.Suites({}))
 
 
 # --- compared methods

@@ -11,7 +11,7 @@ import shlex
 
 import pytest
 
-from benchmarks import kernels_page, readme
+from benchmarks import kernels_page, suites
 from pmc_fast.cli.main import main
 from tests.pages import PAGES, ROOT, anchors, blocks, commands, links, named_paths, tables
 
@@ -161,12 +161,12 @@ def checked_results(folder, names):
 
 def test_numbers_of_the_kernels_page_are_those_of_the_result_files():
     """In tables whose first head links to a result file, to the digits that are shown."""
-    text, suites = KERNELS.read_text(encoding="utf-8"), readme.load()
-    assert kernels_page.fill(text, suites) == text, "run `python -m benchmarks.report --readme`"
+    text, results = KERNELS.read_text(encoding="utf-8"), suites.load()
+    assert kernels_page.fill(text, results) == text, "run `python -m benchmarks.report --pages`"
     linked = sum("results/" in header[0] for header, _ in tables(KERNELS))
     assert len(kernels_page.TABLE.findall(text)) == linked > 3
-    for of in suites.documents.values():
+    for of in results.documents.values():
         for result in of["results"]:
             for c in result.get("contestants", {}).values():
                 c["median_s"] += 1000
-    assert "pmc_fast | 1,000.5" in kernels_page.fill(text, suites)  # a changed result changes the page
+    assert "pmc_fast | 1,000.5" in kernels_page.fill(text, results)  # a changed result changes the page

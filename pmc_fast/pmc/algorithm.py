@@ -42,7 +42,8 @@ class PMC:
     positions : sequence of int list or None, optional
         Of each prompt's ids, where they are not 0, 1, ...; see `pmc_fast.data.packing.unpad`.
     reward : callable, optional
-        (initial [Q], candidates [Q][N], min_len) -> [Q, N] in [0, 1]; 0: fully unlike. By default `config.reward`.
+        `reward(initial, candidates, min_len)` returns scores [Q, N] in [0, 1] for initial answers [Q] and lists of N
+        candidates; 0: nothing in common. By default `config.reward`.
     autocast_dtype : torch.dtype, optional
         What the model computes in under torch.autocast; rollouts and losses then enter it themselves.
     process_group : torch.distributed.ProcessGroup, optional

@@ -28,7 +28,7 @@ MATCH = 4  # tokens by which a guess is looked up
 
 @dataclass(slots=True)
 class Rollouts:
-    """Samples, indexed [question][sample]."""
+    """Samples, indexed as `tokens[question][sample]`."""
 
     tokens: list[list[list[int]]]  # generated ids, the stop token included
     logps: list[list[np.ndarray]]  # float32, of the full softmax at temperature 1
