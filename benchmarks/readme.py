@@ -50,10 +50,10 @@ def summary_table(suites: Suites) -> str:
         rows.append(("SmolLM2-135M, whole run, mean", suites.documents["end_to_end"], whole, published))
     if not rows:
         return "Not measured yet: `make bench`."
-    lines = ["| | measured on | pmc_fast | baseline | speed-up |", "|---|---|---:|---:|---:|"]
+    lines = ["| | on | pmc_fast | baseline | speed-up |", "|---|---|---:|---:|---:|"]
     for what, document, ours, other in rows:
         m = document["machine"]
-        where = m["gpu"].removeprefix("NVIDIA ").split(" ")[0] if m["gpu"] else f"CPU, {m['threads']} threads"
+        where = m["gpu"].removeprefix("NVIDIA ").split(" ")[0] if m["gpu"] else f"{m['threads']} CPU cores"
         lines.append(f"| {what} | {where} | {duration(ours)} | {duration(other)} | {other / ours:.1f} x |")
     return "\n".join(lines)
 
