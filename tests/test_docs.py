@@ -124,6 +124,10 @@ def test_paths_that_are_named_exist(page):
     assert not missing, f"{page.name}: {missing}"
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
 # --- the tutorial
 
 
