@@ -29,8 +29,6 @@ LIMIT = 32  # graphs, each of which holds memory
 UNIT = 128  # tokens and targets are padded to multiples of it
 SPARE = 8  # sequences
 WASTE = 1.25  # a graph replays packs that fill it to 1 / WASTE, less a unit
-ALIKE = 5e-2  # relative difference of a gradient's norm: padding changes the order of sums, in bfloat16
-FAINT = 1e-2  # of the largest norm: gradients that are all rounding, such as that of a key's bias
 
 Compute = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -132,12 +130,13 @@ class PassGraphs:
         The causal language model itself.
     recorder : callable
         Makes a Recorder.
-    close : mapping
-        By dtype, how far two computations of the same log-probs may be apart in the mean.
+    tolerance : callable
+        Returns, for a dtype, how far rounding may put `logps` (mean difference) and `gradients` (relative difference
+        of a norm) apart.
     """
 
-    def __init__(self, base: Any, recorder: Callable[[], Recorder], close: Mapping[torch.dtype, float]) -> None:
-        self._base, self._close = base, close
+    def __init__(self, base: Any, recorder: Callable[[], Recorder], tolerance: Callable[[torch.dtype], Any]) -> None:
+        self._base, self._tolerance = base, tolerance
         self.cache: GraphCache[_Graph] = GraphCache(recorder, f"{type(base).__name__}: a training pass", LIMIT)
         self._gradients: Gradients | None = None
 
@@ -220,11 +219,12 @@ class PassGraphs:
         for written in (graph.loss, graph.logps, *gradients.buffers.values()):
             written.zero_()  # a replay that does nothing must not pass for the pass before it
         graph.replay()
-        near = self._close[_computes_in(self._base)]
+        near = self._tolerance(_computes_in(self._base))
+        faint = norms.max() / 5  # gradients that are all rounding, such as that of a key's bias
         agree = [
-            (graph.logps[: len(logps)] - logps).abs().mean() <= near,
-            (graph.loss - loss).abs() <= near * row_scale.abs().sum().item(),
-            ((gradients.norms() - norms).abs() <= ALIKE * norms + FAINT * norms.max()).all(),
+            (graph.logps[: len(logps)] - logps).abs().mean() <= near.logps,
+            (graph.loss - loss).abs() <= near.logps * row_scale.abs().sum().item(),
+            ((gradients.norms() - norms).abs() <= near.gradients * (norms + faint)).all(),
         ]
         if not all(bool(a) for a in agree):
             raise CaptureError("its replay does not compute what the pass computes")

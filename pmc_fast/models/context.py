@@ -1,7 +1,8 @@
-"""Around a forward pass of a model: eval mode, autocast, and its plain log-probs to compare with."""
+"""Around a forward pass of a model: eval mode, autocast, its plain log-probs and tolerances to compare with them."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,8 +46,47 @@ def known_tokens(model: Any) -> int:
     return min(sizes)
 
 
-# mean differences of log-probs (kept in float32): rounding stays well below, another computation goes above
-CLOSE = {torch.float64: 2e-6, torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far rounding may put two computations of one model apart; a different computation differs by more."""
+
+    layer: float  # a layer's output, relative to its largest number
+    logits: float  # the head's output, relative to its largest number
+    logps: float  # log-probs, mean absolute difference
+    gradients: float  # the norm of a parameter's gradient, relative to itself
+
+
+# With eps the spacing of numbers at 1:
+# layer: one computation may round its output twice where the other does not: 2 eps. In float32, and for float64, whose
+#   norms and rotary embeddings transformers computes in float32, sums of up to 1e4 terms in another order: 1e-5.
+# logits: one product of the same hidden states, a scale and a cap: 4 eps of bfloat16. In float32 CUDA may compute the
+#   product in TF32: its eps, 1e-3.
+# logps: some 5 roundings in each of 32 layers add up as a random walk does, to 13 eps of a hidden state, half as much
+#   again in a log-prob: 20 eps of bfloat16, 30 of float16, whose small numbers have fewer digits. In float32 each of
+#   these is the sum of 1e4 terms in another order, 100 eps: 2e-4. In float64 13 eps of float32.
+# gradients: backward doubles the roundings of logps; their norm averages over a parameter's numbers: 6 eps of bfloat16.
+TOLERANCES = {
+    torch.float64: Tolerance(layer=1e-5, logits=1e-3, logps=2e-6, gradients=1e-4),
+    torch.float32: Tolerance(layer=1e-5, logits=1e-3, logps=2e-4, gradients=1e-3),
+    torch.float16: Tolerance(layer=2 * torch.finfo(torch.float16).eps, logits=3e-2, logps=0.03, gradients=5e-2),
+    torch.bfloat16: Tolerance(layer=2 * torch.finfo(torch.bfloat16).eps, logits=3e-2, logps=0.15, gradients=5e-2),
+}
+
+
+def tolerance(*dtypes: torch.dtype) -> Tolerance:
+    """Return the tolerance of the coarsest dtype; an unknown one is as coarse as bfloat16."""
+    known = [TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes]
+    return max(known, key=lambda t: t.logps)
+
+
+def require_same_logps(model: Any, what: str, error: float, dtype: torch.dtype) -> None:
+    """Refuse a model whose log-probs, as `what` computes them, differ from its own forward pass by `error` in the mean."""
+    if not error <= tolerance(dtype).logps:
+        raise PMCError(
+            f"{type(model).__name__}: {what} not compute what the model computes with attn_implementation "
+            f"{model.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; under mixed precision "
+            "give autocast_dtype; if it stays, this family is not supported"
+        )
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import PMCError
 from ..ops.nll_reference import transform_logits
-from .context import eval_mode
+from .context import eval_mode, tolerance
 from .fsdp import plain_type
 
 
@@ -81,12 +81,10 @@ def check_logits(model: Any, products: torch.Tensor, logits: torch.Tensor) -> No
 
 
 def _require_equal(model: Any, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype, training: bool) -> None:
-    # low precision rounds the model's logits; a missing scale or cap is off by far more
-    allowed = 1e-3 if dtype == theirs.dtype == torch.float32 else 3e-2
     same = ours.shape == theirs.shape
     error = float((ours - theirs.float()).abs().max()) if same else float("inf")
     size = float(theirs.abs().max())
-    if not error <= allowed * max(size, 1e-3):
+    if not error <= tolerance(dtype, theirs.dtype).logits * max(size, 1e-3):
         mode = " in train mode" if training else ""
         raise PMCError(
             f"{type(model).__name__}: its logits{mode} are not what its head's weight, bias, softcap and scale give (off "

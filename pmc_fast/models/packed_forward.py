@@ -11,10 +11,17 @@ from ..cuda_graphs.recorder import CudaRecorder
 from ..cuda_graphs.training import PassGraphs
 from ..data import Encoded
 from ..data.packing import Pack, num_targets, pack
-from ..errors import PMCError
 from ..ops.weighted_nll import weighted_nll
 from . import patching
-from .context import CLOSE, autocast, check_placement, eval_mode, known_tokens, plain_logps
+from .context import (
+    autocast,
+    check_placement,
+    eval_mode,
+    known_tokens,
+    plain_logps,
+    require_same_logps,
+    tolerance,
+)
 from .fsdp import is_sharded
 from .fused_layers import FastLayers, checkpointed
 from .lm_head import check_logits, read_head
@@ -106,7 +113,7 @@ class PackedPass:
         if self._cuda_graphs and self.graphs is None:
             base = self.base
             # asked each time that a recorder is made: the model may have been moved
-            self.graphs = PassGraphs(base, lambda: CudaRecorder(base.get_input_embeddings().weight.device), CLOSE)
+            self.graphs = PassGraphs(base, lambda: CudaRecorder(base.get_input_embeddings().weight.device), tolerance)
         if self.graphs is None or not isinstance(call, torch.nn.Module) or device.type not in GRAPHED:
             return None
         if _compiled(call) or checkpointed(self.base) or is_sharded(self.base):
@@ -201,12 +208,7 @@ class PackedPass:
         # what lies beyond a window is not to vanish in a mean of all
         error = max(float(of.mean()) for of in (apart[:short], apart[short:][-8:]) if len(of))
         dtype = autocast_dtype or embeddings.dtype
-        if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
-            raise PMCError(
-                f"{type(base).__name__}: a packed pass does not compute what the model computes with "
-                f"attn_implementation {base.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; "
-                "under mixed precision give autocast_dtype; if it stays, this family is not supported"
-            )
+        require_same_logps(base, "a packed pass does", error, dtype)
 
 
 def _compiled(model: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from ..distributed import Ranks
 from ..errors import NotFiniteError, PMCError
 from ..models import patching
-from ..models.context import CLOSE, check_placement, known_tokens, plain_logps
+from ..models.context import check_placement, known_tokens, plain_logps, require_same_logps
 from ..models.fsdp import Lockstep, is_sharded
 from ..models.recognition import Recognised, own_errors, recognise
 from ..models.supported import check_adapters
@@ -230,13 +230,7 @@ class RolloutEngine:
                 ours = self._run(work, draw, guesses=True, trie=True)
                 for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
                     errors.append(np.abs(self._plain_logps(prompt, tokens) - np.stack(logps)).mean())
-        error = max(errors)
-        if not error <= CLOSE.get(dtype, CLOSE[torch.bfloat16]):
-            raise PMCError(
-                f"{type(self.model).__name__}: rollouts do not compute what the model computes with attn_implementation "
-                f"{self.model.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; under "
-                "mixed precision give autocast_dtype; if it stays, this family is not supported"
-            )
+        require_same_logps(self.model, "rollouts do", max(errors), dtype)
 
     def _plain_logps(self, prompt: list[int], samples: list[list[int]]) -> np.ndarray:
         ids = torch.tensor([prompt + tokens for tokens in samples], device=self._step.device)

@@ -17,7 +17,7 @@ from pmc_fast.cuda_graphs.training import PassGraphs, Size, pad
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import num_targets, pack
 from pmc_fast.models import packed_attention as op
-from pmc_fast.models.context import CLOSE
+from pmc_fast.models.context import tolerance
 from pmc_fast.models.packed_forward import PackedPass, causal_lm
 from tests.families import FAMILIES, SIZES, build
 from tests.tape import Tape
@@ -77,7 +77,7 @@ def packs(rounds=7):
 
 def replaying(model, recorder=Tape):
     packed = PackedPass(causal_lm(model))
-    packed.graphs = PassGraphs(causal_lm(model), recorder, CLOSE)
+    packed.graphs = PassGraphs(causal_lm(model), recorder, tolerance)
     return packed
 
 
