@@ -1,4 +1,4 @@
-"""Forward passes over packs through the model's own forward, the head computed by `weighted_nll`."""
+"""Forward passes of packs through the model's own forward; `weighted_nll` computes the head."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ from .recognition import (
 )
 from .supported import check_adapters, check_pass
 
-GRAPHED = ("cuda",)  # devices whose passes are replayed
+GRAPHED = ("cuda",)  # devices on which passes are replayed
 
 
 def causal_lm(model: Any) -> Any:
@@ -46,31 +46,34 @@ def causal_lm(model: Any) -> Any:
 class PackedPass:
     """Runs packs through a causal language model.
 
-    The model's own forward runs, on one sequence [1, T]: hooks, wrappers, adapters, checkpointing and autocast apply
-    as in any other pass. Exchanged for its time are the attention function (each sequence sees itself alone)
-    and the head's forward (`weighted_nll` over the rows that predict a target, instead of logits), also layers that
-    our kernels compute faster (`FastLayers`).
+    The model's own forward runs on one sequence [1, T]: hooks, wrappers, adapters, checkpointing and autocast apply
+    as in any other pass. During the pass are replaced: the attention function (each sequence sees itself alone), the
+    head's forward (`weighted_nll` of the rows that predict a target, instead of logits) and layers for which there are
+    fused kernels (`FastLayers`).
 
     Parameters
     ----------
     base : transformers.PreTrainedModel
         The causal language model itself, without wrappers.
+    autocast_dtype : torch.dtype, optional
+        What to compute in under torch.autocast; by default the caller's own context counts.
     cuda_graphs : bool
         Replay CUDA graphs of passes with gradients, where they can be captured: on CUDA in bfloat16, of the bare
-        model or PEFT's, without hooks, dropout, checkpointing or sharding. Gradients are then ready with the loss, and
-        backward may be called once.
+        model or PEFT's, without hooks, dropout, checkpointing or sharding. Gradients are then computed with the loss,
+        and backward may be called once.
     """
 
-    def __init__(self, base: Any, *, cuda_graphs: bool = False) -> None:
+    def __init__(self, base: Any, *, autocast_dtype: torch.dtype | None = None, cuda_graphs: bool = False) -> None:
         check_placement(base)
-        self.base = base
-        # the configuration tells one limit, `check` finds the others
+        self.base, self.autocast_dtype = base, autocast_dtype
+        # one limit is in the configuration, `check` finds the others
         name = type(base).__name__
         self._recognised = Recognised(name, (), *rope_limit(base.config.get_text_config(), name))
         self._layers = FastLayers(base, training=True)
         self._cuda_graphs = cuda_graphs
         self.graphs: PassGraphs | None = None
-        self._compared: set[bool] = set()  # modes (train, eval) in which what follows the head was looked at
+        self._compared: set[bool] = set()  # modes (train, eval) in which the logits were compared with the head's
+        self._checked: list[Any] = []  # calls whose log-probs were compared
 
     def __call__(
         self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
@@ -80,11 +83,11 @@ class PackedPass:
         Parameters
         ----------
         pack : Pack
-            Of the model's device, or of the host: only these are replayed.
+            On the model's device, or on the host: only such packs are replayed.
         row_scale : Tensor [M]
             Weight of each target.
         model : callable, optional
-            What to call: the model wrapped by DDP, FSDP, PEFT or torch.compile. By default the bare one.
+            What to call: the model wrapped by DDP, FSDP, PEFT or torch.compile. By default the bare model.
 
         Returns
         -------
@@ -99,9 +102,10 @@ class PackedPass:
         check_pass(self.base, call)
         check_adapters(call)
         device = self.base.get_input_embeddings().weight.device
-        replayed = self._replayed(pack, row_scale, call, device)  # never the first pass of a size or mode
-        new_mode = self.base.training not in self._compared
-        return replayed or self._compute(pack.to(device), row_scale.to(device), model=model, compare=new_mode)
+        with autocast(device, self.autocast_dtype):
+            replayed = self._replayed(pack, row_scale, call, device)  # never the first pass of a size or mode
+            new_mode = self.base.training not in self._compared
+            return replayed or self._compute(pack.to(device), row_scale.to(device), model=model, compare=new_mode)
 
     def replays_on(self, device: torch.device) -> bool:
         """Return whether passes there may be replayed as CUDA graphs, which serve packs without shared prefixes."""
@@ -112,7 +116,7 @@ class PackedPass:
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self._cuda_graphs and self.graphs is None:
             base = self.base
-            # asked each time that a recorder is made: the model may have been moved
+            # a new recorder asks for the device: the model may have been moved
             self.graphs = PassGraphs(base, lambda: CudaRecorder(base.get_input_embeddings().weight.device), tolerance)
         if self.graphs is None or not isinstance(call, torch.nn.Module) or device.type not in GRAPHED:
             return None
@@ -125,18 +129,18 @@ class PackedPass:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         base = self.base
         made: dict[str, torch.Tensor] = {}
-        around: list[torch.Tensor] = []  # what the head's forward returned, and what the model made of it
+        around: list[torch.Tensor] = []  # what the head's forward returned, and the model's logits
 
         def head_forward(hidden: torch.Tensor) -> torch.Tensor:
             patching.check_rows(base, hidden.shape[1], len(pack.hidden_rows))
-            # inside the head's own call: a sharded head is whole here
+            # a sharded head is whole during its own call
             head = read_head(base)
             made["loss"], made["logps"] = weighted_nll(
                 hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options()
             )
             if compare:
                 around.append(hidden.detach().clone())  # a model may scale in place
-            return hidden  # in place of logits, which nobody reads
+            return hidden  # instead of logits, which nobody reads
 
         inner = base.forward
 
@@ -144,7 +148,7 @@ class PackedPass:
             out = inner(*args, **kwargs)
             if compare:
                 around.append(getattr(out, "logits", out[0]).detach())
-            return made  # what a wrapper sees as the module's output: it must find the loss there
+            return made  # wrappers must find the loss in the module's output
 
         call = base if model is None else model
         with ExitStack() as stack:
@@ -168,7 +172,7 @@ class PackedPass:
         return out["loss"], out["logps"]
 
     def mean_nll(self, sequences: Sequence[Encoded], *, max_tokens: int = 8192, model: Any = None) -> torch.Tensor:
-        """Return the mean cross-entropy of the sequences' trained tokens: plain fine-tuning without padding."""
+        """Return the mean cross-entropy of the sequences' trained tokens, as plain fine-tuning needs it."""
         count = sum(map(num_targets, sequences))
         losses = []
         for p in pack([[s] for s in sequences], max_tokens):
@@ -177,7 +181,16 @@ class PackedPass:
         return torch.stack(losses).sum()
 
     def check(self, autocast_dtype: torch.dtype | None = None, *, model: Any = None) -> None:
-        """Compare a pack's log-probs with the model's plain ones on random tokens, before anything depends on them.
+        """Compare a pack's log-probs with those of the model's own forward pass, on random tokens.
+
+        Later calls for the same `model` return at once, so that everyone who uses a pass may ask.
+
+        Parameters
+        ----------
+        autocast_dtype : torch.dtype, optional
+            By default the pass's own.
+        model : callable, optional
+            What will be called: the model as it is wrapped for training.
 
         Raises
         ------
@@ -185,10 +198,14 @@ class PackedPass:
             They differ by more than rounding; attention that is not recognised.
         """
         base, call = self.base, self.base if model is None else model
+        autocast_dtype = autocast_dtype or self.autocast_dtype
         embeddings = base.get_input_embeddings().weight
+        key = (call, vars(base).get("forward"), embeddings.device, autocast_dtype or embeddings.dtype)
+        if key in self._checked:
+            return
         generator = torch.Generator().manual_seed(0)
         with (
-            patching.ONE_AT_A_TIME,  # the plain forward is compared with
+            patching.ONE_AT_A_TIME,  # for the plain forward, too
             torch.no_grad(),
             eval_mode(base),
             autocast(embeddings.device, autocast_dtype),
@@ -205,14 +222,14 @@ class PackedPass:
         torch.clear_autocast_cache()  # older torch keeps weights that it casts here, without their gradients
         apart = (torch.cat(theirs) - ours).abs()
         short = lengths[0] + lengths[1] - 2
-        # what lies beyond a window is not to vanish in a mean of all
-        error = max(float(of.mean()) for of in (apart[:short], apart[short:][-8:]) if len(of))
-        dtype = autocast_dtype or embeddings.dtype
-        require_same_logps(base, "a packed pass does", error, dtype)
+        # separately, so that errors beyond a window do not vanish in the mean of all
+        error = max(float(part.mean()) for part in (apart[:short], apart[short:][-8:]) if len(part))
+        require_same_logps(base, "a packed pass does", error, autocast_dtype or embeddings.dtype)
+        self._checked.append(key)
 
 
 def _compiled(model: Any) -> bool:
-    """Return whether torch.compile traces the model: it must see torch's layers then."""
+    """Return whether torch.compile traces the model: it must see torch's own layers."""
     return any(
         getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
         for m in model.modules()
@@ -221,7 +238,7 @@ def _compiled(model: Any) -> bool:
 
 @contextmanager
 def _checkpointing(base: Any) -> Iterator[None]:
-    """Let checkpointed layers find the packed attention also when backward runs them again."""
+    """Let checkpointed layers use packed attention also when backward recomputes them."""
     layers = [m for m in base.modules() if "_gradient_checkpointing_func" in vars(m)]
     originals = [m._gradient_checkpointing_func for m in layers]
     try:

@@ -10,7 +10,6 @@ from ..data import Encoded
 from ..data.packing import Pack, num_targets, pack, unpad
 from ..distributed import Ranks
 from ..errors import PMCError
-from ..models import context
 from ..models.packed_forward import PackedPass, causal_lm
 from ..ops import row_scales
 from ..utils.labels import IGNORED
@@ -34,28 +33,24 @@ class PackedLoss:
     """
 
     def __init__(self, model: Any, config: PMCConfig, ranks: Ranks, autocast_dtype: torch.dtype | None) -> None:
-        self.config, self.ranks, self.autocast_dtype = config, ranks, autocast_dtype
-        self._embeddings = model.get_input_embeddings()
-        self._pass = PackedPass(causal_lm(model), cuda_graphs=config.cuda_graphs)
-        self._checked = False
+        self.model, self.config, self.ranks = model, config, ranks
+        self.packed = PackedPass(causal_lm(model), autocast_dtype=autocast_dtype, cuda_graphs=config.cuda_graphs)
 
     def check(self, model: Any = None) -> None:
         """Refuse a model whose log-probs in a packed pass differ from its own forward pass."""
-        self._pass.check(self.autocast_dtype, model=model)
+        self.packed.check(model=self.model if model is None else model)
 
     def __call__(
         self, part: Step, retain: Retain, *, model: Any = None, retain_tokens: int | None = None
     ) -> Iterator[Loss]:
         """Yield the loss of each pack."""
-        if not self._checked:
-            self.check(model)
-            self._checked = True
+        self.check(model)
         kept = _sequences(retain)
         if not part.indices and self.config.normalization == "micro_batch":
             kept = []  # retain pairs come with questions, in their group
         collapse = [a for answers in part.answers for a in answers]
-        device = self._embeddings.weight.device
-        share_from = 0 if self._pass.replays_on(device) else SHARED_PREFIX
+        device = self.model.get_input_embeddings().weight.device
+        share_from = 0 if self.packed.replays_on(device) else SHARED_PREFIX
         packs = pack([*part.answers, *([s] for s in kept)], self.config.max_tokens, share_from=share_from)
         own_tokens = sum(map(num_targets, kept)) if retain_tokens is None else retain_tokens
         per_rank = self.ranks.gather((len(packs), own_tokens))
@@ -77,19 +72,15 @@ class PackedLoss:
             row_scale, mean = (
                 row_scales(w[p.sequences], p.cu_targets, p.targets, reduction="sum") for w in (scale, means)
             )
-            loss, logps = self._forward(p, row_scale, model)
+            loss, logps = self.packed(p, row_scale, model=model)
             is_retain = torch.tensor(p.sequences) >= len(collapse)
             group = is_retain.repeat_interleave(p.cu_targets.diff()).long().to(device)
             sums = sums.index_add(0, group, -logps.double() * mean.double().to(device))
             yield Loss(loss, sums[0], sums[1], _counters(p))
         for _ in range(count - len(packs)):
             blank = pack([[Encoded([0, 0], [IGNORED, 0])]], 2)[0]
-            loss, _ = self._forward(blank, torch.zeros(1), model)
+            loss, _ = self.packed(blank, torch.zeros(1), model=model)
             yield Loss(loss, sums[0], sums[1], dict.fromkeys(_counters(blank), 0))
-
-    def _forward(self, p: Pack, row_scale: torch.Tensor, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        with context.autocast(self._embeddings.weight.device, self.autocast_dtype):
-            return self._pass(p, row_scale, model=model)
 
     def _scale(self, part: Step, lengths: torch.Tensor, weights: torch.Tensor, retain_tokens: int) -> torch.Tensor:
         """Return each sequence's weight in the loss: float64 [S].

@@ -9,7 +9,7 @@ from pmc_fast.data import Encoded, collate
 from pmc_fast.data.packing import num_targets, pack, unpad
 from pmc_fast.errors import PMCError
 from pmc_fast.models import packed_attention as op
-from pmc_fast.models import patching
+from pmc_fast.models import packed_forward, patching
 from pmc_fast.models.packed_forward import PackedPass, causal_lm
 from pmc_fast.ops import row_scales, weighted_nll
 from tests.families import FAMILIES, REFUSED, build
@@ -260,3 +260,46 @@ def test_dropout_runs_in_train_mode():
     assert packed_loss(model) == packed_loss(model)
     model.train()
     assert packed_loss(model) != packed_loss(model)
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """The models whose own forward pass a check computed."""
+    made, plain = [], packed_forward.plain_logps
+    monkeypatch.setattr(packed_forward, "plain_logps", lambda call, ids: [made.append(call), plain(call, ids)][1])
+    return made
+
+
+def test_a_pass_is_compared_once_for_each_way_that_the_model_is_called(llama, compared):
+    packed, compiled = PackedPass(llama), torch.compile(llama, backend="eager")
+    for model in (None, llama, compiled, compiled, None):
+        packed.check(model=model)
+    assert set(compared) == {llama, compiled}
+    once = len(compared) // 2
+    packed.check(torch.bfloat16)
+    llama.to(torch.bfloat16)
+    packed.check()
+    own = llama.forward
+    llama.forward = lambda *args, **kwargs: own(*args, **kwargs)  # as accelerate wraps it
+    packed.check()
+    assert len(compared) == 5 * once
+
+
+def test_what_fails_a_check_fails_it_again(llama):
+    llama.lm_head.weight.data.fill_(torch.nan)
+    packed = PackedPass(llama)
+    for _ in range(2):
+        with pytest.raises(PMCError, match="off by nan"):
+            packed.check()
+
+
+def test_a_pass_computes_in_its_own_precision():
+    model = build(FAMILIES["llama"](), torch.float32)
+    (p,) = pack(GROUPS, 1000)
+    scale = torch.ones(len(p.targets))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = PackedPass(model)(p, scale)[1]
+    low = PackedPass(model, autocast_dtype=torch.bfloat16)
+    low.check()
+    assert torch.equal(low(p, scale)[1], expected)
+    assert not torch.equal(PackedPass(model)(p, scale)[1], expected)
