@@ -34,7 +34,7 @@ def compare(contest: Callable[..., Any], setting: Setting, name: str, temperatur
     ways = {
         "pmc_fast": {},
         "pmc_fast, drafts": {"drafts": drafts},
-        "pmc_fast, no guesses": {"guesses": False},
+        "pmc_fast, no guesses": {"ngram_drafts": False},
     }
     made: dict[str, Any] = {}
     peaks = {

@@ -1,4 +1,4 @@
-"""Models whose parameters are spread over processes: which are served, and how their processes stay in step."""
+"""Sharded models (FSDP2): which are supported, and how their processes run equally many forward passes."""
 
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ def is_sharded(model: Any) -> bool:
     Raises
     ------
     PMCError
-        FSDP1 or ZeRO-3 does: their parameters can't be read layer by layer from outside.
+        FSDP1 or ZeRO-3 holds them: they can't be read layer by layer from outside.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
@@ -31,7 +31,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def plain_type(module: Any) -> type:
-    """Return a module's class as it was before FSDP2 put one of its own in front."""
+    """Return a module's class without the one that FSDP2 adds."""
     if _is_fsdp(module):
         return type(module).__mro__[2]  # FSDPLinear, FSDPModule, Linear
     return type(module)
@@ -42,10 +42,10 @@ def _is_fsdp(module: Any) -> bool:
 
 
 class Lockstep:
-    """Keeps the forward passes of a sharded model's processes equal in number: each gathers parameters from all.
+    """Makes the processes of a sharded model run equally many forward passes, since each pass is collective.
 
-    A process calls `forward` before every pass of its own; at the end it joins the others' remaining passes with one
-    token. Models that are not sharded are left alone.
+    A process calls `forward` before each of its passes. At the end it joins the others' remaining passes with one
+    token. For models that are not sharded nothing is done.
     """
 
     def __init__(self, model: Any, ranks: Ranks) -> None:
@@ -54,7 +54,7 @@ class Lockstep:
         self._device = model.get_input_embeddings().weight.device
 
     def forward(self) -> None:
-        """Tell the others that a pass follows."""
+        """Announce a pass to the other processes."""
         if self._sharded:
             self.ranks.any(True, self._device)
 
@@ -71,4 +71,4 @@ class Lockstep:
                     self.model(input_ids=token, use_cache=False)
         for module in self.model.modules():
             if _is_fsdp(module):
-                module.reshard()  # without a backward pass, what the root gathered would stay and grow stale
+                module.reshard()  # the root keeps what it gathered until a backward pass, and it would become stale

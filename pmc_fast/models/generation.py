@@ -1,23 +1,23 @@
-"""What a model's generation_config asks of `generate`: which of it answers here follow, and which they do not."""
+"""Settings of a model's generation_config: those that rollouts follow as `generate` does, and those that they do not."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import transformers as tf
 
-# Functions of a token's history: applied to its logits, before temperature, in generate's order.
+# Functions of a token's history, applied to its logits before temperature, in generate's order.
 FOLLOWED = (
     "sequence_bias", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens",
     "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens",
     "begin_suppress_tokens",
 )  # fmt: skip
-# Searches, other models' logits, other ends of an answer: with the values that change nothing.
+# Searches, other models' logits, other ends of an answer; with the values that have no effect.
 NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,), "guidance_scale": (1, 1.0), "penalty_alpha": (0,), "dola_layers": (), "stop_strings": (),
     "watermarking_config": (), "token_healing": (False,), "encoder_repetition_penalty": (1.0,),
     "encoder_no_repeat_ngram_size": (0,), "constraints": (), "force_words_ids": (), "max_time": (),
 }  # fmt: skip
-# Of samples alone, beside temperature, top_k and top_p, which are PMC's own.
+# For samples alone; temperature, top_k and top_p are PMC's own.
 NOT_FOLLOWED_IN_SAMPLES: dict[str, tuple[Any, ...]] = {
     "min_p": (0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "top_h": ()
 }  # fmt: skip
@@ -25,7 +25,7 @@ NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0
 
 
 def followed(config: Any) -> dict[str, Any]:
-    """Return the settings of a generation_config that say anything, of those that answers here follow."""
+    """Return those settings of a generation_config that are followed here and have an effect."""
     given = {name: getattr(config, name, None) for name in FOLLOWED}
     return {
         name: value for name, value in given.items() if value is not None and value not in (NEUTRAL.get(name), [], {})
@@ -33,7 +33,7 @@ def followed(config: Any) -> dict[str, Any]:
 
 
 def not_followed(config: Any, *, sampling: bool) -> dict[str, Any]:
-    """Return the settings of a generation_config that make `generate` say something else than is said here."""
+    """Return those settings of a generation_config that are not followed here and change what `generate` returns."""
     names = NOT_FOLLOWED | (NOT_FOLLOWED_IN_SAMPLES if sampling else {})
     given = {name: getattr(config, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None and value not in names[name]}
@@ -47,7 +47,7 @@ def processors(
     Parameters
     ----------
     settings : dict
-        What `followed` returned.
+        From `followed`.
     prompt, longest : int
         Tokens of the prompt, and of prompt and answer at most.
     stops : sequence of int

@@ -1,6 +1,6 @@
-"""Layers that are known by their source: which of a model's do what our kernels do, for every input.
+"""Layers recognised by their source code, so that a fused kernel computes the same for every input.
 
-A trial on made-up numbers can't tell: a clamp, a branch or a cap may lie beyond them.
+A comparison on sample inputs is not enough: a clamp, a branch or a cap may lie beyond them.
 """
 
 import ast
@@ -64,7 +64,7 @@ _UNSQUEEZED = "cos = cos.unsqueeze(unsqueeze_dim)\n    sin = sin.unsqueeze(unsqu
 ROTARIES = (
     _ROTARY.format(_UNSQUEEZED, "q_embed, k_embed"),
     _ROTARY.format("q_type, k_type = q.dtype, k.dtype\n    " + _UNSQUEEZED, "q_embed.to(q_type), k_embed.to(k_type)"),
-    # of a part of each head; ours serves where the part is the whole
+    # of a part of each head; ours is used if the part is the whole
     """
 def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
     cos = cos.unsqueeze(unsqueeze_dim)
@@ -97,16 +97,16 @@ def is_rms_norm(module: Any) -> bool:
 
 
 def is_rotary(function: Any) -> bool:
-    """Return whether a function turns pairs of halves of queries and keys, and nothing more."""
+    """Return whether a function is a rotary embedding of halves and nothing more."""
     rotate = getattr(function, "__globals__", {}).get("rotate_half")
     return written_as(function, ROTARIES) and rotate is not None and written_as(rotate, (ROTATE_HALF,))
 
 
 @functools.lru_cache(maxsize=1024)
 def written_as(function: Callable[..., Any], forms: tuple[str, ...]) -> bool:
-    """Return whether a function's source is one of the forms, but for names, annotations and comments.
+    """Return whether a function's source is one of the forms, up to names, annotations and comments.
 
-    A function without source, or with a decorator other than transformers' for kernels of the hub, is not.
+    It is not if the source is missing, or if there is a decorator other than transformers' `use_kernel...`.
     """
     try:
         if inspect.unwrap(function) is not function:
@@ -135,7 +135,7 @@ def _form(source: str) -> str | None:
     given = [(a.arg, default and ast.unparse(default)) for a, default in zip(arguments.args, defaults, strict=True)]
     given = [(name, default) for name, default in given if name in used]
     names = {name: f"_{i}" for i, (name, _) in enumerate(given)}
-    for node in nodes:  # what is assigned, in the order of the text
+    for node in nodes:  # assigned names, in the order of the text
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.setdefault(node.id, f"_{len(names)}")
     for node in nodes:

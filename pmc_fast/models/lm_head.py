@@ -1,4 +1,4 @@
-"""What a model's output head is to `ops.weighted_nll`: weight, bias, softcap and scale."""
+"""A model's output head as `ops.weighted_nll` takes it: weight, bias, softcap and scale."""
 
 import sys
 from dataclasses import dataclass
@@ -35,14 +35,13 @@ def output_head(model: Any, *, check: bool = True) -> Head:
         Its output embeddings must be a linear layer, or one under LoRA: then the effective weight
         W + scaling B A is formed, differentiable in A and B.
     check : bool
-        Compare with the model's own logits on four tokens (a short forward pass). Families scale and cap
-        their logits under many names; switch this off only where the same model passed before.
+        Compare with the model's own logits on four tokens (a short forward pass), because families name the scale and
+        cap of their logits differently. Switch it off only for a model that passed before.
 
     Raises
     ------
     PMCError
-        Any other head, by its class name, and one whose logits are not the model's: a wrong head
-        would train silently.
+        Any other head, by its class name, and one whose logits are not the model's.
     """
     head = read_head(model)
     if check:
@@ -65,15 +64,15 @@ def _check_logits(model: Any, head: Head) -> None:
 
 @torch.no_grad()
 def check_logits(model: Any, products: torch.Tensor, logits: torch.Tensor) -> None:
-    """Refuse a model that makes of its head's output other logits than `weighted_nll` assumes.
+    """Refuse a model that computes its logits from the head's output otherwise than `weighted_nll` assumes.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
     products : Tensor [1, M, any]
-        What the head's forward returned in a pass of the model, logits or whatever stood in for them.
+        What the head's forward returned in a pass of the model: logits, or what replaced them.
     logits : Tensor [1, M, any]
-        What the model returned as logits in the same pass, in whatever mode it is.
+        What the model returned as logits in the same pass.
     """
     head = read_head(model)
     ours = transform_logits(products.float(), None, 1.0, head.softcap, head.logit_scale)
@@ -114,7 +113,7 @@ def check_head(layer: Any, *, training: bool | None = None) -> None:
     ----------
     layer : Module
     training : bool, optional
-        Whether to judge it as in train mode, where LoRA has dropout; by default as it is.
+        Whether train mode is assumed, where LoRA has dropout; by default the layer's own mode.
     """
     base = getattr(layer, "base_layer", layer)
     plain = plain_type(base) is torch.nn.Linear

@@ -17,10 +17,10 @@ from . import context
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A model, and how it computes and will be saved."""
+    """A model, the precision that it computes in and the one that it is saved in."""
 
     model: Any
-    autocast_dtype: torch.dtype | None  # what it computes in under torch.autocast; None: its parameters' own
+    autocast_dtype: torch.dtype | None  # None: no autocast, it computes in its parameters' dtype
     checkpoint_dtype: torch.dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -29,7 +29,7 @@ class LoadedModel:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that `name` means, "auto" being cuda where there is one: each local process's own."""
+    """Return the device of a name. "auto" is cuda if there is a GPU, each local process's own, else cpu."""
     if name == "auto":
         local = os.environ.get("LOCAL_RANK")
         return torch.device(("cuda" if local is None else f"cuda:{local}") if torch.cuda.is_available() else "cpu")
@@ -53,43 +53,43 @@ def load_tokenizer(source: str) -> Any:
 
 
 def max_positions(source: str) -> int | None:
-    """Return how many positions a model has, from its config alone; None where it does not say."""
+    """Return a model's number of positions from its config alone, or None if it does not name one."""
     return getattr(_load("AutoConfig", source).get_text_config(), "max_position_embeddings", None)
 
 
 def load_generation_config(source: str) -> Any:
-    """Load what a model says of generation, without its weights: its eos ids may be the only ones."""
+    """Load a model's generation settings without its weights: eos ids may be there alone."""
     import transformers
 
     try:
         return transformers.GenerationConfig.from_pretrained(source)
-    except OSError:  # it has no file of its own
+    except OSError:  # no such file
         return transformers.GenerationConfig.from_model_config(_load("AutoConfig", source))
 
 
 def check_config(source: str, tokenizer: Any, max_length: int) -> list[str]:
-    """Refuse by a model's config alone what its weights could not serve, and return warnings."""
+    """Refuse, from a model's config alone, a tokenizer or length that does not fit; return warnings."""
     config = _load("AutoConfig", source).get_text_config()
     _require_rows(config.vocab_size, tokenizer, source)
     return check_positions(config, max_length)
 
 
 def check_positions(config: Any, max_length: int) -> list[str]:
-    """Refuse sequences longer than a model's table of positions; warn where its positions are computed."""
+    """Refuse sequences longer than a model's table of positions; return a warning if its positions are computed."""
     config = config.get_text_config()
     known = getattr(config, "max_position_embeddings", None)
     if not known or max_length <= known:
         return []
     if getattr(config, "rope_parameters", None) or getattr(config, "alibi", False):
         return [
-            f"max_length is {max_length} but the model was made for {known} positions: what comes after them may be "
+            f"max_length is {max_length} but the model was trained for {known} positions: later tokens may be "
             f"nonsense; lower --max-length to {known}"
         ]
     raise PMCError(f"max_length is {max_length} but the model has {known} positions: lower --max-length to {known}")
 
 
 def check_source(source: str, device: str) -> tuple[int, torch.dtype]:
-    """Refuse, before any weight is read, a model that can't be loaded or trained.
+    """Refuse a model that can't be loaded or trained, before any weight is read.
 
     Returns
     -------
@@ -121,7 +121,7 @@ def check_source(source: str, device: str) -> tuple[int, torch.dtype]:
 
 
 def _check_files(directory: Path) -> None:
-    """Refuse a directory without whole safetensors weights."""
+    """Refuse a directory without complete safetensors weights."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").is_file():
         _check_header(directory / "model.safetensors")
@@ -149,7 +149,7 @@ def _check_files(directory: Path) -> None:
 
 
 def _check_header(file: Path) -> None:
-    """Refuse a safetensors file that is cut short or damaged at its head; no weight is read."""
+    """Refuse a safetensors file that is truncated or has a damaged header; no weight is read."""
     try:
         safetensors.safe_open(file, "pt")
     except Exception as error:  # SafetensorError, OSError
@@ -175,9 +175,9 @@ def load_model(
     config = _load("AutoConfig", source)
     how: dict[str, Any] = {"dtype": getattr(torch, param_dtype), "use_safetensors": True, "output_loading_info": True}
     model, found = _load("AutoModelForCausalLM", source, **how)
-    if missing := sorted(found["missing_keys"]):  # transformers would make them up, and say so in a table
+    if missing := sorted(found["missing_keys"]):  # transformers would initialise them at random, and print a table
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise PMCError(f"model {source} lacks weights that its config.json asks for ({missing[0]}{more}): mend it")
+        raise PMCError(f"model {source} lacks weights that its config.json asks for ({missing[0]}{more}): fix it")
     model = model.to(device)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -191,7 +191,7 @@ def load_model(
 
 
 def _make_savable(generation_config: Any, source: str) -> None:
-    """Repair or refuse now what save_pretrained would refuse after training: flags that contradict each other."""
+    """Repair or refuse contradicting flags now: save_pretrained would refuse them after training."""
     try:
         generation_config.validate(strict=True)
     except ValueError:
@@ -200,11 +200,11 @@ def _make_savable(generation_config: Any, source: str) -> None:
             generation_config.validate(strict=True)
         except ValueError as error:
             reason = str(error).splitlines()[0]
-            raise PMCError(f"{source}: generation_config.json can't be saved again ({reason}): mend it") from error
+            raise PMCError(f"{source}: generation_config.json can't be saved again ({reason}): fix it") from error
 
 
 def check_fit(model: Any, tokenizer: Any, source: str) -> None:
-    """Refuse a tokenizer that can name tokens which the model has no embedding for."""
+    """Refuse a tokenizer with tokens for which the model has no embedding."""
     _require_rows(model.get_input_embeddings().weight.shape[0], tokenizer, source)
 
 
@@ -226,7 +226,7 @@ def weights_hash(model: Any) -> str:
             continue
         seen.add(key)
         content.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        if hasattr(tensor, "full_tensor"):  # of FSDP2: all processes get here
+        if hasattr(tensor, "full_tensor"):  # FSDP2; collective
             tensor = tensor.full_tensor()
         content.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return content.hexdigest()

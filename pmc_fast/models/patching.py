@@ -1,4 +1,4 @@
-"""What is changed in a transformers model for the time of a pass, and put back after it."""
+"""Temporary changes of a transformers model: they last for one pass."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -11,20 +11,20 @@ from transformers import AttentionInterface
 from ..cuda_graphs.recorder import HOOKS
 from ..errors import PMCError
 
-UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask")  # what an attention may add that ours do not know
-# Models share modelling files, and threads may share a model: what one exchanges, another must not find or put back.
+UNKNOWN = ("s_aux", "sinks", "position_bias", "head_mask")  # arguments of an attention that ours do not support
+# Models share modelling files and threads may share a model: changes by one must not be seen or undone by another.
 ONE_AT_A_TIME = threading.RLock()
 
 
 def is_bare(module: Any) -> bool:
-    """Return whether nothing of a module would be missed if it and all in it were computed without a call."""
+    """Return whether a module has neither hooks nor a replaced forward, in itself and inside."""
     if not isinstance(module, torch.nn.Module):
         return True
     return all("forward" not in vars(m) and not any(getattr(m, kind) for kind in HOOKS) for m in module.modules())
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Make `function` known to transformers' attention interface."""
+    """Register `function` with transformers' attention interface."""
     AttentionInterface.register(name, function)
 
 
@@ -45,7 +45,7 @@ def attention(model: Any, name: str) -> Iterator[None]:
 
 
 def widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Fill values up with zeros to the size of keys, for kernels that know one size; what they add is cut off after."""
+    """Pad values with zeros to the size of keys, for kernels that support one size; the caller cuts off the rest."""
     missing = key.shape[-1] - value.shape[-1]
     if missing < 0:
         raise PMCError(f"attention of values wider ({value.shape[-1]}) than keys ({key.shape[-1]}) is not supported")
@@ -53,19 +53,19 @@ def widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def check_rows(model: Any, found: int, wanted: int) -> None:
-    """Refuse a model whose head is not called with the rows that `logits_to_keep` asked for."""
+    """Refuse a model whose head is not called with the rows of `logits_to_keep`."""
     if found != wanted:
         raise PMCError(
-            f"{type(model).__name__} does not heed logits_to_keep ({found} rows for {wanted}): this family is not supported"
+            f"{type(model).__name__} ignores logits_to_keep ({found} rows for {wanted}): this family is not supported"
         )
 
 
 def check_call(module: Any, state: Any, extras: dict[str, Any]) -> None:
-    """Refuse a layer that does not hand on our `state`, or whose attention needs what ours does not know."""
+    """Refuse a layer that does not pass on our `state`, or whose attention has arguments that ours does not support."""
     name = type(module).__name__
     if state is None or getattr(module, "layer_idx", None) is None:
         raise PMCError(
-            f"{name} does not hand its arguments on to the attention interface: this family is not supported"
+            f"{name} does not pass its arguments on to the attention interface: this family is not supported"
         )
     for extra in UNKNOWN:
         if extras.get(extra) is not None:
@@ -74,7 +74,7 @@ def check_call(module: Any, state: Any, extras: dict[str, Any]) -> None:
 
 @contextmanager
 def forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another forward; hooks and wrappers around it stay."""
+    """Replace a module's forward; hooks and wrappers around it stay."""
     own = vars(module).get("forward")
     module.forward = function
     try:

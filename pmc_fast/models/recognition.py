@@ -1,8 +1,8 @@
-"""What a model's layers see, and up to which length: asked of its own masks and configuration.
+"""Which tokens a model's layers see, and up to which length, from its own masks and configuration.
 
-A comparison on random tokens shows what they happen to meet. Windows, chunks and length-dependent rotary embeddings
-lie thousands of tokens away in real models, so they are recognised: one pass of three tokens, whose attention computes
-nothing, collects the masks that the model makes, as functions of positions, and what it hands to each layer.
+A comparison on a few random tokens can't show windows, chunks and length-dependent rotary embeddings, which begin
+thousands of tokens away in real models. So they are recognised: one pass of three tokens, whose attention computes
+nothing, collects the masks that the model makes, as functions of positions, and the window that each layer is given.
 """
 
 import traceback
@@ -21,21 +21,21 @@ from .context import eval_mode
 PROBE = "pmc_fast_probe"
 ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 STATIC_ROPES = {"default", "linear", "yarn", "llama3", "proportional", "ntk_alpha", "xdrope"}
-FAR = 1 << 20  # tokens that a mask is followed
-LEAST = 16  # tokens that a model must be right for to be of use
-CHECKED = 1024  # the widest window that the checks on numbers go beyond
+FAR = 1 << 20  # tokens up to which masks are examined
+LEAST = 16  # tokens that a supported model must at least allow
+CHECKED = 1024  # the widest window beyond which log-probs are compared
 
-Layer = tuple[int, int | None]  # what a layer's mask tells, see `_mask`, and the window that it is handed
+Layer = tuple[int, int | None]  # what a layer's mask lets a token see, as `_reach` says, and its window
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """The windows that layers see, and the most tokens of a sequence that is computed as the model does."""
+    """The windows of a model's layers, and the longest sequence that is computed as the model computes it."""
 
     name: str
     windows: tuple[int, ...] = ()
     longest: int = FAR
-    reason: str = "its masks are followed no further"
+    reason: str = "its masks are examined no further"
 
     def require(self, tokens: int, what: str) -> None:
         """Refuse a sequence that is too long."""
@@ -51,12 +51,12 @@ class Recognised:
 
     @property
     def wide(self) -> list[int]:
-        """The length of one sequence that reaches beyond the widest window, for checks; none where none is wide."""
+        """The length of a sequence that reaches beyond the widest window, for checks; empty without a wide window."""
         return [min(w + 9, self.longest) for w in self.windows if w <= CHECKED][-1:]
 
 
 def recognise(model: Any) -> Recognised:
-    """Return what is known of a causal language model's layers, from its masks and configuration.
+    """Return the windows and the longest sequence of a causal language model, from its masks and configuration.
 
     Raises
     ------
@@ -95,9 +95,9 @@ def recognise(model: Any) -> Recognised:
 
 
 def rope_limit(config: Any, name: str) -> tuple[int, str]:
-    """Return up to which length a configuration's rotary embedding does not depend on a pass's longest sequence.
+    """Return up to which length a configuration's rotary embedding does not depend on the longest sequence of a pass.
 
-    Beyond it a long neighbour would change a short sequence, and keys that a rollout computed already would be stale.
+    Beyond it a long sequence would change a short one, and a rollout's earlier keys would be stale.
     """
     given = getattr(config, "rope_parameters", None) or {}
     limits = [(FAR, Recognised.reason)]
@@ -112,7 +112,7 @@ def rope_limit(config: Any, name: str) -> tuple[int, str]:
             )
         elif kind == "longrope":
             original = ropes.get("original_max_position_embeddings") or config.original_max_position_embeddings
-            limits.append((original, "its longrope rotary embedding is another one beyond a limit"))
+            limits.append((original, "its longrope rotary embedding changes beyond a limit"))
         elif kind not in STATIC_ROPES:
             raise PMCError(f"{name} has a rotary embedding of type {kind!r}: not supported")
     return min(limits)
@@ -120,7 +120,7 @@ def rope_limit(config: Any, name: str) -> tuple[int, str]:
 
 @contextmanager
 def own_errors(model: Any) -> Iterator[None]:
-    """Turn what a model's own code raises under an exchanged attention into a refusal by name."""
+    """Turn an error of the model's own code, under our attention, into a refusal that names the model."""
     try:
         yield
     except PMCError:
@@ -130,13 +130,13 @@ def own_errors(model: Any) -> Iterator[None]:
             raise
         line = (str(error).splitlines() or [""])[0]
         raise PMCError(
-            f"{type(model).__name__}: its own code fails where its attention is exchanged ({type(error).__name__}: "
+            f"{type(model).__name__}: its own code fails when its attention is replaced ({type(error).__name__}: "
             f"{line}): this family is not supported"
         ) from error
 
 
 def _raised_by(model: Any, error: Exception) -> bool:
-    """Return whether the last to call torch, or to raise, was a modelling file, and it was not for want of memory."""
+    """Return whether a modelling file raised the error, itself or in a call of torch, and memory did not run out."""
     files = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     last = next((name for name in reversed(files) if name.partition(".")[0] != "torch"), "")
     own = {type(m).__module__ for m in model.modules()}
@@ -151,7 +151,7 @@ def _different(mask: int, window: int | None) -> str:
 
 @torch.no_grad()
 def _probed(model: Any) -> dict[int, list[Layer]]:
-    """Return what each layer is handed in one pass."""
+    """Return the mask and window of each layer in one pass."""
     weight = model.get_input_embeddings().weight
     ids = torch.zeros((1, 3), dtype=torch.int64, device=weight.device)
     layers: dict[int, list[Layer]] = {}
@@ -177,10 +177,10 @@ def _attention(
     probed_layers: dict[int, list[Layer]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Note what a layer is handed, and return something of an attention's shape."""
+    """Record a layer's mask and window, and return a tensor of an attention's shape."""
     patching.check_call(module, probed_layers, kwargs)
     assert probed_layers is not None
-    told = FAR
+    reach = FAR
     if attention_mask is None:
         causal = kwargs.get("is_causal")
         if not (getattr(module, "is_causal", True) if causal is None else causal):
@@ -191,23 +191,24 @@ def _attention(
             raise PMCError(
                 f"{type(module).__name__} makes or changes its mask by itself: this family is not supported"
             )
-        told = int(values[0])
-    probed_layers.setdefault(module.layer_idx, []).append((told, sliding_window or None))
+        reach = int(values[0])
+    probed_layers.setdefault(module.layer_idx, []).append((reach, sliding_window or None))
     heads = query.shape[1] // value.shape[1]
     return value.repeat_interleave(heads, 1).transpose(1, 2).contiguous(), None
 
 
 def _mask(mask_function: Callable[..., Any], q_length: int, kv_length: int, **options: Any) -> torch.Tensor:
-    """Return a mask whose every number tells what the mask function lets a token see.
+    """Return a mask filled with the `_reach` of a mask function."""
+    with torch.device(options.get("device", "cpu")):
+        return torch.full((options.get("batch_size", 1), 1, q_length, kv_length), _reach(mask_function))
+
+
+def _reach(mask_function: Callable[..., Any]) -> int:
+    """Return which tokens a mask function lets a token see.
 
     n: itself and the n - 1 tokens before it. FAR: all before it. -n: all before it in sequences of up to n tokens,
     something else in longer ones. 0: something else.
     """
-    with torch.device(options.get("device", "cpu")):
-        return torch.full((options.get("batch_size", 1), 1, q_length, kv_length), _told(mask_function))
-
-
-def _told(mask_function: Callable[..., Any]) -> int:
     zero, near, all_ = torch.tensor(0), torch.arange(2 * LEAST), torch.arange(2 * FAR)
 
     def seen(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -215,18 +216,18 @@ def _told(mask_function: Callable[..., Any]) -> int:
         return made.bool().broadcast_to(torch.broadcast_shapes(queries.shape, keys.shape))
 
     try:
-        window = int(seen(all_[:FAR], zero).long().cumprod(0).sum())  # the first tokens, which see all before them
+        window = int(seen(all_[:FAR], zero).long().cumprod(0).sum())  # the first tokens see all before them
         if (
             not (seen(near[:, None], near) <= (near <= near[:, None])).all()
             or seen(torch.tensor(FAR - 1), all_[FAR:]).any()
         ):
             return 0
-        for last in (FAR, FAR + 1, FAR + window // 2):  # of a chunk one of them sees fewer
+        for last in (FAR, FAR + 1, FAR + window // 2):  # one of them sees fewer tokens of a chunk
             if window < FAR and not torch.equal(
                 seen(torch.tensor(last), all_), (all_ <= last) & (all_ > last - window)
             ):
                 return -window
-    except Exception:  # a function of one batch's numbers, such as where its image tokens are
+    except Exception:  # it depends on more than positions, such as image tokens
         return 0
     return window
 

@@ -1,4 +1,4 @@
-"""What the passes would leave out of a model without a word: refused by name, before work starts and in every pass."""
+"""Refuses models with parts that our passes would ignore, before work starts and in every pass."""
 
 import functools
 from collections.abc import Iterator
@@ -10,29 +10,29 @@ from ..cuda_graphs.recorder import HOOKS
 from ..errors import PMCError
 from .lm_head import check_head
 
-# PEFT's methods whose modules compute each token by itself, inside of the model that they change
+# PEFT methods whose modules compute each token separately
 TOKENWISE = frozenset(
     (
         "LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "LN_TUNING", "VERA", "FOURIERFT", "HRA", "VBLORA",
         "BONE", "MISS", "RANDLORA", "ROAD", "TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "OSF", "DELORA", "GRALORA",
     )
 )  # fmt: skip
-AFTER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # see the output, or its gradient
+AFTER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")  # receive the output, or its gradient
 
 
 def check_model(model: Any, *, training: bool | None = None) -> None:
-    """Refuse a model that a loss of PMC would not train, or not as its own forward would.
+    """Refuse a model that a PMC loss would not train, or not as its own forward computes.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
     training : bool, optional
-        Whether it will be trained in train mode, where dropout counts; by default as it is now.
+        Whether it will be trained in train mode, where dropout counts; by default its current mode.
 
     Raises
     ------
     PMCError
-        What is not supported, by name.
+        Anything that is not supported, by name.
     """
     name = type(model).__name__
     if not hasattr(model, "get_output_embeddings"):
@@ -86,22 +86,22 @@ def check_adapters(model: Any) -> None:
 
 
 def check_pass(base: Any, call: Any) -> None:
-    """Refuse, at a pass of `call`, what it would leave out: the head's output and the model's own loss do not exist.
+    """Refuse hooks and losses that a pass of `call` would ignore, because it computes no logits and no loss of the model.
 
-    Hooks of layers inside run as ever, also those before the head.
+    Hooks of the layers inside run as usual, and so do those before the head.
     """
     if torch.is_grad_enabled():
         _check_router(base)
     head = base.get_output_embeddings()
     if "forward" in vars(head) and not hasattr(head, "_hf_hook"):  # accelerate's brings inputs to its device
         raise PMCError(
-            f"the head's forward was replaced on the {type(head).__name__} itself, which training would not call"
+            f"the head's forward was replaced on the {type(head).__name__} itself, which training does not call"
         )
     for name, module in head.named_modules():
         hook = next(_hooks(module, HOOKS if name else AFTER), None)
         if hook is not None:
             raise PMCError(
-                f"the head has a hook ({hook}) that would not see logits, since training forms none: remove it"
+                f"the head has a hook ({hook}) that would not see logits, since training computes none: remove it"
             )
     inside = set(base.modules())
     around = [m for m in call.modules() if m not in inside] if isinstance(call, torch.nn.Module) else []
@@ -110,12 +110,12 @@ def check_pass(base: Any, call: Any) -> None:
         if hook is not None:
             raise PMCError(
                 f"{type(module).__name__} has a hook on its output ({hook}) that would see no logits, since training "
-                "forms none: remove it"
+                "computes none: remove it"
             )
 
 
 def _check_router(base: Any) -> None:
-    """Refuse the loss that a mixture of experts adds to its own: it is a function of all tokens of a batch."""
+    """Refuse the auxiliary loss of a mixture of experts, which depends on all tokens of a batch."""
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     if any(getattr(c, "output_router_logits", False) for c in (config, base.config)):
         weights = [getattr(base, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef")]
@@ -132,7 +132,7 @@ def _check_router(base: Any) -> None:
 
 
 def _hooks(module: Any, kinds: tuple[str, ...]) -> Iterator[str]:
-    """Yield the names of a module's hooks, but for FSDP2's, which gather parameters."""
+    """Yield the names of a module's hooks except those of FSDP2, which gather parameters."""
     for kind in kinds:
         for hook in getattr(module, kind).values():
             function = hook.func if isinstance(hook, functools.partial) else hook

@@ -1,4 +1,4 @@
-"""One rollout, shared out over the processes of a run."""
+"""One rollout, divided among the processes of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from ..distributed import Ranks
 from .engine import RolloutEngine, Rollouts
 
-PEAKS = ("peak_slots", "pool_bytes")  # of a process: over several the largest, where other counters add up
+PEAKS = ("peak_slots", "pool_bytes")  # over processes the largest counts; other counters add up
 
 
 def add_counters(total: dict[str, float], counted: Mapping[str, float]) -> None:
@@ -16,10 +16,10 @@ def add_counters(total: dict[str, float], counted: Mapping[str, float]) -> None:
 
 
 class SharedEngine:
-    """An engine that all processes call together with the same prompts: each samples its share, all get everything.
+    """An engine that all processes call with the same prompts. Each samples its share; all get all tokens.
 
-    Which samples a prompt gets does not depend on their number. On several processes log-probs stay where they were
-    computed: `Rollouts` then has tokens and counters alone.
+    A prompt's samples do not depend on the number of processes. With several, `Rollouts` has tokens and counters but
+    no log-probs.
     """
 
     def __init__(self, engine: RolloutEngine, ranks: Ranks) -> None:

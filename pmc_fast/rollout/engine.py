@@ -1,4 +1,4 @@
-"""The loop: plan a step, compute it, draw from it, until every sample has ended."""
+"""The rollout loop: plan a step, compute its logits, draw tokens, until every sample has ended."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from .logits_processors import Histories, settings_of
 from .model_runner import ModelStep
 from .request import Request, whole
 
-# Rows up to which guesses cost next to nothing: a step reads all weights whatever its rows.
-GUESS_ROWS = {"cpu": 12, "cuda": 64}
-MATCH = 4  # tokens by which a guess is looked up
+# Rows up to which n-gram drafts are added to a step: few rows cost hardly more than one, since all weights are read.
+NGRAM_ROWS = {"cpu": 12, "cuda": 64}
+NGRAM = 4  # longest n-gram by which a draft is looked up
 
 
 @dataclass(slots=True)
@@ -40,29 +40,28 @@ class Rollouts:
 
 
 class RolloutEngine:
-    """Samples answers of one model; keeps its buffers between calls.
+    """Samples answers from one model. Its buffers are kept between calls.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        A causal language model whose attention goes through transformers' attention interface. Its live
-        weights are used; it is left as it was found.
+        A causal language model whose attention goes through transformers' attention interface. Its current weights
+        are used. After a call it is as before.
     autocast_dtype : torch.dtype, optional
-        What training computes in under torch.autocast, if it does.
+        What the model computes in under torch.autocast, if it does.
     cuda_graphs : bool
-        On CUDA, pad decode steps to a few sizes and replay CUDA graphs of them, where they can be captured and the
-        model is not sharded.
+        On CUDA, pad decode steps to a few sizes and replay CUDA graphs of them, unless the model is sharded.
     pad_steps : bool
-        Pad them without that: for tests and measurements.
+        Pad decode steps without CUDA graphs: for tests and measurements.
     process_group : torch.distributed.ProcessGroup, optional
-        The processes that hold a sharded model (FSDP2): all of them call the engine together, each with prompts of
-        its own, or none. Other models need no company.
+        The processes that hold a sharded model (FSDP2). All of them must call the engine together, each with its own
+        prompts, or with none.
 
     Raises
     ------
     PMCError
-        A model that is quantised, offloaded or spread over devices. On first use: one whose attention is not
-        recognised, or whose log-probs on short samples are not those of its own forward pass.
+        A model that is quantised, offloaded or spread over devices. On first use: a model whose attention is not
+        recognised, or whose log-probs on short samples differ from those of its own forward pass.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class RolloutEngine:
         self._step = ModelStep(model, autocast_dtype)
         self._cuda_graphs, self._pads = cuda_graphs, pad_steps
         self._inputs = StepInputs(self._step.device, pads=pad_steps)
-        self._told: set[str] = set()  # settings that were warned of
+        self._warned: set[str] = set()  # settings
         self._checked, self._recognised = False, Recognised(type(model).__name__)
 
     def __call__(
@@ -99,7 +98,7 @@ class RolloutEngine:
         pool_tokens: int | None = None,
         drafts: Sequence[Sequence[Sequence[int]]] | None = None,
         positions: Sequence[Sequence[int] | None] | None = None,
-        guesses: bool = True,
+        ngram_drafts: bool = True,
         trie: bool = True,
         as_generate: bool = False,
     ) -> Rollouts:
@@ -114,37 +113,37 @@ class RolloutEngine:
         temperature : float
             0 is greedy.
         top_k : int
-            0: all tokens. Then `top_p` on what is left, as Hugging Face generate does.
+            0: all tokens. `top_p` is applied to what is left, as in Hugging Face generate.
         top_p : float
         max_new_tokens, max_length : int
-            One of the two; max_length counts the prompt.
+            One of the two; max_length includes the prompt.
         seed : int
         stream_ids : int64 [Q], optional
-            Each prompt's random stream; by default a hash of the prompt. What a sample draws is a function of
-            (seed, stream, number of the sample, history) alone: not of the order or company of prompts, of
-            max_rows, pool_tokens, drafts, guesses or trie. Exactly so in float64, in at least 99 % of samples
-            in float32, whose rounding depends on the rows that a matrix product has.
+            Each prompt's random stream; by default a hash of the prompt. What a sample draws depends on (seed,
+            stream, number of the sample, history) alone: not on the order or number of prompts, max_rows, pool_tokens,
+            drafts, ngram_drafts or trie. This is exact in float64, and holds for at least 99 % of samples in float32,
+            where rounding depends on the rows of a matrix product.
         stop_ids : sequence of int
             Tokens that end an answer.
         max_rows : int, optional
-            Rows of one forward pass (default 512 on the CPU, 2048 on CUDA); others wait.
+            Rows of one forward pass (default 512 on the CPU, 2048 on CUDA); further rows wait.
         pool_tokens : int, optional
             Slots of the key/value pool; by default it grows as needed. When it is full, prompts wait, and the
             one that came last starts again later.
         drafts : list of int lists for each prompt, optional
-            Answers that are likely, such as an earlier greedy one: computed with the prompt, each token that is
-            drawn costs no step of its own.
+            Likely answers, such as an earlier greedy one. They are computed with the prompt: a token that is drawn as
+            drafted needs no step of its own.
         positions : int list or None for each prompt, optional
-            Of its tokens, ascending, where they are not 0, 1, ...: of a prompt whose masked tokens were left out.
-            Answers go on from the last.
-        guesses : bool
-            Let rows of small steps carry tokens that followed the same tokens in another sample, the prompt or the
+            Of its tokens, ascending, if they are not 0, 1, ...: for a prompt whose masked tokens were left out.
+            Answers continue from the last.
+        ngram_drafts : bool
+            In small steps, also draft the tokens that followed the same tokens in another sample, the prompt or the
             sample itself.
         trie : bool
-            False computes each sample's history and each prompt for itself: for tests and measurements.
+            False computes every sample's history and every prompt separately: for tests and measurements.
         as_generate : bool
-            Follow what the model's generation_config asks of histories (`generation.FOLLOWED`: repetition_penalty,
-            suppress_tokens, ...), as `generate` does, and warn of what else it asks. Log-probs stay the model's own.
+            Apply the logits processors of the model's generation_config (`generation.FOLLOWED`: repetition_penalty,
+            suppress_tokens, ...), as `generate` does, and warn of its other settings. Log-probs stay the model's own.
 
         Returns
         -------
@@ -153,8 +152,7 @@ class RolloutEngine:
         Raises
         ------
         PMCError
-            Bad arguments; a model that is not supported, by name, also for the length that is asked for; logits
-            that are NaN.
+            Bad arguments; a model that is not supported, or not at the requested length; logits that are NaN.
         """
         if top_k is None:
             raise PMCError("top_k is None: it must be 0 (all tokens) or more")
@@ -169,13 +167,19 @@ class RolloutEngine:
             self._checked = True
         self._recognised.require(*work.longest())
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        asked = settings_of(self.model, sampling=temperature > 0, told=self._told) if as_generate else {}
-        return self._run(work, draw, guesses=guesses, trie=trie, histories=Histories(asked, work))
+        asked = settings_of(self.model, sampling=temperature > 0, warned=self._warned) if as_generate else {}
+        return self._run(work, draw, ngram_drafts=ngram_drafts, trie=trie, histories=Histories(asked, work))
 
     def _run(
-        self, work: Request, draw: dict[str, Any], *, guesses: bool, trie: bool, histories: Histories | None = None
+        self,
+        work: Request,
+        draw: dict[str, Any],
+        *,
+        ngram_drafts: bool,
+        trie: bool,
+        histories: Histories | None = None,
     ) -> Rollouts:
-        state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, MATCH if guesses else 0, trie)
+        state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, NGRAM if ngram_drafts else 0, trie)
         keys = list(range(work.num_samples))
         groups = [keys] if trie else [[key] for key in keys]
         for prompt, stream, longest, drafts, positions in zip(
@@ -184,16 +188,16 @@ class RolloutEngine:
             for group in groups:
                 state.add(prompt, stream, group, longest, drafts, positions)
         histories = histories or Histories({}, work)
-        device = self.model.get_input_embeddings().weight.device  # asked now: the model may have been moved
+        device = self.model.get_input_embeddings().weight.device  # the model may have been moved
         if device.type == "cuda":
             self._step.use_graphs(self._cuda_graphs and not is_sharded(self.model))
         pads = self._pads or self._step.graphs is not None
         if (self._inputs.device, self._inputs.pads) != (device, pads):
             self._inputs = StepInputs(device, pads=pads)
         with Lockstep(self.model, self._ranks) as lockstep, self._step.lend():
-            guess_rows = GUESS_ROWS[device.type] if guesses else 0
+            ngram_rows = NGRAM_ROWS[device.type] if ngram_drafts else 0
             padded, before = 0, self._step.graph_counters()
-            while (plan := state.plan(work.max_rows, guess_rows)) is not None:
+            while (plan := state.plan(work.max_rows, ngram_rows)) is not None:
                 lockstep.forward()
                 step = self._inputs(plan, state.span, work.max_rows)
                 rows = len(plan["logit_rows"])
@@ -211,7 +215,7 @@ class RolloutEngine:
         return _collect(state, len(work.prompts), len(groups), counters)
 
     def _check(self) -> None:
-        """Compare the log-probs of short rollouts with the plain model's, before anything depends on them."""
+        """Compare the log-probs of short rollouts with those of the model's own forward pass."""
         known = self._recognised = recognise(self.model)
         dtype = self._step.autocast_dtype or next(self.model.parameters()).dtype
         if self._step.device.type == "cpu" and dtype == torch.float16:
@@ -227,7 +231,7 @@ class RolloutEngine:
             for lengths, samples in [((5, 9), 4), *(((n - 4,), 1) for n in known.wide)]:
                 prompts = [generator.integers(0, vocab, n).tolist() for n in lengths]
                 work = Request.checked(self.model, prompts, samples, 1.0, 4, None, None, (), 8, None, None)
-                ours = self._run(work, draw, guesses=True, trie=True)
+                ours = self._run(work, draw, ngram_drafts=True, trie=True)
                 for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
                     errors.append(np.abs(self._plain_logps(prompt, tokens) - np.stack(logps)).mean())
         require_same_logps(self.model, "rollouts do", max(errors), dtype)
@@ -239,12 +243,12 @@ class RolloutEngine:
 
 
 def rollout(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> Rollouts:
-    """Sample answers to prompts; see `RolloutEngine`, which is worth keeping for a second call."""
+    """Sample answers to prompts; see `RolloutEngine`. For several calls, reuse one engine."""
     return RolloutEngine(model)(prompts, **settings)
 
 
 def _to_host(drawn: Draws) -> list[np.ndarray]:
-    """Bring draws to the host in one copy, the only thing that a step waits for; as bits, so that none change."""
+    """Copy draws to the host at once, bit by bit; this is the only time that a step waits for the device."""
     parts = [drawn.tokens, drawn.logps.view(torch.int64), drawn.nucleus_mass.view(torch.int64)]
     tokens, logps, mass = torch.cat(parts).cpu().split([len(p) for p in parts])
     return [tokens.numpy(), logps.view(torch.float64).numpy(), mass.view(torch.float64).numpy()]

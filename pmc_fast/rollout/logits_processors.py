@@ -1,4 +1,4 @@
-"""Draws from logits that depend on their rows' histories, as a model's generation_config asks."""
+"""Draws from logits after the logits processors of a model's generation_config, which depend on each row's history."""
 
 import warnings
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from .request import Request
 
 
 class Histories:
-    """Knows which tokens each row of a plan follows, and draws from what `generate` would make of its logits.
+    """Keeps each row's history and draws from logits as `generate` would process them.
 
-    A row of the trie is a history, so that all samples in it have the same logits before and after.
+    A row of the trie is one history, so all its samples share the processed logits.
 
     Parameters
     ----------
     settings : dict
-        What `generation.followed` returned; none: logits are drawn from as they are.
+        From `generation.followed`. Empty: tokens are drawn from the model's logits as they are.
     work : Request
     """
 
     def __init__(self, settings: dict[str, Any], work: Request) -> None:
         self._settings, self._stops = settings, work.stop_ids
-        # all prompts have their longest answers in common, or their longest total
+        # prompts share either the longest answer or the longest total
         totals = {len(p) + n for p, n in zip(work.prompts, work.max_new, strict=True)}
         self._total = totals.pop() if len(totals) == 1 else None
         self._max_new = work.max_new[0] if work.max_new else 0
@@ -38,7 +38,7 @@ class Histories:
     def draw(
         self, logits: torch.Tensor, plan: Mapping[str, np.ndarray], draws: tuple[torch.Tensor, ...], **how: Any
     ) -> Draws:
-        """Draw a plan's tokens; their log-probs stay those of the model's own logits."""
+        """Draw a plan's tokens; their log-probs are those of the model's own logits."""
         if not self._settings:
             return sample_nucleus(logits, *draws, **how)
         drawn = sample_nucleus(self._processed(logits, plan), *draws, **how)
@@ -60,7 +60,7 @@ class Histories:
         return out
 
     def _of(self, plan: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, int]]:
-        """Return the tokens that each row of logits follows, its own included, and how many of them are an answer's."""
+        """Return each row's history, its own token included, and how many of its tokens belong to the answer."""
         slots, size = plan["slots"], int(plan["slots"].max()) + 1
         if size > len(self._token_at):
             self._token_at = np.concatenate([self._token_at, np.zeros(2 * size - len(self._token_at), np.int64)])
@@ -82,11 +82,11 @@ class Histories:
         return self._processors[prompt]
 
 
-def settings_of(model: Any, *, sampling: bool, told: set[str]) -> dict[str, Any]:
-    """Return what a model's generation_config asks of histories; warn, once, of what it asks in vain."""
+def settings_of(model: Any, *, sampling: bool, warned: set[str]) -> dict[str, Any]:
+    """Return the generation_config's settings that are followed here; warn once of those that are not."""
     config = getattr(model, "generation_config", None)
-    others = {k: v for k, v in not_followed(config, sampling=sampling).items() if k not in told}
-    told.update(others)
+    others = {k: v for k, v in not_followed(config, sampling=sampling).items() if k not in warned}
+    warned.update(others)
     if others:
         named = ", ".join(f"{name} {value!r}" for name, value in others.items())
         warnings.warn(

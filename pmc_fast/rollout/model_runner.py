@@ -1,8 +1,8 @@
-"""Lets a transformers model compute one step's rows over the shared pool, and leaves it as it was.
+"""Computes the rows of a rollout's step with a transformers model over a shared key/value pool.
 
-The model's own code runs unmodified on one packed sequence of tokens that need not be neighbours: an
-attention function registered with transformers' attention interface writes their keys and values to the
-pool and reads what each row sees. No transformers cache is involved, whose calls differ between versions.
+The model's own code runs on one packed sequence of tokens, which need not be neighbours. An attention function that is
+registered with transformers' attention interface writes their keys and values to the pool and reads those that each row
+sees. No transformers cache is used, because its calls differ between versions.
 """
 
 import functools
@@ -25,7 +25,7 @@ from . import weights
 from .inputs import StepTensors
 
 ATTENTION = "pmc_fast_rollout"
-LEAST_SLOTS = 1024  # of a pool under graphs: as it grows they are captured again
+LEAST_SLOTS = 1024  # of a pool with CUDA graphs, which are captured again whenever it grows
 
 
 @dataclass(slots=True)
@@ -46,8 +46,8 @@ class ModelStep:
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
     autocast_dtype : torch.dtype, optional
-        The dtype that training runs under with torch.autocast: the linear layers then read a copy of their
-        weights in it, renewed by every `lend`.
+        What the model computes in under torch.autocast. Linear layers then read copies of their weights in this dtype,
+        which every `lend` updates.
     """
 
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
@@ -60,7 +60,7 @@ class ModelStep:
         self._backend: str | None = None
 
     def use_graphs(self, use: bool) -> None:
-        """Replay CUDA graphs of padded steps from the next `lend` on, or no longer."""
+        """Replay CUDA graphs of padded steps, or no longer."""
         if not use:
             self.graphs = None
         elif self.graphs is None:
@@ -90,12 +90,12 @@ class ModelStep:
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context that the model computes in."""
-        # a graph would read what autocast casts once and keeps, long after that is gone
+        """Return the autocast context that the model computes in."""
+        # without a cache under graphs: they would read cast weights after the cache is cleared
         return autocast(self.device, self.autocast_dtype, cache_enabled=self.graphs is None)
 
     def logits(self, step: StepTensors) -> torch.Tensor:
-        """Compute a step and return the logits of the rows that it wants them of.
+        """Compute a step and return the logits of `step.logit_rows`.
 
         Parameters
         ----------
@@ -145,7 +145,9 @@ class ModelStep:
         self._index = None
         patching.check_rows(self.model, out.logits.shape[1], len(step.logit_rows))
         logits = out.logits[0]
-        wide = logits.dtype == torch.float64 and self.device.type == "cpu"  # CUDA's sampler reads no float64
+        wide = (
+            logits.dtype == torch.float64 and self.device.type == "cpu"
+        )  # the CUDA sampler does not support float64
         return logits if wide else logits.float()
 
     def attend(
@@ -160,7 +162,7 @@ class ModelStep:
     ) -> torch.Tensor:
         """Attend in one layer: q [1, heads, R, dim], k and v [1, kv_heads, R, dim] -> [1, R, heads, dim of v]."""
         assert self._index is not None  # only `logits` calls the model
-        if self.autocast_dtype is not None:  # as autocast does with torch's own attention: rotary kept float32
+        if self.autocast_dtype is not None:  # as autocast does with torch's attention; rotary embeddings are float32
             q, k, v = (t.to(self.autocast_dtype) for t in (q, k, v))
         if layer not in self.pool:
             shape = (self._span, k.shape[1], k.shape[3])
@@ -174,15 +176,15 @@ class ModelStep:
         return made[None, ..., :size]
 
     def pool_bytes(self) -> int:
-        """Return the memory that the pool takes now."""
+        """Return the memory of the pool."""
         return sum(t.nbytes for pair in self.pool.values() for t in pair)
 
     def copy_bytes(self) -> int:
-        """Return the memory of the weights' copies: under autocast, and with LoRA's adapters merged into them."""
+        """Return the memory of copied weights: those for autocast and those with merged LoRA adapters."""
         return sum(t.nbytes for pair in self._copies.values() for t in pair if t is not None)
 
     def graph_counters(self) -> dict[str, int]:
-        """Return how many steps were captured and replayed so far."""
+        """Return the numbers of captured and of replayed steps so far."""
         captures, replays = (0, 0) if self.graphs is None else (self.graphs.captures, self.graphs.replays)
         return {"graph_captures": captures, "graph_replays": replays}
 
@@ -256,7 +258,7 @@ def attention(
     rollout_step: ModelStep | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend over the pool; the signature is transformers' attention interface's."""
+    """Attend over the pool, with the signature of transformers' attention interface."""
     patching.check_call(module, rollout_step, kwargs)
     assert rollout_step is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -267,7 +269,7 @@ patching.register_attention(ATTENTION, attention)
 
 
 def _makes_weight(module: torch.nn.Linear) -> bool:
-    """Return whether a layer's weight may be made in its call, by pruning, a weight norm or fake quantisation."""
+    """Return whether a layer may compute its weight in each call: pruning, weight norm or fake quantisation."""
     return bool(module._forward_pre_hooks) or "weight" not in module._parameters
 
 

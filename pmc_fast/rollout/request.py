@@ -1,4 +1,4 @@
-"""What a rollout is asked for, checked before any work starts."""
+"""The arguments of a rollout, checked before work starts."""
 
 import hashlib
 import operator
@@ -13,12 +13,12 @@ import torch
 from ..errors import PMCError
 
 UNLIMITED = 2**31 - 1
-MAX_ROWS = {"cpu": 512, "cuda": 2048}  # of a step: bounds the activations; more bring a matrix product nothing
+MAX_ROWS = {"cpu": 512, "cuda": 2048}  # of a step: bounds activations; matrix products gain nothing from more
 
 
 @dataclass(slots=True)
 class Request:
-    """What is to be sampled, checked."""
+    """Checked arguments."""
 
     prompts: list[list[int]]
     num_samples: int
@@ -28,7 +28,7 @@ class Request:
     max_rows: int
     pool_tokens: int
     drafts: list[list[list[int]]]
-    positions: list[list[int]]  # of a prompt's tokens; none: 0, 1, ...
+    positions: list[list[int]]  # of a prompt's tokens; empty: 0, 1, ...
 
     @classmethod
     def checked(
@@ -72,9 +72,9 @@ class Request:
         streams = [_stream_of(p) for p in lists] if stream_ids is None else [int(s) for s in stream_ids]
         if len(streams) != len(lists):
             raise PMCError(f"{len(streams)} stream_ids for {len(lists)} prompts: give one each")
-        guesses = [[] for _ in lists] if drafts is None else [[list(map(int, d)) for d in of] for of in drafts]
-        if len(guesses) != len(lists):
-            raise PMCError(f"drafts for {len(guesses)} of {len(lists)} prompts: give a list each")
+        drafted = [[] for _ in lists] if drafts is None else [[list(map(int, d)) for d in own] for own in drafts]
+        if len(drafted) != len(lists):
+            raise PMCError(f"drafts for {len(drafted)} of {len(lists)} prompts: give a list each")
         places = [[] if p is None else [int(n) for n in p] for p in positions or [None] * len(lists)]
         if len(places) != len(lists):
             raise PMCError(f"positions for {len(places)} of {len(lists)} prompts: give each its own, or None")
@@ -90,10 +90,10 @@ class Request:
                 )
         device = model.get_input_embeddings().weight.device.type
         rows = MAX_ROWS[device] if max_rows is None else max_rows
-        return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, guesses, places)
+        return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, drafted, places)
 
     def longest(self) -> tuple[int, str]:
-        """Return the most tokens that a prompt and its answer may take, masked ones counted, and which prompt it is."""
+        """Return the most tokens that a prompt and its answer may take, masked ones included, and which prompt it is."""
         begins = [
             own[-1] + 1 if own else len(prompt) for prompt, own in zip(self.prompts, self.positions, strict=True)
         ]
@@ -103,7 +103,7 @@ class Request:
 
 
 def whole(name: str, number: Any) -> int:
-    """Return a number as int, also of numpy's and torch's; refuse fractions rather than cut them off."""
+    """Return a number of Python's, numpy's or torch's as int; refuse fractions."""
     try:
         return operator.index(number)
     except TypeError as error:

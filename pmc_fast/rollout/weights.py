@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers in a rollout: one product with a merged copy of the weight, for three."""
+"""LoRA layers in a rollout: one product with a merged copy of the weight instead of three products."""
 
 import sys
 from typing import Any
@@ -10,14 +10,14 @@ from ..models.patching import is_bare
 
 
 def merges(module: Any) -> bool:
-    """Return whether a layer is PEFT's plain LoRA around torch.nn.Linear, with adapters that are on and not merged."""
-    lora = sys.modules.get("peft.tuners.lora.layer")  # a model that has such layers has imported it
+    """Return whether a layer is PEFT's plain LoRA on torch.nn.Linear with adapters that are enabled and not merged."""
+    lora = sys.modules.get("peft.tuners.lora.layer")  # imported if the model has such layers
     if lora is None or type(module) is not lora.Linear or type(module.base_layer) is not torch.nn.Linear:
         return False
     special = module.lora_variant or any(module.lora_bias.values()) or module.fan_in_fan_out
     if special or module.merged or module.disable_adapters or not plain(module.base_layer.weight):
         return False
-    return all(map(is_bare, module.children()))  # hooks around the layer itself stay
+    return all(map(is_bare, module.children()))  # hooks of the layer itself still run
 
 
 def merge_into(weight: torch.Tensor, module: Any) -> None:

@@ -289,7 +289,7 @@ def test_lengths_over_rotary_positions_are_said(tiny, tokenizer, arguments, data
     tiny.config.max_position_embeddings = 32
     tiny.save_pretrained(data / "model")
     tokenizer.save_pretrained(data / "model")
-    said = "max_length is 40 but the model was made for 32 positions"
+    said = "max_length is 40 but the model was trained for 32 positions"
     assert run([*replaced(arguments, model=data / "model"), "--dry-run"]) == 0
     assert said in " ".join(capsys.readouterr().err.split())
     pmc = PMC(tiny, tokenizer, PMCConfig(max_length=40, prompt_format="tags"), ["Who?"])

@@ -69,7 +69,9 @@ def test_greedy_answers_are_generates(model, name, length):
 
 
 @pytest.mark.parametrize(
-    "change", [{"trie": False}, {"guesses": False}, {"max_rows": 3}, {"pool_tokens": 60}, {"pads": True}], ids=str
+    "change",
+    [{"trie": False}, {"ngram_drafts": False}, {"max_rows": 3}, {"pool_tokens": 60}, {"pads": True}],
+    ids=str,
 )
 def test_samples_do_not_depend_on_how_they_are_computed(model, change):
     change = dict(change)

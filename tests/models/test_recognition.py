@@ -12,7 +12,7 @@ from pmc_fast.models import packed_attention as op
 from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.models.patching import register_attention
 from pmc_fast.models.recognition import FAR, recognise
-from pmc_fast.models.recognition import _told as told
+from pmc_fast.models.recognition import _reach as reach
 from pmc_fast.rollout import RolloutEngine, model_runner
 from tests.families import SIZES, build
 from tests.tiny_configs import tiny
@@ -148,7 +148,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_are_told_apart(name):
     function, tells = MASKS[name]
-    assert told(function) == tells
+    assert reach(function) == tells
 
 
 def test_a_models_own_error_is_a_refusal_by_name():

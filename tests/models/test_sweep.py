@@ -12,7 +12,7 @@ EXPECTED = {
     "gemma3n_text": "served",  # layers that share keys and values
     "deepseek_v3": "served",  # values smaller than keys
     "minicpm3": "served",
-    "moshi": "served|refused: .*does not hand its arguments on",  # in 5.17; embeds a token more than its head knows
+    "moshi": "served|refused: .*does not pass its arguments on",  # in 5.17; embeds a token more than its head knows
     "bert": "served",  # a decoder here
     "falcon": "refused: .*0 of 2 layers",
     "mpt": "refused: .*0 of 2 layers",
@@ -21,10 +21,10 @@ EXPECTED = {
     "hy_v4": "refused: .*layers of",
     "phimoe": "refused: .*disagree about their sliding window",
     "llama4_text": "refused: .*chunked",
-    "whisper": "refused: .*does not heed logits_to_keep",
+    "whisper": "refused: .*ignores logits_to_keep",
     "hrm_text": "refused: .*attention more than once a pass",
     "roberta": "refused: .*do(es)? not compute what the model computes",
-    "nemotron": "refused: .*does not hand its arguments on",
+    "nemotron": "refused: .*does not pass its arguments on",
 }
 
 

@@ -71,7 +71,7 @@ def test_other_families_are_refused_by_name(family):
 @pytest.mark.parametrize(
     "change",
     [
-        {"trie": False}, {"guesses": False}, {"max_rows": 1}, {"max_rows": 7}, {"pool_tokens": 22},
+        {"trie": False}, {"ngram_drafts": False}, {"max_rows": 1}, {"max_rows": 7}, {"pool_tokens": 22},
         {"pool_tokens": 60, "max_rows": 11}, {"drafts": [[[9, 4, 4, 7]]] * 4},
     ],
     ids=str,

@@ -14,7 +14,7 @@ from pmc_fast.rollout.inputs import ENTRIES, INDEX, ROWS, Bucket, StepInputs, bu
 from tests.families import FAMILIES, HOW, PROMPTS, build
 
 
-def steps(seed, questions, samples, max_rows, guess_rows, drafts=True):
+def steps(seed, questions, samples, max_rows, ngram_rows, drafts=True):
     """Plans of a rollout whose draws are dice, each with the slots in use."""
     dice = np.random.default_rng(seed)
     trie = native.cpu().RolloutTrie(capacity=10_000, stops=[5], match=2)
@@ -22,7 +22,7 @@ def steps(seed, questions, samples, max_rows, guess_rows, drafts=True):
         prompt = dice.integers(0, 6, dice.integers(1, 7)).tolist()
         draft = [dice.integers(0, 6, 8).tolist()] if drafts else []
         trie.add(prompt, q, list(range(samples)), int(dice.integers(1, 10)), draft)
-    while (plan := trie.plan(max_rows, guess_rows)) is not None:
+    while (plan := trie.plan(max_rows, ngram_rows)) is not None:
         yield plan, trie.span
         draws, logits = len(plan["samples"]), len(plan["logit_rows"])
         trie.advance(dice.integers(0, 6, draws), np.zeros(draws), np.ones(logits))
@@ -41,11 +41,11 @@ def seen_of(index):
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6), questions=st.integers(1, 6), samples=st.integers(1, 9), max_rows=st.integers(1, 70),
-    guess_rows=st.integers(0, 24),
+    ngram_rows=st.integers(0, 24),
 )  # fmt: skip
-def test_real_rows_see_and_compute_the_same(seed, questions, samples, max_rows, guess_rows):
+def test_real_rows_see_and_compute_the_same(seed, questions, samples, max_rows, ngram_rows):
     g = torch.Generator().manual_seed(seed)
-    for plan, span in steps(seed, questions, samples, max_rows, guess_rows):
+    for plan, span in steps(seed, questions, samples, max_rows, ngram_rows):
         bucket = bucket_of(plan, max_rows)
         reads_prompts = bool((np.diff(plan["cu_suffix"]) == 0).any())
         assert (bucket is None) == reads_prompts
@@ -140,7 +140,7 @@ def test_steps_of_a_bucket_lie_at_the_same_places():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "change",
-    [{}, {"drafts": [[[4, 5, 6]], [], [[9, 4, 4, 7]], []]}, {"trie": False, "guesses": False},
+    [{}, {"drafts": [[[4, 5, 6]], [], [[9, 4, 4, 7]], []]}, {"trie": False, "ngram_drafts": False},
      {"max_rows": 7, "pool_tokens": 60}],
     ids=str,
 )  # fmt: skip

@@ -76,7 +76,7 @@ class Machine:
 @settings(max_examples=250, deadline=None)
 @given(data=st.data())
 def test_samples_are_those_of_plain_sampling(data):
-    """Whatever the pool's size, the rows of a step, drafts and guesses: the same samples, and no leak."""
+    """Whatever the pool's size, the rows of a step, drafts and n-gram drafts: the same samples, and no leak."""
     integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     stem = [integers(0, VOCAB - 1) for _ in range(integers(0, 5))]
     questions = [
@@ -95,8 +95,8 @@ def test_samples_are_those_of_plain_sampling(data):
     for (prompt, stream), longest, own in zip(questions, max_new, drafts, strict=True):
         trie.add(prompt, stream, list(range(samples)), longest, own)
     machine = Machine(trie, questions, flat)
-    max_rows, guess_rows = integers(1, 20), integers(0, 24)
-    while (plan := trie.plan(max_rows, guess_rows)) is not None:
+    max_rows, ngram_rows = integers(1, 20), integers(0, 24)
+    while (plan := trie.plan(max_rows, ngram_rows)) is not None:
         assert len(plan["tokens"]) <= max_rows
         assert trie.in_use <= capacity
         assert trie.span <= capacity
@@ -116,9 +116,9 @@ def test_samples_are_those_of_plain_sampling(data):
     assert counters["rows"] + counters["prefill_tokens"] == machine.rows
 
 
-def run(trie, questions, flat, max_rows=100, guess_rows=0):
+def run(trie, questions, flat, max_rows=100, ngram_rows=0):
     machine = Machine(trie, questions, flat)
-    while (plan := trie.plan(max_rows, guess_rows)) is not None:
+    while (plan := trie.plan(max_rows, ngram_rows)) is not None:
         machine.step(plan)
     return trie.counters()
 
@@ -166,12 +166,12 @@ def test_a_draft_that_comes_true_saves_its_steps():
     assert counters["draft_hits"] == counters["draft_rows"] == len(answer) - 1
 
 
-@pytest.mark.parametrize(("guess_rows", "steps"), [(0, 40), (12, 12)])
-def test_a_sample_that_repeats_itself_or_its_prompt_saves_steps(guess_rows, steps):
+@pytest.mark.parametrize(("ngram_rows", "steps"), [(0, 40), (12, 12)])
+def test_a_sample_that_repeats_itself_or_its_prompt_saves_steps(ngram_rows, steps):
     said = [7, 8, 9, 7, 8, 9] * 6 + [1, 2, 3, 4]
     trie = native.cpu().RolloutTrie(capacity=100, stops=[], match=4)
     trie.add([1, 2, 3, 4], 0, [0], 40, [])
-    while (plan := trie.plan(100, guess_rows)) is not None:
+    while (plan := trie.plan(100, ngram_rows)) is not None:
         tokens = np.array([said[i] for i in plan["draw_positions"]])
         trie.advance(tokens, -1.0 * tokens, np.ones(len(plan["logit_rows"])))
     assert trie.results(0)[0][0] == said
