@@ -1,12 +1,13 @@
 """A model's output head as `ops.weighted_nll` takes it: weight, bias, softcap and scale."""
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import PMCError
+from ..errors import NotFiniteError, PMCError
 from ..ops.nll_reference import transform_logits
 from .context import eval_mode, tolerance
 from .fsdp import plain_type
@@ -83,6 +84,8 @@ def _require_equal(model: Any, ours: torch.Tensor, theirs: torch.Tensor, dtype: 
     same = ours.shape == theirs.shape
     error = float((ours - theirs.float()).abs().max()) if same else float("inf")
     size = float(theirs.abs().max())
+    if math.isnan(size):
+        raise NotFiniteError("the model's logits are NaN: its weights are damaged, or it overflows")
     if not error <= tolerance(dtype, theirs.dtype).logits * max(size, 1e-3):
         mode = " in train mode" if training else ""
         raise PMCError(

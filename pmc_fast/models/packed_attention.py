@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import dropout as dropped
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..data.packing import Segment, Segments
+from ..data.packing import Segments
 from ..errors import PMCError
 from . import patching
 
@@ -56,8 +56,8 @@ def packed_attention(
     dropout : float
         Of attention weights.
     backend : {"sdpa", "varlen", "flash_attn"}, optional
-        By default flash_attn where it is installed, else varlen, for half precision on CUDA; sdpa elsewhere, and
-        on CUDA for what varlen lacks: softcap, dropout.
+        By default, for half precision on CUDA, flash_attn if it is installed, else varlen without softcap and dropout;
+        otherwise sdpa.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def packed_attention(
     if chosen == "sdpa":
         return _sdpa(q, k, v, segments, scale, softcap, window, dropout)
     size = v.shape[-1]
-    v = patching.widened(v, k)  # these kernels know one size
+    v = patching.widened(v, k)  # these kernels support one size
     if segments.shared:
         keys = segments.keys(q.device)
         k, v = k[keys], v[keys]
@@ -114,7 +114,7 @@ def _sdpa(
     window: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    # split, not slices: the backward of a slice would fill a tensor of T rows for each sequence
+    # split instead of slices: the backward of each slice would fill a tensor of T rows
     pieces = [t.split(segments.lengths) for t in (q, k, v)]
     at = {s.begin: i for i, s in enumerate(segments)}
     out = []
@@ -125,8 +125,8 @@ def _sdpa(
             own_k = torch.cat([pieces[1][prefix], own_k])
             own_v = torch.cat([pieces[2][prefix], own_v])
         own_q, own_k, own_v = (t.transpose(0, 1)[None] for t in (own_q, own_k, own_v))
-        # one query sees all keys
-        mask = None if s.length == 1 and (window is None or s.prefix < window) else _mask(s, window, q.device)
+        sees_all = s.length == 1 and (window is None or s.prefix < window)
+        mask = None if sees_all else _mask(s.length, s.prefix, window, q.device)
         if softcap:
             made = _softcapped(own_q, own_k, own_v, mask, scale, softcap, dropout)
         else:
@@ -146,14 +146,10 @@ def _sdpa(
 
 
 @functools.lru_cache(maxsize=512)
-def _mask_of(length: int, prefix: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _mask(length: int, prefix: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return which keys each of a segment's queries sees: bool [length, prefix + length]."""
     mask = torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
     return mask if window is None else mask.triu(prefix - window + 1)
-
-
-def _mask(s: Segment, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return which keys each of a segment's queries sees: bool [length, prefix + length]."""
-    return _mask_of(s.length, s.prefix, window, device)
 
 
 def _softcapped(
@@ -185,7 +181,7 @@ def _varlen(
     scale: float,
     left: int,
 ) -> torch.Tensor:
-    """Call torch's varlen_attn, whose keywords grew from release to release."""
+    """Call torch's varlen_attn, whose keywords differ between releases."""
     knows = inspect.signature(function).parameters
     how: dict[str, Any] = {}
     if "scale" in knows:
@@ -240,7 +236,7 @@ def attention(
     packed_segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend over a pack [1, T]; the signature is transformers' attention interface's."""
+    """Attend over a pack [1, T], with the signature of transformers' attention interface."""
     patching.check_call(module, packed_segments, kwargs)
     assert packed_segments is not None
     low = _autocast_dtype(query.device.type)
@@ -256,7 +252,7 @@ def attention(
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype:
-    """Return what autocast makes of float32 in torch's own attention: rotary embeddings leave it behind, kernels need less."""
+    """Return the dtype to which autocast casts float32 in torch's own attention; rotary embeddings return float32."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
 
 

@@ -13,26 +13,12 @@ from ..data import Encoded
 from ..data.packing import Pack, num_targets, pack
 from ..ops.weighted_nll import weighted_nll
 from . import patching
-from .context import (
-    autocast,
-    check_placement,
-    eval_mode,
-    known_tokens,
-    plain_logps,
-    require_same_logps,
-    tolerance,
-)
+from .context import autocast, check_placement, eval_mode, known_tokens, plain_logps, require_same_logps, tolerance
 from .fsdp import is_sharded
 from .fused_layers import FastLayers, checkpointed
 from .lm_head import check_logits, read_head
 from .packed_attention import ATTENTION
-from .recognition import (
-    CHECKED,
-    Recognised,
-    own_errors,
-    recognise,
-    rope_limit,
-)
+from .recognition import CHECKED, Recognised, own_errors, recognise, rope_limit
 from .supported import check_adapters, check_pass
 
 GRAPHED = ("cuda",)  # devices on which passes are replayed
@@ -200,7 +186,7 @@ class PackedPass:
         base, call = self.base, self.base if model is None else model
         autocast_dtype = autocast_dtype or self.autocast_dtype
         embeddings = base.get_input_embeddings().weight
-        key = (call, vars(base).get("forward"), embeddings.device, autocast_dtype or embeddings.dtype)
+        key = (call, vars(base).get("forward"), embeddings.device, embeddings.dtype, autocast_dtype)
         if key in self._checked:
             return
         generator = torch.Generator().manual_seed(0)
@@ -239,15 +225,12 @@ def _compiled(model: Any) -> bool:
 @contextmanager
 def _checkpointing(base: Any) -> Iterator[None]:
     """Let checkpointed layers use packed attention also when backward recomputes them."""
-    layers = [m for m in base.modules() if "_gradient_checkpointing_func" in vars(m)]
-    originals = [m._gradient_checkpointing_func for m in layers]
-    try:
-        for layer, original in zip(layers, originals, strict=True):
-            layer._gradient_checkpointing_func = functools.partial(_checkpoint, base, original)
+    with ExitStack() as stack:
+        for layer in base.modules():
+            if original := vars(layer).get("_gradient_checkpointing_func"):
+                checkpoint = functools.partial(_checkpoint, base, original)
+                stack.enter_context(patching.attribute(layer, "_gradient_checkpointing_func", checkpoint))
         yield
-    finally:
-        for layer, original in zip(layers, originals, strict=True):
-            layer._gradient_checkpointing_func = original
 
 
 def _checkpoint(base: Any, original: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:

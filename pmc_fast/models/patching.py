@@ -1,8 +1,8 @@
 """Temporary changes of a transformers model: they last for one pass."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,16 +32,11 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 def attention(model: Any, name: str) -> Iterator[None]:
     """Let every layer of `model` call the attention function `name`."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [
-        (c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")
-    ]
-    try:
-        for config, _ in before:
-            config._attn_implementation_internal = name
+    with ExitStack() as stack:
+        for config in configs.values():
+            if hasattr(config, "_attn_implementation_internal"):
+                stack.enter_context(attribute(config, "_attn_implementation_internal", name))
         yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
 
 
 def widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -84,3 +79,23 @@ def forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
             vars(module).pop("forward", None)
         else:
             module.forward = own
+
+
+@contextmanager
+def forwards(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of several modules."""
+    with ExitStack() as stack:
+        for module, function in functions.items():
+            stack.enter_context(forward(module, function))
+        yield
+
+
+@contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -109,6 +109,7 @@ class PMC:
         self.initial_answers: list[str] = []
         self._initial_ids: list[list[int]] = []
         self._loss = PackedLoss(model, config, self.ranks, autocast_dtype)
+        self.packed = self._loss.packed  # for measurements of the same model
 
     def _prompt(self, number: int, question: Any) -> list[int]:
         """Return a question's prompt as token ids; refuse one that can't be answered."""

@@ -158,8 +158,9 @@ class RolloutEngine:
             raise PMCError("top_k is None: it must be 0 (all tokens) or more")
         seed = whole("seed", seed)
         work = Request.checked(
-            self.model, prompts, num_samples, temperature, max_new_tokens, max_length, stream_ids, stop_ids, max_rows,
-            pool_tokens, drafts, positions,
+            self.model, prompts, num_samples, max_new_tokens=max_new_tokens, max_length=max_length,
+            stream_ids=stream_ids, stop_ids=stop_ids, max_rows=max_rows, pool_tokens=pool_tokens, drafts=drafts,
+            positions=positions,
         )  # fmt: skip
         check_adapters(self.model)  # each time: another may have been added
         if not self._checked:
@@ -230,7 +231,7 @@ class RolloutEngine:
         with patching.ONE_AT_A_TIME, own_errors(self.model):  # the plain forward is compared with
             for lengths, samples in [((5, 9), 4), *(((n - 4,), 1) for n in known.wide)]:
                 prompts = [generator.integers(0, vocab, n).tolist() for n in lengths]
-                work = Request.checked(self.model, prompts, samples, 1.0, 4, None, None, (), 8, None, None)
+                work = Request.checked(self.model, prompts, samples, max_new_tokens=4, max_rows=8)
                 ours = self._run(work, draw, ngram_drafts=True, trie=True)
                 for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
                     errors.append(np.abs(self._plain_logps(prompt, tokens) - np.stack(logps)).mean())

@@ -8,7 +8,6 @@ sees. No transformers cache is used, because its calls differ between versions.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,18 +24,8 @@ from . import weights
 from .inputs import StepTensors
 
 ATTENTION = "pmc_fast_rollout"
+StepGraphs = GraphCache[tuple[Callable[[], None], torch.Tensor]]  # each replays a step and writes its logits
 LEAST_SLOTS = 1024  # of a pool with CUDA graphs, which are captured again whenever it grows
-
-
-@dataclass(slots=True)
-class _Graph:
-    logits: torch.Tensor
-    replay: Callable[[], None]
-
-
-def step_graphs(model: Any, recorder: Callable[[], Recorder]) -> GraphCache[_Graph]:
-    """Return a cache for CUDA graphs of a model's decode steps."""
-    return GraphCache(recorder, f"{type(model).__name__}: a decode step")
 
 
 class ModelStep:
@@ -52,7 +41,7 @@ class ModelStep:
 
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
         self.model, self.autocast_dtype = model, autocast_dtype
-        self.graphs: GraphCache[_Graph] | None = None
+        self.graphs: StepGraphs | None = None
         self._logits: torch.Tensor | None = None  # the memory that graphs write logits to
         self._relies_on: Any = None
         self._forget_buffers()
@@ -64,7 +53,11 @@ class ModelStep:
         if not use:
             self.graphs = None
         elif self.graphs is None:
-            self.graphs = step_graphs(self.model, lambda: CudaRecorder(self.device))
+            self.graphs = self.new_graphs(lambda: CudaRecorder(self.device))
+
+    def new_graphs(self, recorder: Callable[[], Recorder]) -> StepGraphs:
+        """Return a cache for CUDA graphs of steps."""
+        return GraphCache(recorder, f"{type(self.model).__name__}: a decode step")
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -114,15 +107,16 @@ class ModelStep:
             self._logits = None
         graph = self.graphs.get((step.bucket, step.tokens.data_ptr()), functools.partial(self._capture, step))
         if graph is not None:
-            graph.replay()
-            return graph.logits
+            replay, logits = graph
+            replay()
+            return logits
         with fresh_autocast_cache():
             logits = self._compute(step)
         if self._logits is None or len(self._logits) < len(logits):
             self._logits = torch.empty_like(logits)  # graphs of smaller buckets keep the tensor that they write
         return logits
 
-    def _capture(self, step: StepTensors, recorder: Recorder) -> "_Graph":
+    def _capture(self, step: StepTensors, recorder: Recorder) -> tuple[Callable[[], None], torch.Tensor]:
         # all graphs write the same memory: logits are large, and read before the next step
         assert self._logits is not None
         logits = self._logits[: len(step.logit_rows)]
@@ -131,7 +125,7 @@ class ModelStep:
             with fresh_autocast_cache():
                 return logits.copy_(self._compute(step))
 
-        return _Graph(logits, recorder.record(compute))
+        return recorder.record(compute), logits
 
     def _compute(self, step: StepTensors) -> torch.Tensor:
         self._index = step.index
@@ -145,9 +139,7 @@ class ModelStep:
         self._index = None
         patching.check_rows(self.model, out.logits.shape[1], len(step.logit_rows))
         logits = out.logits[0]
-        wide = (
-            logits.dtype == torch.float64 and self.device.type == "cpu"
-        )  # the CUDA sampler does not support float64
+        wide = logits.dtype == torch.float64 and self.device.type == "cpu"  # CUDA's sampler takes no float64
         return logits if wide else logits.float()
 
     def attend(

@@ -36,16 +36,17 @@ class Request:
         model: Any,
         prompts: Sequence[Sequence[int]],
         num_samples: int,
-        temperature: float,
-        max_new_tokens: int | None,
-        max_length: int | None,
-        stream_ids: Sequence[int] | torch.Tensor | None,
-        stop_ids: Sequence[int],
-        max_rows: int | None,
-        pool_tokens: int | None,
-        drafts: Sequence[Sequence[Sequence[int]]] | None,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        stream_ids: Sequence[int] | torch.Tensor | None = None,
+        stop_ids: Sequence[int] = (),
+        max_rows: int | None = None,
+        pool_tokens: int | None = None,
+        drafts: Sequence[Sequence[Sequence[int]]] | None = None,
         positions: Sequence[Sequence[int] | None] | None = None,
     ) -> "Request":
+        """Check arguments of `RolloutEngine.__call__`."""
         num_samples = whole("num_samples", num_samples)
         if num_samples < 1:
             raise PMCError(f"num_samples is {num_samples}: it must be at least 1")
@@ -58,13 +59,8 @@ class Request:
                 raise PMCError(f"{name} is {n}: it must be 0 or more")
         if isinstance(stop_ids, int):
             raise PMCError(f"stop_ids is {stop_ids}: give a list")
-        vocab = model.get_input_embeddings().weight.shape[0]
-        lists = [[whole(f"a token of prompt {i}", t) for t in prompt] for i, prompt in enumerate(prompts)]
-        for i, prompt in enumerate(lists):
-            if not prompt:
-                raise PMCError(f"prompt {i} has no tokens: give it at least one")
-            if not (min(prompt) >= 0 and max(prompt) < vocab):
-                raise PMCError(f"prompt {i} has token {max(prompt)} or {min(prompt)}: the model embeds {vocab}")
+        embeddings = model.get_input_embeddings().weight
+        lists = _prompts(prompts, embeddings.shape[0])
         if max_length is not None:
             max_new = [max(0, max_length - len(prompt)) for prompt in lists]
         else:
@@ -75,12 +71,6 @@ class Request:
         drafted = [[] for _ in lists] if drafts is None else [[list(map(int, d)) for d in own] for own in drafts]
         if len(drafted) != len(lists):
             raise PMCError(f"drafts for {len(drafted)} of {len(lists)} prompts: give a list each")
-        places = [[] if p is None else [int(n) for n in p] for p in positions or [None] * len(lists)]
-        if len(places) != len(lists):
-            raise PMCError(f"positions for {len(places)} of {len(lists)} prompts: give each its own, or None")
-        for i, (prompt, own) in enumerate(zip(lists, places, strict=True)):
-            if own and (len(own) != len(prompt) or own[0] < 0 or any(a >= b for a, b in pairwise(own))):
-                raise PMCError(f"positions of prompt {i} must ascend from 0 or more, one for each token")
         slots = UNLIMITED if pool_tokens is None else int(pool_tokens)
         for i, (prompt, new) in enumerate(zip(lists, max_new, strict=True)):
             if len(prompt) + new - 1 > slots:
@@ -88,8 +78,8 @@ class Request:
                     f"prompt {i} and one answer may need {len(prompt) + new - 1} pool tokens but pool_tokens is "
                     f"{slots}: raise it, or lower the length"
                 )
-        device = model.get_input_embeddings().weight.device.type
-        rows = MAX_ROWS[device] if max_rows is None else max_rows
+        rows = MAX_ROWS[embeddings.device.type] if max_rows is None else max_rows
+        places = _positions(positions, lists)
         return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, drafted, places)
 
     def longest(self) -> tuple[int, str]:
@@ -108,6 +98,26 @@ def whole(name: str, number: Any) -> int:
         return operator.index(number)
     except TypeError as error:
         raise PMCError(f"{name} is {number!r}: it must be a whole number") from error
+
+
+def _prompts(prompts: Sequence[Sequence[int]], vocab: int) -> list[list[int]]:
+    lists = [[whole(f"a token of prompt {i}", t) for t in prompt] for i, prompt in enumerate(prompts)]
+    for i, prompt in enumerate(lists):
+        if not prompt:
+            raise PMCError(f"prompt {i} has no tokens: give it at least one")
+        if not (min(prompt) >= 0 and max(prompt) < vocab):
+            raise PMCError(f"prompt {i} has token {max(prompt)} or {min(prompt)}: the model embeds {vocab}")
+    return lists
+
+
+def _positions(positions: Sequence[Sequence[int] | None] | None, prompts: list[list[int]]) -> list[list[int]]:
+    places = [[] if p is None else [int(n) for n in p] for p in positions or [None] * len(prompts)]
+    if len(places) != len(prompts):
+        raise PMCError(f"positions for {len(places)} of {len(prompts)} prompts: give each its own, or None")
+    for i, (prompt, own) in enumerate(zip(prompts, places, strict=True)):
+        if own and (len(own) != len(prompt) or own[0] < 0 or any(a >= b for a, b in pairwise(own))):
+            raise PMCError(f"positions of prompt {i} must ascend from 0 or more, one for each token")
+    return places
 
 
 def _stream_of(prompt: list[int]) -> int:

@@ -13,7 +13,7 @@ from pmc_fast.errors import PMCError
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
 from pmc_fast.rollout import RolloutEngine, rollout
 from pmc_fast.rollout.inputs import INDEX, StepTensors
-from pmc_fast.rollout.model_runner import ModelStep, step_graphs
+from pmc_fast.rollout.model_runner import ModelStep
 from tests import tape
 from tests.families import FAMILIES, HOW, PROMPTS, SIZES, build
 
@@ -43,7 +43,7 @@ class Tape(tape.Tape):
 
 def taped(model, recorder=Tape, **how):
     engine = RolloutEngine(model, pad_steps=True, **how)
-    engine._step.graphs = step_graphs(model, recorder)
+    engine._step.graphs = engine._step.new_graphs(recorder)
     return engine
 
 
