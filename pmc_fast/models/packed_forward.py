@@ -15,7 +15,7 @@ from ..ops.weighted_nll import weighted_nll
 from . import patching
 from .context import autocast, check_placement, eval_mode, known_tokens, plain_logps, require_same_logps, tolerance
 from .fsdp import is_sharded
-from .fused_layers import FastLayers, checkpointed
+from .fused_layers import FusedLayers, uses_checkpointing
 from .lm_head import check_logits, read_head
 from .packed_attention import ATTENTION
 from .recognition import CHECKED, Recognised, own_errors, recognise, rope_limit
@@ -35,7 +35,7 @@ class PackedPass:
     The model's own forward runs on one sequence [1, T]: hooks, wrappers, adapters, checkpointing and autocast apply
     as in any other pass. During the pass are replaced: the attention function (each sequence sees itself alone), the
     head's forward (`weighted_nll` of the rows that predict a target, instead of logits) and layers for which there are
-    fused kernels (`FastLayers`).
+    fused kernels (`FusedLayers`).
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class PackedPass:
         # one limit is in the configuration, `check` finds the others
         name = type(base).__name__
         self._recognised = Recognised(name, (), *rope_limit(base.config.get_text_config(), name))
-        self._layers = FastLayers(base, training=True)
+        self._layers = FusedLayers(base, training=True)
         self._cuda_graphs = cuda_graphs
         self.graphs: PassGraphs | None = None
         self._compared: set[bool] = set()  # modes (train, eval) in which the logits were compared with the head's
@@ -106,7 +106,7 @@ class PackedPass:
             self.graphs = PassGraphs(base, lambda: CudaRecorder(base.get_input_embeddings().weight.device), tolerance)
         if self.graphs is None or not isinstance(call, torch.nn.Module) or device.type not in GRAPHED:
             return None
-        if _compiled(call) or checkpointed(self.base) or is_sharded(self.base):
+        if _compiled(call) or uses_checkpointing(self.base) or is_sharded(self.base):
             return None
         return self.graphs(self._compute, pack, row_scale, call)
 
@@ -144,7 +144,7 @@ class PackedPass:
             stack.enter_context(patching.forward(base.get_output_embeddings(), head_forward))
             stack.enter_context(patching.forward(base, base_forward))
             if not _compiled(call) and not is_sharded(base):
-                stack.enter_context(self._layers.lend())
+                stack.enter_context(self._layers.replaced())
             out = call(
                 input_ids=pack.input_ids[None],
                 position_ids=pack.positions[None],

@@ -195,7 +195,7 @@ class RolloutEngine:
         pads = self._pads or self._step.graphs is not None
         if (self._inputs.device, self._inputs.pads) != (device, pads):
             self._inputs = StepInputs(device, pads=pads)
-        with Lockstep(self.model, self._ranks) as lockstep, self._step.lend():
+        with Lockstep(self.model, self._ranks) as lockstep, self._step.prepared():
             ngram_rows = NGRAM_ROWS[device.type] if ngram_drafts else 0
             padded, before = 0, self._step.graph_counters()
             while (plan := state.plan(work.max_rows, ngram_rows)) is not None:

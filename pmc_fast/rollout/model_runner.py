@@ -17,11 +17,10 @@ from ..cuda_graphs.recorder import CudaRecorder, Recorder, fingerprint, fresh_au
 from ..models import patching
 from ..models.context import autocast, eval_mode
 from ..models.fsdp import is_sharded
-from ..models.fused_layers import FastLayers, plain, replaced
+from ..models.fused_layers import FusedLayers
 from ..ops.decode_attention import StepIndex, decode_attention
-from ..ops.layers import fast_linear_serves, linear
-from . import weights
 from .inputs import StepTensors
+from .weights import RolloutWeights
 
 ATTENTION = "pmc_fast_rollout"
 StepGraphs = GraphCache[tuple[Callable[[], None], torch.Tensor]]  # each replays a step and writes its logits
@@ -35,8 +34,7 @@ class ModelStep:
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
     autocast_dtype : torch.dtype, optional
-        What the model computes in under torch.autocast. Linear layers then read copies of their weights in this dtype,
-        which every `lend` updates.
+        What the model computes in under torch.autocast.
     """
 
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
@@ -60,26 +58,25 @@ class ModelStep:
         return GraphCache(recorder, f"{type(self.model).__name__}: a decode step")
 
     @contextmanager
-    def lend(self) -> Iterator[None]:
-        """Set the model up for rollouts; put everything back at the end, also after an exception."""
+    def prepared(self) -> Iterator[None]:
+        """Prepare the model for a rollout, and restore it at the end."""
         weight = self.model.get_input_embeddings().weight
         if (weight.device, weight.dtype) != (self.device, self._dtype):  # the model was moved
             self._forget_buffers()
         with ExitStack() as stack:
             stack.enter_context(patching.ONE_AT_A_TIME)
             stack.enter_context(torch.no_grad())
-            stack.enter_context(
-                fresh_autocast_cache()
-            )  # under the caller's autocast; older torch: without their gradients
+            stack.enter_context(fresh_autocast_cache())  # older torch would keep cast weights without gradients
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(patching.attention(self.model, ATTENTION))
-            if not is_sharded(self.model):  # whose weights are there during a layer's own forward only
-                stack.enter_context(replaced(self._linears()))
+            sharded = is_sharded(self.model)  # then weights are whole during a layer's own forward alone
+            if not sharded:
+                stack.enter_context(patching.forwards(self._weights.forwards()))
             stack.enter_context(self.autocast())
-            if not is_sharded(self.model):
-                stack.enter_context(self._layers.lend())  # as it is computed: layers are tried
+            if not sharded:
+                stack.enter_context(self._layers.replaced())  # under autocast, in which kernels are compared
             if self.graphs is not None:  # once a rollout: weights do not move during one
-                self._relies_on = fingerprint(self.model, self._copies)
+                self._relies_on = fingerprint(self.model, self._weights.copies)
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -173,7 +170,7 @@ class ModelStep:
 
     def copy_bytes(self) -> int:
         """Return the memory of copied weights: those for autocast and those with merged LoRA adapters."""
-        return sum(t.nbytes for pair in self._copies.values() for t in pair if t is not None)
+        return sum(t.nbytes for pair in self._weights.copies.values() for t in pair if t is not None)
 
     def graph_counters(self) -> dict[str, int]:
         """Return the numbers of captured and of replayed steps so far."""
@@ -184,8 +181,8 @@ class ModelStep:
         weight = self.model.get_input_embeddings().weight
         self.device, self._dtype = weight.device, weight.dtype
         self.pool: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._copies: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self._layers = FastLayers(self.model)
+        self._weights = RolloutWeights(self.model, self.autocast_dtype)
+        self._layers = FusedLayers(self.model)
         self._span = 0
         self._logits = None
         if self.graphs is not None:
@@ -198,43 +195,6 @@ class ModelStep:
         self._span = max(span, spare)
         for layer, pair in self.pool.items():
             self.pool[layer] = tuple(_longer(t, self._span) for t in pair)  # type: ignore[assignment]
-
-    def _linears(self) -> dict[Any, Callable[..., torch.Tensor]]:
-        forwards: dict[Any, Callable[..., torch.Tensor]] = {}
-        for module in self.model.modules():
-            if "forward" in vars(module):
-                continue
-            if (
-                self.autocast_dtype is None
-                and weights.merges(module)
-                and fast_linear_serves(module.base_layer.weight)
-            ):
-                bias = module.base_layer.bias
-                forwards[module] = functools.partial(linear, weight=self._merged(module), bias=bias, few_rows=True)
-            if type(module) is not torch.nn.Linear or not plain(module.weight) or _makes_weight(module):
-                continue
-            if self.autocast_dtype is not None and module.weight.dtype == torch.float32:
-                weight, bias = self._copy(module)
-                forwards[module] = functools.partial(torch.nn.functional.linear, weight=weight, bias=bias)
-            elif self.autocast_dtype is None and fast_linear_serves(module.weight):
-                forwards[module] = functools.partial(linear, weight=module.weight, bias=module.bias, few_rows=True)
-        return forwards
-
-    def _merged(self, module: Any) -> torch.Tensor:
-        weight = module.base_layer.weight
-        copy, _ = self._copies.setdefault(module, (torch.empty_like(weight, requires_grad=False), None))
-        weights.merge_into(copy, module)
-        return copy
-
-    def _copy(self, module: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if module not in self._copies:
-            low = functools.partial(torch.empty_like, dtype=self.autocast_dtype, requires_grad=False)
-            self._copies[module] = (low(module.weight), None if module.bias is None else low(module.bias))
-        weight, bias = self._copies[module]
-        weight.copy_(module.weight)
-        if bias is not None:
-            bias.copy_(module.bias)
-        return weight, bias
 
 
 def attention(
@@ -258,11 +218,6 @@ def attention(
 
 
 patching.register_attention(ATTENTION, attention)
-
-
-def _makes_weight(module: torch.nn.Linear) -> bool:
-    """Return whether a layer may compute its weight in each call: pruning, weight norm or fake quantisation."""
-    return bool(module._forward_pre_hooks) or "weight" not in module._parameters
 
 
 def _longer(tensor: torch.Tensor, size: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import transformers as tf
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import pack
 from pmc_fast.models import fused_layers
-from pmc_fast.models.fused_layers import ROTARY, FastLayers
+from pmc_fast.models.fused_layers import ROTARY, FusedLayers
 from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.ops.gemm import gemm_serves
 from pmc_fast.ops.layers import rms_norm
@@ -60,7 +60,7 @@ def step(model, ids, layers=None):
     if layers is None:
         logits = model(ids, use_cache=False).logits
     else:
-        with layers.lend():
+        with layers.replaced():
             logits = model(ids, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
     return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -77,9 +77,9 @@ def agree(ours, expected):
 def test_a_model_trains_as_by_itself(family, batch):
     config, kinds = FAMILIES[family]
     model, ids = build(config()), tokens(batch)
-    layers, expected = FastLayers(model, training=True), step(model, ids)
+    layers, expected = FusedLayers(model, training=True), step(model, ids)
     agree(step(model, ids, layers), expected)
-    with layers.lend():
+    with layers.replaced():
         assert lent(model) == {m for m in model.modules() if type(m).__name__.endswith(kinds)}
     assert not lent(model)
 
@@ -87,11 +87,11 @@ def test_a_model_trains_as_by_itself(family, batch):
 def test_thin_layers_stay(monkeypatch):
     monkeypatch.setattr(fused_layers, "THIN", 40)
     model = build(FAMILIES["llama"][0]())
-    with FastLayers(model, training=True).lend():
+    with FusedLayers(model, training=True).replaced():
         linears = {m for m in lent(model) if isinstance(m, torch.nn.Linear)}
     assert linears == set()  # one side of each has 32
     wide = build(tf.LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 96}))
-    with FastLayers(wide, training=True).lend():
+    with FusedLayers(wide, training=True).replaced():
         names = {n for n, m in wide.named_modules() if m in lent(wide) and isinstance(m, torch.nn.Linear)}
     mlps = {f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")}
     assert names == ({*mlps, "lm_head"} if "Linear" in KINDS else set())
@@ -103,13 +103,13 @@ def test_rotary_is_lent_and_given_back_after_an_error():
     model, before = build(tf.LlamaConfig(**SIZES)), getattr(modeling_llama, ROTARY)
     q = torch.randn(1, 2, 5, 8, requires_grad=True)
     cos, sin = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
-    with FastLayers(model, training=True).lend():
+    with FusedLayers(model, training=True).replaced():
         rotate = getattr(modeling_llama, ROTARY)
         assert isinstance(rotate, functools.partial)
         assert "_Rotary" in str(rotate(q, q, cos, sin)[0].grad_fn)
         slope = torch.autograd.grad(rotate(q, q, cos.requires_grad_(), sin)[0].sum(), cos)  # torch's own then
         assert slope[0].abs().sum() > 0
-    with pytest.raises(ZeroDivisionError), FastLayers(model, training=True).lend():
+    with pytest.raises(ZeroDivisionError), FusedLayers(model, training=True).replaced():
         _ = 1 / 0
     assert getattr(modeling_llama, ROTARY) is before
     assert not lent(model)
@@ -119,7 +119,7 @@ def test_for_rollouts_nothing_has_gradients_and_linear_layers_stay():
     model = build(tf.LlamaConfig(**SIZES)).eval()
     with torch.no_grad():
         expected = model(tokens()).logits
-        with FastLayers(model).lend():
+        with FusedLayers(model).replaced():
             torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-5, rtol=1e-5)
             assert {type(m).__name__ for m in lent(model)} == {"LlamaRMSNorm", "LlamaMLP"}
 
@@ -132,11 +132,11 @@ def test_lora_trains_its_adapters_with_their_dropout():
         torch.manual_seed(0)
         model = peft.get_peft_model(build(tf.LlamaConfig(**SIZES)), settings).train()
     expected = step(model, tokens())
-    layers = FastLayers(model, training=True)
+    layers = FusedLayers(model, training=True)
     ours = step(model, tokens(), layers)
     agree(ours, expected)
     assert all("lora" in n for n in ours[1])
-    with layers.lend():
+    with layers.replaced():
         kinds = {type(m).__name__ for m in lent(model)}
     assert {"LlamaRMSNorm", "LlamaMLP", *KINDS[2:]} <= kinds  # the MLP too: dropout repeats with its seed
 
@@ -148,7 +148,7 @@ def test_hooks_still_run():
     model.model.norm.register_forward_pre_hook(lambda m, x: (x[0] * 0.5,))
     expected = step(model, tokens())
     seen.clear()
-    layers = FastLayers(model, training=True)
+    layers = FusedLayers(model, training=True)
     agree(step(model, tokens(), layers), expected)
     assert len(seen) == 1
 
@@ -156,25 +156,25 @@ def test_hooks_still_run():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layers_stay(reentrant):
     model = build(tf.LlamaConfig(**SIZES))
-    layers, expected = FastLayers(model, training=True), step(model, tokens())
+    layers, expected = FusedLayers(model, training=True), step(model, tokens())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    with layers.lend():
+    with layers.replaced():
         assert not lent(model)
     agree(step(model, tokens(), layers), expected)
     model.eval()  # does not checkpoint
-    with layers.lend():
+    with layers.replaced():
         assert lent(model)
 
 
 def test_autocast_finds_torchs_layers():
     model = build(tf.LlamaConfig(**SIZES))
-    layers = FastLayers(model, training=True)
+    layers = FusedLayers(model, training=True)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(tokens(), use_cache=False).logits
-        with layers.lend():
+        with layers.replaced():
             assert not lent(model)
-    with layers.lend(), torch.autocast("cpu", torch.bfloat16):  # switched on later, as accelerate does
+    with layers.replaced(), torch.autocast("cpu", torch.bfloat16):  # switched on later, as accelerate does
         assert lent(model)
         ours = model(tokens(), use_cache=False).logits
     assert ours.dtype == torch.bfloat16
@@ -183,12 +183,12 @@ def test_autocast_finds_torchs_layers():
 
 def test_other_types_and_replaced_forwards_are_left_alone():
     model = build(tf.LlamaConfig(**SIZES)).double()
-    layers = FastLayers(model, training=True)
-    with layers.lend():
+    layers = FusedLayers(model, training=True)
+    with layers.replaced():
         assert not lent(model)
     model = build(tf.LlamaConfig(**SIZES))
-    layers = FastLayers(model, training=True)
-    with layers.lend():
+    layers = FusedLayers(model, training=True)
+    with layers.replaced():
         pass
     norm = model.model.norm
     norm.forward = own = lambda x: x * 3
@@ -196,7 +196,7 @@ def test_other_types_and_replaced_forwards_are_left_alone():
     agree(step(model, tokens(), layers), expected)
     assert norm.forward is own
     del norm.forward
-    with layers.lend():
+    with layers.replaced():
         expected = model.double()(tokens(), use_cache=False).logits  # moved while lent
     assert expected.dtype == torch.float64
 
@@ -277,16 +277,16 @@ def test_what_only_looks_alike_is_not_lent():
     model = torch.nn.Sequential(*alike).eval()
     flags = [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    layers = FastLayers(model, training=True)
-    with layers.lend():
+    layers = FusedLayers(model, training=True)
+    with layers.replaced():
         assert lent(model) <= {m for m in model.modules() if type(m) is torch.nn.Linear}
     assert [m.training for m in model.modules()] == flags
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def computed(model):
-    layers = FastLayers(model, training=True)
-    with layers.lend():
+    layers = FusedLayers(model, training=True)
+    with layers.replaced():
         return model(tokens(), use_cache=False).logits
 
 
@@ -318,7 +318,7 @@ def test_a_clamp_beyond_the_numbers_of_the_trial_is_kept(kind, monkeypatch):
 
 def test_a_hook_on_an_activation_is_heard_whenever_it_comes():
     model = build(tf.LlamaConfig(**SIZES))
-    layers = FastLayers(model, training=True)
+    layers = FusedLayers(model, training=True)
     step(model, tokens(), layers)
     model.model.layers[0].mlp.act_fn.register_forward_hook(lambda m, x, y: y * 3)
     agree(step(model, tokens(), layers), step(model, tokens()))
@@ -358,7 +358,7 @@ def test_weights_of_other_classes_are_the_models_own(training):
         del linear.weight
         linear.weight = weight
     expected = model(tokens(), use_cache=False).logits
-    with FastLayers(model, training=training).lend(), torch.no_grad():
+    with FusedLayers(model, training=training).replaced(), torch.no_grad():
         torch.testing.assert_close(model(tokens(), use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
     engine = RolloutEngine(model)
     assert engine(PROMPTS, **HOW).tokens == engine(PROMPTS, **HOW).tokens
@@ -399,9 +399,9 @@ def test_a_half_precision_model_trains_as_by_itself_on_cuda(family):
     config, kinds = FAMILIES[family]
     model = lower(build(config()))
     ids = tokens().to(DEVICE)
-    layers = FastLayers(model, training=True, backend="cuda")
+    layers = FusedLayers(model, training=True, backend="cuda")
     as_near(step(model, ids, layers), step(model, ids), exactly(model, ids))
-    with layers.lend():  # linear layers are torch's there
+    with layers.replaced():  # linear layers are torch's there
         assert lent(model) == {m for m in model.modules() if type(m).__name__.endswith(kinds) and not is_linear(m)}
     assert not lent(model)
 
@@ -417,7 +417,7 @@ def test_rotary_is_lent_on_cuda():
     cos, sin = (torch.randn(1, 5, 8, device=DEVICE, dtype=HALF) for _ in range(2))
     model = lower(build(tf.LlamaConfig(**SIZES)))
     for training in (False, True):
-        with FastLayers(model, training, backend="cuda").lend():
+        with FusedLayers(model, training, backend="cuda").replaced():
             rotated = getattr(modeling_llama, ROTARY)(q, q[:, :1], cos, sin)[0]
             assert "_Rotary" in str(rotated.grad_fn)
             wide = getattr(modeling_llama, ROTARY)(q, q, cos.float(), sin.float())[0]
@@ -435,7 +435,7 @@ def test_under_autocast_all_types_on_cuda_are_the_models_own(family):
         m.register_forward_hook(
             lambda m, x, y, name=name: seen.setdefault(name, []).append(getattr(y, "dtype", None))
         )
-    layers = FastLayers(model, training=True, backend="cuda")
+    layers = FusedLayers(model, training=True, backend="cuda")
     made = {}
     for how in (None, layers):
         seen.clear()
@@ -450,28 +450,28 @@ def test_under_autocast_all_types_on_cuda_are_the_models_own(family):
 def test_autocast_switched_on_later_keeps_gradients():
     """Layers tried inside of autocast leave no weight in its cache, cast without gradients."""
     model, ids = build(tf.LlamaConfig(**SIZES)).to(DEVICE), tokens().to(DEVICE)
-    layers = FastLayers(model, training=True, backend="cuda")
-    with layers.lend(), torch.autocast(DEVICE, HALF):
+    layers = FusedLayers(model, training=True, backend="cuda")
+    with layers.replaced(), torch.autocast(DEVICE, HALF):
         model(ids, use_cache=False).logits.float().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_other_roundings_and_activations_stay_on_cuda():
     model = lower(build(tf.Olmo2Config(**SIZES)))
-    with FastLayers(model, backend="cuda").lend():  # rounds once, after the weight
+    with FusedLayers(model, backend="cuda").replaced():  # rounds once, after the weight
         assert {type(m).__name__ for m in lent(model)} == {"Olmo2MLP"}
     model = lower(build(tf.LlamaConfig(**SIZES, hidden_act="gelu")))
-    with FastLayers(model, backend="cuda").lend():
+    with FusedLayers(model, backend="cuda").replaced():
         assert {type(m).__name__ for m in lent(model)} == {"LlamaRMSNorm"}
 
 
 def test_a_model_that_moved_is_tried_again():
     model = build(tf.LlamaConfig(**SIZES)).to(DEVICE).double()
-    layers = FastLayers(model, backend="cuda")
-    with layers.lend():
+    layers = FusedLayers(model, backend="cuda")
+    with layers.replaced():
         assert not lent(model)
     lower(model)
-    with layers.lend():
+    with layers.replaced():
         assert {type(m).__name__ for m in lent(model)} == {"LlamaRMSNorm", "LlamaMLP"}
 
 
@@ -480,7 +480,7 @@ def test_rollouts_run_on_layers_of_cuda():
     how = HOW | {"num_samples": 2, "max_new_tokens": 5}
     expected = RolloutEngine(model)(PROMPTS, **how).tokens
     engine = RolloutEngine(model)
-    engine._step._layers = FastLayers(model, backend="cuda")
+    engine._step._layers = FusedLayers(model, backend="cuda")
     assert engine(PROMPTS, **how).tokens == expected  # and the check of a first use passed
 
 
@@ -494,7 +494,7 @@ def test_rollouts_on_a_gpu(family, autocast, graphs):
     made = [engine(PROMPTS, **HOW) for _ in range(3)]  # compares log-probs with the model's own first
     assert made[2].counters["graph_replays"] > 0 or not graphs
     assert made[2].tokens == made[1].tokens
-    with engine._step.lend():
+    with engine._step.prepared():
         assert {type(m).__name__ for m in lent(model)} >= {k for k in kinds_of(model) if k.endswith("RMSNorm")}
 
 
@@ -521,7 +521,7 @@ def test_a_packed_pass_on_a_gpu(family, autocast):
     for name, lends in (("ours", True), ("plain", False)):
         run = PackedPass(model)
         if not lends:
-            run._layers.lend = nullcontext
+            run._layers.replaced = nullcontext
         run.check(HALF if autocast else None)
         with torch.autocast("cuda", HALF, enabled=autocast):
             made[name] = computed(run)

@@ -213,7 +213,7 @@ def test_a_model_that_was_moved_to_another_type(warm):
     assert [r.tokens for r in after] == [expected] * 3
     assert after[2].counters["graph_captures"] == 0 < after[2].counters["graph_replays"]
     model.to(torch.float64)
-    with engine._step.lend():
+    with engine._step.prepared():
         assert not engine._step.graphs.captured()  # what they hold of the old model's memory is let go at once
 
 
@@ -288,7 +288,7 @@ def test_no_step_on_a_device_waits(family, monkeypatch):
         rows = torch.zeros(5, dtype=torch.int64)
         index = StepIndex(*(torch.zeros(6, dtype=torch.int32) for _ in INDEX))
     step = ModelStep(model)
-    with step.lend(), Waits() as waits:
+    with step.prepared(), Waits() as waits:
         logits = step.logits(StepTensors(rows, rows, rows, index, 9, ()))
     assert logits.device.type == "meta"
     assert logits.shape == (5, SIZES["vocab_size"])
