@@ -10,9 +10,11 @@ import transformers
 from pmc_fast import PMC, PMCConfig
 from pmc_fast.data import Row, collate
 from pmc_fast.errors import PMCError
+from pmc_fast.models import packed_forward
 from pmc_fast.pmc import packed_loss
 from pmc_fast.pmc.selection import bradley_terry, draw
 from pmc_fast.reference import Reference
+from pmc_fast.rollout import engine
 from pmc_fast.rollout.engine import Rollouts
 
 QUESTIONS = ["Who wrote it?", "Where was the author born, and when?", "Why?", "What is the name of the cat?"]
@@ -72,6 +74,25 @@ def test_losses_and_gradients_are_the_references(ready):
     close(ours, gradients(pmc.model))
     for a, b in ((out.loss, "loss"), (out.collapse, "collapse_loss"), (out.retain, "retain_loss")):
         assert a.item() == pytest.approx(theirs[b].item(), rel=1e-5)
+
+
+def test_a_run_compares_its_engine_and_its_pass_with_the_model_once(tiny, tokenizer, monkeypatch):
+    seen = {"engine": 0, "packed_forward": 0}
+    for module, name in ((engine, "engine"), (packed_forward, "packed_forward")):
+
+        def counted(model, ids, name=name, plain=module.plain_logps):
+            seen[name] += 1
+            return plain(model, ids)
+
+        monkeypatch.setattr(module, "plain_logps", counted)
+    pmc = core(tiny, tokenizer)
+    pmc.prepare()
+    prepared = dict(seen)
+    assert all(prepared.values())
+    pmc.packed.check()
+    for model in (None, tiny):
+        pmc.loss(pmc.sample([0, 1]), pmc.encode_retain(RETAIN), model=model)
+    assert seen == prepared
 
 
 @pytest.mark.parametrize("number", [0, 1])
