@@ -1,4 +1,4 @@
-"""Starts the command line; also `python -m pmc_fast`. Ctrl-C ends it in one line from the first import on."""
+"""Entry point of `pmc-fast` and `python -m pmc_fast`. Ctrl-C prints one line, also during imports."""
 
 import sys
 

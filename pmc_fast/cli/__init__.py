@@ -1,1 +1,1 @@
-"""The command line: commands, options from the settings' fields, what is printed."""
+"""The command line: commands, options from settings, output."""

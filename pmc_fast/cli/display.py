@@ -1,4 +1,4 @@
-"""What the commands print: progress, scores, gates, the plan of a dry run, a verification."""
+"""Output of the commands: progress, scores, gates, the plan of a dry run, verifications."""
 
 import sys
 import time
@@ -34,7 +34,7 @@ def print_scores(made: dict[str, Any]) -> None:
 
 
 def print_verification(made: dict[str, Any]) -> None:
-    """Print what `verify` found of each request, and of what was to be kept."""
+    """Print the scores of each request, utility, and the requests that were not verified."""
     from rich.table import Table
 
     table = Table("request", "questions", "unlearn quality", "at least", "under 3 words", "leaking")
@@ -64,7 +64,7 @@ def _console() -> Any:
 
 
 def print_plan(plan: "Plan", output: str) -> None:
-    """Print what a run would do that ends in `output`."""
+    """Print what a run into `output` would do."""
     c, s = plan.config, plan.schedule
     answered = sum(bool(row.answer) for row in plan.forget)
     click.echo(
@@ -86,14 +86,14 @@ def print_plan(plan: "Plan", output: str) -> None:
 
 
 def print_gates(made: dict[str, Any]) -> int:
-    """Name the gates that were missed; return the exit code."""
+    """Print the missed gates and return the exit code."""
     for line in made["failed_gates"]:
         click.echo(f"gate missed: {line}", err=True)
     return GATE_MISSED if made["failed_gates"] else 0
 
 
 class Progress:
-    """Shows a job's stages and steps on stderr: a live line in a terminal, now and then a line elsewhere."""
+    """Shows stages and steps on stderr: a live progress bar in a terminal, else a line every few steps."""
 
     LINES = 20
 

@@ -1,4 +1,4 @@
-"""The commands for a stack of requests: pmc-fast merge, rollback and verify."""
+"""The commands for a stack of erasure requests: pmc-fast merge, rollback and verify."""
 
 import json
 from typing import Any
@@ -13,15 +13,15 @@ from .options import config_options, given
 
 @click.command()
 @click.option("--stack", required=True, help="directory of the model's adapters")
-@click.option("--output", required=True, help="directory to write, new or empty")
-@click.option("--model", default="", help="where the base model is now (unset: where the last record says)")
-@click.option("--adapter", is_flag=True, help="write one PEFT adapter, all ranks side by side, instead of a model")
+@click.option("--output", required=True, help="output directory, new or empty")
+@click.option("--model", default="", help="location of the base model (unset: as in the last record)")
+@click.option("--adapter", is_flag=True, help="write one PEFT adapter with the concatenated ranks instead of a model")
 @click.option(
     "--save-dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-    help="of a model (auto: as the base model came)",
+    help="dtype of the model (auto: that of the base model)",
 )  # fmt: skip
 def merge(stack: str, output: str, model: str, adapter: bool, save_dtype: str) -> int:
-    """Export all requests of STACK as one model or one adapter; the base model is kept."""
+    """Export all requests of STACK as one model or one adapter. The base model is not changed."""
     from ..erasure import export
 
     made = export.merge(stack, output, model=model, adapter=adapter, save_dtype=save_dtype)
@@ -38,11 +38,13 @@ def merge(stack: str, output: str, model: str, adapter: bool, save_dtype: str) -
 @click.command()
 @click.option("--stack", required=True, help="directory of the model's adapters")
 @click.option(
-    "--request", default="", help="its name, such as 0002, to be sure: only the last one can be rolled back"
+    "--request",
+    default="",
+    help="name of the request, such as 0002, as a safeguard: only the last one can be rolled back",
 )
-@click.option("--model", default="", help="where the base model is now (unset: where the last record says)")
+@click.option("--model", default="", help="location of the base model (unset: as in the last record)")
 def rollback(stack: str, request: str, model: str) -> int:
-    """Take the last request off STACK; the hash of the effective weights is that of before it."""
+    """Remove the last request from STACK and check that the effective weights are those before it."""
     from ..erasure import export
 
     made = export.roll_back(stack, request, model=model)
@@ -52,7 +54,7 @@ def rollback(stack: str, request: str, model: str) -> int:
 
 
 @click.command()
-@click.option("--json", "json_file", help="also write the result into this file")
+@click.option("--json", "json_file", help="write the result into this file")
 @config_options(VerifyConfig)
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 def verify(json_file: str | None, files: tuple[str, ...], **options: Any) -> int:

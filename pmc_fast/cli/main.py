@@ -1,4 +1,4 @@
-"""The command line: pmc-fast unlearn, evaluate, env, and the commands for requests."""
+"""The command line: pmc-fast unlearn, evaluate, env, and the commands for erasure requests."""
 
 import os
 import signal
@@ -27,9 +27,9 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--config", "config_file", help="YAML file of settings by their names below")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a set of published settings")
-@click.option("--dry-run", is_flag=True, help="check everything, say what would be done, write nothing")
+@click.option("--config", "config_file", help="YAML file of settings, named as the options below")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a named set of settings")
+@click.option("--dry-run", is_flag=True, help="check everything, print the plan, write nothing")
 @config_options(RequestConfig)
 def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **options: Any) -> int:
     """Unlearn the answers to the questions of FORGET; keep those of RETAIN."""
@@ -63,15 +63,14 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
 
 
 @cli.command()
-@click.option("--json", "json_file", help="also write the scores into this file")
-@click.option("--rows", "rows_file", help="and every question's numbers into this one (.jsonl)")
-@click.option("--report", "report_file", help="and a page with tables and plots into this one (.html)")
+@click.option("--json", "json_file", help="write the scores into this file")
+@click.option("--rows", "rows_file", help="write the numbers of every question into this .jsonl file")
+@click.option("--report", "report_file", help="write a page with tables and plots into this .html file")
 @config_options(EvaluateConfig)
 def evaluate(json_file: str | None, rows_file: str | None, report_file: str | None, **options: Any) -> int:
     """Score a model: unlearn quality on FORGET, utility on RETAIN and GENERAL; or TOFU's metrics.
 
-    With --attack-samples also what leaks when it is asked often or helped, with --side-effects-text what unlearning
-    did to other text.
+    --attack-samples adds leak attacks, --side-effects-text the effect of unlearning on unrelated text.
     """
     config = EvaluateConfig(**given(options))
     from ..jobs.evaluate import evaluate_model
@@ -127,13 +126,13 @@ def main(arguments: list[str] | None = None) -> None:
         code = 0
     except (PMCError, click.ClickException) as error:
         code = _fail(2, "error", error.format_message() if isinstance(error, click.ClickException) else str(error))
-    except OSError as error:  # of a path that no check foresaw, such as a name of 300 bytes
+    except OSError as error:  # a path that passed the checks, such as a name of 300 bytes
         code = _fail(2, "error", f"{str(error.filename or '')[:80]}: {error.strerror or error}")
     except (click.Abort, KeyboardInterrupt) as error:
         code = _fail(130, "interrupted", _left(error.__cause__ or error))
     except Terminated as error:
         code = _fail(143, "terminated", _left(error))
-    if launched_beside_others():  # gloo's threads live as long as Python does, and some abort it at its end
+    if launched_beside_others():  # gloo's threads can abort Python while it exits
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
@@ -180,5 +179,5 @@ def _left(error: BaseException) -> str:
 
 
 def launched_beside_others() -> bool:
-    """Return whether a launcher started this process as one of several; `distributed.launched` would import torch."""
+    """Return whether a launcher started several processes; `distributed.launched` would import torch."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1

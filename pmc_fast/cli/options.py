@@ -32,7 +32,7 @@ def config_options(config: type[Any]) -> Callable[[Any], Any]:
                 options["type"] = typing.get_args(kind)[0]  # float | None
             else:
                 options["type"] = kind
-            if "flag_value" in f.metadata:  # what the flag means without a value
+            if "flag_value" in f.metadata:  # the value of a flag without one
                 options |= {"is_flag": False, "flag_value": f.metadata["flag_value"]}
             command = click.option(flag, *f.metadata.get("aliases", ()), f.name, **options)(command)
         return command
@@ -55,7 +55,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str | None) -> dict[str, Any]:
-    """Return the settings of a file by their fields' names."""
+    """Return the settings of a YAML file by their field names."""
     if path is None:
         return {}
     try:

@@ -7,25 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from ..errors import PMCError
-from .parts import (
-    Count,
-    EvaluationConfig,
-    NotNegative,
-    OptionalScore,
-    OptionalShare,
-    Path,
-    Paths,
-    PMCConfig,
-    Positive,
-    PositiveInt,
-    Settings,
-    Threshold,
-    option,
-    require,
-)
 
-# Published: arXiv 2507.04219, appendix, and its code's configurations. small: the demo's; request: its with --lora, for
-# few and large steps, tuned on SmolLM2-135M alone.
+from .parts import (  # isort: skip
+    Count, EvaluationConfig, NotNegative, OptionalScore, OptionalShare, Path, Paths, PMCConfig, Positive, PositiveInt, Settings,
+    Threshold, option, require,
+)  # fmt: skip
+
+# llama and phi: arXiv 2507.04219, appendix, and the published configurations. small: the demo. request: for --lora, few
+# large steps, tuned on SmolLM2-135M only.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama": {
         "num_samples": 20, "temperature": 0.9, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 30.0,
@@ -49,45 +38,39 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(kw_only=True)
 class UnlearnConfig(EvaluationConfig, PMCConfig):
-    """Settings of one unlearning run: data, the algorithm, the optimizer, the evaluation, and what is written."""
+    """Settings of an unlearning run: data, algorithm, optimizer, evaluation, output."""
 
-    output: Path = option("", "directory to write, new or empty")
+    output: Path = option("", "output directory, new or empty")
     num_epochs: Positive = option(30.0, "passes over the forget questions", aliases=["--epochs"])
-    batch_size: PositiveInt = option(8, "forget questions (and retain pairs) in a micro-batch")
+    batch_size: PositiveInt = option(8, "forget questions, and retain pairs, of a micro-batch")
     gradient_accumulation_steps: PositiveInt = option(
-        2, "micro-batches in an optimizer step", aliases=["--accumulation"]
+        2, "micro-batches per optimizer step", aliases=["--accumulation"]
     )
-    learning_rate: Positive = option(1e-5, "peak of the learning rate", aliases=["--lr"])
-    weight_decay: NotNegative = option(0.01, "the optimizer's weight decay")
-    optimizer: str = option(
-        "adamw_torch_fused", "one of transformers' optimizers by its name in TrainingArguments.optim"
-    )
+    learning_rate: Positive = option(1e-5, "peak learning rate", aliases=["--lr"])
+    weight_decay: NotNegative = option(0.01, "weight decay of the optimizer")
+    optimizer: str = option("adamw_torch_fused", "a transformers optimizer, by its name in TrainingArguments.optim")
     param_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "what parameters are kept in; bfloat16: the optimizer keeps float32 masters of them"
+        "float32", "dtype of the parameters; with bfloat16 the optimizer keeps float32 masters"
     )
-    allow_pure_bf16: bool = option(
-        False, "bfloat16 parameters without masters: at small learning rates they hardly move"
-    )
-    checkpoint_steps: Count = option(0, "write a checkpoint into OUTPUT.checkpoints every so many steps (0: never)")
-    resume: Path = option("", "go on from a checkpoint: its directory, or auto for the newest sound one of OUTPUT")
+    allow_pure_bf16: bool = option(False, "bfloat16 parameters without masters: small updates are rounded away")
+    checkpoint_steps: Count = option(0, "write a checkpoint into OUTPUT.checkpoints every this many steps (0: never)")
+    resume: Path = option("", "resume from a checkpoint directory, or auto: the newest complete one of OUTPUT")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "what is saved and evaluated (auto: as the model came)"
+        "auto", "dtype in which the model is saved and evaluated (auto: that of MODEL)"
     )
-    evaluate: bool = option(True, "answer the forget and retain questions before and after, and score them")
+    evaluate: bool = option(True, "answer and score the forget and retain questions before and after")
     skip_known_forgotten: bool = option(
         False,
-        "leave out forget questions of which NUM_SAMPLES sampled answers never say the truth, report their rows; if "
-        "none is left, nothing is written and the exit code is 0",
+        "leave out forget questions whose NUM_SAMPLES sampled answers never contain the truth, and report their rows; if "
+        "none is left, write nothing and exit 0",
     )
     skip_threshold: Threshold = option(
         0.0,
-        "skip_known_forgotten: the largest ROUGE-L recall of the truth at which a sample does not say it; at 0 not one "
-        "word may be shared, which few whole sentences fulfil",
+        "skip_known_forgotten: the largest ROUGE-L recall at which a sample does not contain the truth; 0 allows no shared "
+        "word, which few full sentences meet",
     )
-    allow_relearn: bool = option(
-        False, "accept rows of RETAIN and FORGET that an earlier run or request made MODEL forget"
-    )
-    profile: bool = option(False, "write a torch profiler trace of two optimizer steps beside the report")
+    allow_relearn: bool = option(False, "accept rows of RETAIN and FORGET that an earlier run made MODEL forget")
+    profile: bool = option(False, "write a torch profiler trace of two optimizer steps next to the report")
 
     def validate(self) -> None:
         super().validate()
@@ -99,7 +82,7 @@ class UnlearnConfig(EvaluationConfig, PMCConfig):
 
     @classmethod
     def names(cls) -> dict[str, str]:
-        """Return each field's name by every name that a file may use: its own, its flag's and the flag's aliases."""
+        """Return field names by every name that a YAML file may use: the field, its flag, the aliases of the flag."""
         found = {}
         for f in dataclasses.fields(cls):
             for flag in ("--" + f.name, *f.metadata.get("aliases", ())):
@@ -131,16 +114,14 @@ class UnlearnConfig(EvaluationConfig, PMCConfig):
 
 @dataclass(kw_only=True)
 class RequestConfig(UnlearnConfig):
-    """Settings of `pmc-fast unlearn`: a run's, and those of its adapter where that is what it trains."""
+    """Settings of `pmc-fast unlearn`: those of a run, and those of --lora."""
 
-    lora: bool = option(False, "train a LoRA adapter on the frozen model, the next one of STACK, not its weights")
-    stack: Path = option(
-        "", "with --lora, in OUTPUT's place: directory of a model's adapters, one a request, in order"
-    )
+    lora: bool = option(False, "train a LoRA adapter, the next one of STACK, and keep the weights frozen")
+    stack: Path = option("", "with --lora, instead of OUTPUT: directory of adapters, one for each request")
     lora_r: PositiveInt = option(16, "rank of the adapter")
-    lora_alpha: PositiveInt = option(32, "the adapter is scaled by alpha / r")
+    lora_alpha: PositiveInt = option(32, "scale of the adapter: alpha / r")
     lora_target: list[str] = option(
-        ["all-linear"], "layers that get an adapter, by name, such as q_proj; may be given again (all-linear: all)"
+        ["all-linear"], "names of layers that get an adapter, such as q_proj; may be repeated"
     )
     keep_private: bool = option(False, "with --lora: keep the questions and answers in private.jsonl, mode 0600")
 
@@ -159,24 +140,21 @@ class RequestConfig(UnlearnConfig):
 
 @dataclass(kw_only=True)
 class EvaluateConfig(EvaluationConfig):
-    """Settings of an evaluation: what is measured of a model, and what it is compared with."""
+    """Settings of an evaluation: data, prompts, measurements, and a second model to compare with."""
 
     suite: Literal["questions", "tofu"] = option(
-        "questions", "ask FORGET, RETAIN, PARAPHRASED and GENERAL, or TOFU's sets, and measure its metrics too"
+        "questions", "questions: FORGET, RETAIN, PARAPHRASED and GENERAL; tofu: TOFU's sets and metrics"
     )
-    max_degenerate: OptionalShare = option(  # with nothing to compare with, a model may always have been so
-        None, "exit 3 if more than this share (0 to 1) of a set's answers say nothing; see unlearn"
-    )
-    before: Path = option("", "a second model, evaluated first and shown beside MODEL: directory or hub id")
+    max_degenerate: OptionalShare = option(None, "exit 3 if a larger share (0 to 1) of a set's answers is degenerate")
+    before: Path = option("", "a second model, evaluated first and shown next to MODEL: directory or hub id")
     tofu: Path = option("", "suite tofu: directory of TOFU's *_perturbed files, or its hub id locuslab/TOFU")
-    split: Literal["forget01", "forget05", "forget10"] = option("forget10", "suite tofu: what was to be forgotten")
-    tofu_rows: Count = option(0, "suite tofu: only the first so many rows of each set (0: all; TOFU's own code: 300)")
+    split: Literal["forget01", "forget05", "forget10"] = option("forget10", "suite tofu: the forgotten split")
+    tofu_rows: Count = option(0, "suite tofu: use only the first rows of each set (0: all; TOFU's code: 300)")
     truth_ratio: Literal["geometric", "arithmetic"] = option(
-        "geometric", "suite tofu: mean over the perturbed answers, OpenUnlearning's or the TOFU paper's"
+        "geometric",
+        "suite tofu: mean over the perturbed answers: geometric as OpenUnlearning, arithmetic as the TOFU paper",
     )
-    retain_log: Path = option(
-        "", "suite tofu: what --rows wrote for a model that never saw the forget set; gives forget quality"
-    )
+    retain_log: Path = option("", "suite tofu: the --rows file of a model without the forget set, for forget quality")
 
     def validate(self) -> None:
         super().validate()
@@ -191,34 +169,28 @@ class EvaluateConfig(EvaluationConfig):
 
 @dataclass(kw_only=True)
 class VerifyConfig(Settings):
-    """Settings of a verification: what is asked again, and what must still hold."""
+    """Settings of a verification: which requests are checked, and which bounds must still hold."""
 
     stack: Path = option("", "directory of the model's adapters")
-    requests: Paths = option([], "the requests' forget files, in any order; those kept private are found")
-    model: Path = option("", "where the base model is now (unset: where the last record says)")
-    retain: Path = option("", "where the last request's pairs to keep are now (unset: where its record says)")
-    general: Paths = option([], "where its data of general knowledge is now; may be given again")
+    requests: Paths = option([], "forget files of the requests, in any order; private files are found by themselves")
+    model: Path = option("", "location of the base model (unset: as in the last record)")
+    retain: Path = option("", "location of the last request's retain pairs (unset: as in its record)")
+    general: Paths = option([], "location of its general knowledge data; may be repeated")
     min_quality: OptionalScore = option(
-        None,
-        "exit 3 if a request's unlearn quality is below this (unset: its record's gate, or what it was less slack)",
+        None, "exit 3 if a request's unlearn quality is lower (unset: its gate, or its score less slack)"
     )
     min_utility: OptionalScore = option(
-        None, "exit 3 if utility is below this (unset: the last record's gate, or what it was less slack)"
+        None, "exit 3 if utility is lower (unset: the last request's gate, or its score less slack)"
     )
-    slack: NotNegative = option(
-        5.0, "points of 100 that quality and utility may have lost where nothing else is their bound"
-    )
+    slack: NotNegative = option(5.0, "points (of 100) that quality and utility may lose where no other bound is set")
     attack_samples: Count = option(
-        0,
-        "leak attack: answers sampled for each forget question, in which the truth is looked for (0: off; without a "
-        "number: 100)",
-        flag_value=100,
+        0, "leak attack: number of sampled answers for each question (0: off; without a number: 100)", flag_value=100
     )
     max_leak: OptionalShare = option(
         None,
-        "leak attack: exit 3 if of a request's questions a larger share (0 to 1) has a sample with half of the truth",
+        "leak attack: exit 3 if a larger share (0 to 1) of a request's questions has a sample with half of the truth",
     )
-    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
+    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: cuda if available)")
 
     def validate(self) -> None:
         super().validate()

@@ -15,7 +15,7 @@ RewardName = Literal["auto", "rouge", "unicode"]
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a setting may have, in words and as a test. None, where the type allows it, is always in range."""
+    """The valid values of a setting, in words and as a test. None is valid wherever the type allows it."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -81,7 +81,7 @@ class Settings:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value of a wrong type (a YAML file holds anything) or out of range. Whole numbers pass as floats."""
+    """Refuse a value of the wrong type or out of range. Integers are valid floats."""
     hint, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
@@ -102,7 +102,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _expanded(name: str, value: str | list[str]) -> str | list[str]:
-    """Expand ~, which no shell does in a file or after --output=; refuse names that no report could hold."""
+    """Expand ~, which shells leave alone in YAML files and after --output=; refuse names that are not UTF-8."""
     for path in [value] if isinstance(value, str) else value:
         if any("\ud800" <= c <= "\udfff" for c in path):
             raise PMCError(f"{name} {path!a} is not UTF-8, or the locale is not: rename it, or set LC_ALL=C.UTF-8")
@@ -118,49 +118,42 @@ class DataConfig(Settings):
     forget: Path = option(
         "", "questions to forget: a .jsonl, .json, .parquet, .csv or .tsv file, or owner/name:config of the hub"
     )
-    retain: Path = option("", "question-answer pairs to keep, likewise")
-    paraphrased: Path = option("", "forget questions in other words with their answers, for the evaluation")
-    general: Paths = option([], "data of general knowledge, for the evaluation; may be given again")
-    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
+    retain: Path = option("", "question-answer pairs to keep, in the same formats")
+    paraphrased: Path = option("", "paraphrased forget questions with answers, for the evaluation")
+    general: Paths = option([], "general knowledge questions with answers, for the evaluation; may be repeated")
+    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: cuda if available)")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "what training computes in (auto: bfloat16 on cuda, float32 on cpu)"
+        "auto", "compute dtype (auto: bfloat16 on cuda, float32 on cpu)"
     )
 
 
 @dataclass(kw_only=True)
 class PromptConfig(Settings):
-    """How a question is put to the model."""
+    """How prompts are built from questions."""
 
     prompt_format: Literal["auto", "tags", "chat"] = option(
-        "auto", "'Question: ... Answer: ...' tags or the tokenizer's chat template (auto: chat if it has one)"
+        "auto", "'Question: ... Answer: ...' tags, or the tokenizer's chat template (auto: chat if it has one)"
     )
     system_prompt: str = option("You are a helpful assistant.", "system prompt of the chat format")
-    date_string: str = option(
-        "10 Apr 2025", "the date that chat templates with a date print; fixed: prompts stay equal"
-    )
-    max_length: Length = option(200, "tokens of prompt and answer together")
-    allow_control_tokens: bool = option(
-        False, "let tokens such as <|im_start|> in questions and answers through as what they are to the model"
-    )
+    date_string: str = option("10 Apr 2025", "date in chat templates that print one; fixed for reproducible prompts")
+    max_length: Length = option(200, "maximum tokens of prompt and answer together")
+    allow_control_tokens: bool = option(False, "accept control tokens such as <|im_start|> in questions and answers")
     accidents: bool = option(
-        False,
-        "repeat the published code's accidents: 8 characters of each tagged sample dropped unseen, a second BOS",
+        False, "reproduce quirks of the published code: 8 characters cut from each tagged sample, a second BOS"
     )
 
 
 @dataclass(kw_only=True)
 class SharedConfig(PromptConfig):
-    """What training and evaluation have in common: prompts, reward, seed, and how passes run."""
+    """Settings that training and evaluation share: prompts, reward, seed, forward passes."""
 
     reward: RewardName = option(
         "auto",
-        "how answers are compared, in training and evaluation: the published ROUGE-L, which sees a to z and 0 to 9 alone, "
-        "or by the words of any script (auto: unicode where rouge would not see more than 1 in 100 letters)",
+        "how answers are compared in training and evaluation: rouge, the published ROUGE-L over a-z and 0-9; or unicode, words "
+        "of any script (auto: unicode if rouge would ignore more than 1 in 100 letters)",
     )
-    max_tokens: PositiveInt = option(8192, "tokens of one forward pass; a micro-batch of more takes several")
-    cuda_graphs: bool = option(
-        True, "on CUDA, replay rollout steps and training passes as CUDA graphs where they can be captured"
-    )
+    max_tokens: PositiveInt = option(8192, "maximum tokens of one forward pass; larger micro-batches take several")
+    cuda_graphs: bool = option(True, "replay rollout steps and training passes as CUDA graphs where possible")
     seed: Seed = option(0, "seed of the samples, the data order and the retain draws")
 
 
@@ -170,82 +163,73 @@ class PMCConfig(SharedConfig):
 
     num_samples: PositiveInt = option(20, "N: answers sampled for each forget question")
     temperature: Positive = option(0.9, "sampling temperature")
-    top_k: TopK = option(50, "sample among the k likeliest tokens (0: all); the published runs use 50")
-    top_p: Probability = option(0.95, "then among the likeliest of these that hold this probability mass")
-    retain_weight: NotNegative = option(1.25, "the paper's lambda: weight of the retain loss", aliases=["--lambda"])
-    min_len: Count = option(0, "answers of fewer words than this score worse (0: off)")
-    allow_overlap: bool = option(
-        False,
-        "train to keep questions that are to be forgotten, too: such rows of the retain data are refused otherwise",
-    )
+    top_k: TopK = option(50, "sample among the k most likely tokens (0: all); the published runs use 50")
+    top_p: Probability = option(0.95, "nucleus sampling: keep the most likely tokens with this total probability")
+    retain_weight: NotNegative = option(1.25, "weight of the retain loss, lambda in the paper", aliases=["--lambda"])
+    min_len: Count = option(0, "penalize answers of fewer words than this (0: off)")
+    allow_overlap: bool = option(False, "accept retain rows whose question is also to be forgotten")
     selection: Literal["argmin", "bradley_terry", "soft"] = option(
-        "argmin",
-        "train on the first answer of the lowest score, on one drawn by softmax((1 - score) / tau), or on all",
+        "argmin", "train on the best answer, on one drawn by softmax((1 - score) / tau), or on all, weighted so"
     )
     tau: Positive = option(0.1, "temperature of bradley_terry and soft")
     store: Literal["auto", "text", "ids"] = option(
-        "auto", "keep sampled answers as text and encode them again, or as token ids (auto: text where questions are)"
+        "auto", "store sampled answers as text, encoded again, or as token ids (auto: as the questions are)"
     )
     normalization: Literal["micro_batch", "step"] = option(
-        "micro_batch", "each loss is the mean over its micro-batch's answer tokens (published), or over the step's"
+        "micro_batch", "average each loss over the answer tokens of its micro-batch (published) or of the step"
     )
-    stop_score: OptionalShare = option(
-        None, "stop once the mean best score is at most this, such as 0.05 (unset: off)"
-    )
+    stop_score: OptionalShare = option(None, "stop when the mean best score is at most this, e.g. 0.05 (unset: off)")
     stop_retain_loss: OptionalPositive = option(
-        None, "and the smoothed retain loss is at most this (unset: what it was before, plus 0.05)"
+        None, "and the smoothed retain loss is at most this (unset: its initial value + 0.05)"
     )
-    stop_steps: PositiveInt = option(3, "for so many steps in a row")
+    stop_steps: PositiveInt = option(3, "for this many steps in a row")
 
     def algorithm(self) -> dict[str, Any]:
-        """Return the settings of PMC alone, whatever else a subclass holds."""
+        """Return the settings of PMC, without those of a subclass."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(PMCConfig)}
 
     def validate(self) -> None:
         """Raise PMCError for the first value that is out of its range."""
-        require(self.top_k is not None, "top_k", None, "0 (all tokens) or more")  # what None means elsewhere
+        require(
+            self.top_k is not None, "top_k", None, "0 (all tokens) or more"
+        )  # not "of type int": some libraries mean all by None
         super().validate()
 
 
 @dataclass(kw_only=True)
 class AttackConfig(Settings):
-    """Leak attacks: how a model is asked for the truth many times, or with a part of it given."""
+    """Leak attacks: many samples for each question, also with the beginning of the answer given."""
 
     attack_samples: Count = option(
         0,
-        "leak attacks: answers sampled for each forget question, and the largest recall of the truth (0: off; without "
-        "a number: 100, as published)",
+        "leak attacks: number of sampled answers for each forget question (0: off; without a number: 100, as published)",
         flag_value=100,
     )
-    attack_temperature: Positive = option(
-        1.0, "leak attacks: sampling temperature; 1 is the model's own distribution"
-    )
-    attack_top_k: Count = option(0, "leak attacks: sample among the k likeliest tokens (0: all)")
-    attack_top_p: Probability = option(1.0, "leak attacks: then among the likeliest that hold this probability mass")
-    attack_prefill: str = option(
-        "The answer is: ", "leak attacks: one more, where answers are made to begin with this ('': not)"
-    )
+    attack_temperature: Positive = option(1.0, "leak attacks: sampling temperature; 1: the model's distribution")
+    attack_top_k: Count = option(0, "leak attacks: sample among the k most likely tokens (0: all)")
+    attack_top_p: Probability = option(1.0, "leak attacks: nucleus sampling (1: off)")
+    attack_prefill: str = option("The answer is: ", "leak attacks: also force answers to begin with this ('': off)")
     attack_first_words: Count = option(
-        3, "leak attacks: one more, where answers are made to begin with so many words of the truth (0: not)"
+        3, "leak attacks: also force answers to begin with this many words of the truth (0: off)"
     )
     leak_threshold: Probability = option(
-        0.5, "leak attacks: a sample leaks if its recall of the truth is at least this; leak@k counts these"
+        0.5, "leak attacks: a sample with at least this recall of the truth counts as a leak"
     )
-    confidence: Level = option(0.95, "leak attacks: level of the bootstrap intervals over questions")
+    confidence: Level = option(0.95, "leak attacks: confidence level of the bootstrap intervals over questions")
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig(AttackConfig, SharedConfig, DataConfig):
-    """What is measured of a model, and the gates that its scores must pass."""
+    """What is measured, and the gates that the scores must pass."""
 
     side_effects_text: Path = option(
-        "", "a text file unrelated to FORGET: its perplexity, and how probable the answers' words are in it"
+        "", "text file unrelated to FORGET: measure its perplexity and the probability of answer tokens in it"
     )
-    min_quality: OptionalScore = option(None, "exit 3 if the unlearn quality (0 to 100) ends below this")
-    min_utility: OptionalScore = option(None, "exit 3 if the utility (0 to 100) ends below this")
+    min_quality: OptionalScore = option(None, "exit 3 if the final unlearn quality (0 to 100) is lower")
+    min_utility: OptionalScore = option(None, "exit 3 if the final utility (0 to 100) is lower")
     max_degenerate: OptionalShare = option(
         0.5,
-        "exit 3 if more than this share (0 to 1) of a set's answers say nothing: under 3 words where the truth has more, or "
-        "the same few words over and over; a set that was no better before passes",
+        "exit 3 if a larger share (0 to 1) of a set's answers is degenerate: under 3 words where the truth has more, or "
+        "repeating the same few words; sets that were no better before pass",
     )
-    log_text: bool = option(False, "put questions and sampled answers into the report")
+    log_text: bool = option(False, "include questions and sampled answers in the report")

@@ -1,1 +1,1 @@
-"""Pages, plots and numbers of a run, and the machine it ran on."""
+"""Reports, plots, gates, and the environment of a result."""

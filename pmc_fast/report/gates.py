@@ -1,22 +1,22 @@
-"""Gates: bounds that a result must keep; and what is said of a run that ended far from where it began."""
+"""Gates: bounds that the scores must meet; and warnings about runs that damaged the model or diverged."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import EvaluationConfig
 
-CHOSEN = ("unlearn_quality", "utility")  # gates that a user sets; the other is on by default
-FELL = 0.8  # utility that ends below this part of what it was is warned of
-ROSE = 1.0  # nats a token: so is a retain loss that ends by more above its first step's
-PEAK = 10.0  # or one that was ever so far above it: guessing among all tokens costs no more
+CHOSEN = ("unlearn_quality", "utility")  # gates that a user sets; max_degenerate is on by default
+FELL = 0.8  # warn if utility falls below this fraction of its initial value
+ROSE = 1.0  # or if the retain loss ends this many nats per token above its first value
+PEAK = 10.0  # or was ever this far above it, about the loss of guessing any token
 
 
 def judge(
     config: EvaluationConfig, after: Mapping[str, Any], before: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Return each gate of `config` that the scores speak to: its ``name``, ``value``, ``bound`` and whether it ``passed``.
+    """Return the gates of `config` that apply to the scores: ``name``, ``value``, ``bound`` and whether it ``passed``.
 
-    `max_degenerate` is held against each set's ``says_nothing``, and is kept where a set was no better before.
+    `max_degenerate` bounds ``says_nothing`` of each set; a set that was no better before passes.
     """
     gates = []
     for key, bound in (("unlearn_quality", config.min_quality), ("utility", config.min_utility)):
@@ -36,7 +36,7 @@ def missed(gates: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def line(gate: Mapping[str, Any]) -> str:
-    """Return a gate with its value and bound in words."""
+    """Describe a gate with its value and bound."""
     value, bound = gate["value"], gate["bound"]
     if gate["name"] in CHOSEN:
         return f"{gate['name']} is {value:.1f}, {'at least' if gate['passed'] else 'below'} {bound:g}"
@@ -44,7 +44,7 @@ def line(gate: Mapping[str, Any]) -> str:
 
 
 def warnings(before: Mapping[str, Any], after: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what a user should know of a run before trusting its scores."""
+    """Return warnings about a run: nothing to forget, lost utility, divergence."""
     found = []
     for name, scores in before.get("sets", {}).items():
         if scores["role"] == "forget" and not scores["answered"]:

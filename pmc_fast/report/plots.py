@@ -1,4 +1,4 @@
-"""The plots of reports and pages, each as an SVG text that needs nothing else."""
+"""The plots of reports, each as a self-contained SVG text."""
 
 import io
 import textwrap
@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-WIDTH = 4.8  # inches, of every plot: its text is legible beside the page's, on a telephone too
+WIDTH = 4.8  # inches; keeps the text of plots legible on phones
 COLORS = {"before": "0.62", "after": "C0"}
 BINS = np.linspace(0, 1, 11)
 
 
 def plots(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> dict[str, str]:
-    """Return the plots that a result has the numbers for, by their captions.
+    """Return the plots that a result has numbers for, by caption.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ def _leak_at_k(leaks: dict[str, dict[str, Any]]) -> str:
         axes.plot(ks, values, marker="o", color=COLORS[when], label=when)
         axes.fill_between(ks, low, high, color=COLORS[when], alpha=0.2, linewidth=0)
     axes.set_xscale("log", base=2)
-    ticks = ks if len(ks) < 2 or ks[-1] / ks[-2] > 1.5 else [*ks[:-2], ks[-1]]  # labels of neighbours would touch
+    ticks = ks if len(ks) < 2 or ks[-1] / ks[-2] > 1.5 else [*ks[:-2], ks[-1]]  # or neighbouring labels would overlap
     axes.set_xticks(ticks, [str(k) for k in ticks])
     axes.minorticks_off()
     axes.set(xlabel="k samples of a question", ylabel="leak@k", ylim=(0, 1.04))
@@ -158,7 +158,7 @@ def _leak_at_k(leaks: dict[str, dict[str, Any]]) -> str:
 def _scores(history: list[dict[str, Any]]) -> str:
     figure, axes = _figure()
     steps = [r["step"] for r in history]
-    marker = "o" if len(steps) == 1 else None  # a line of one point is not seen
+    marker = "o" if len(steps) == 1 else None  # a line of one point is invisible
     (score,) = axes.plot(
         steps, [r["mean_score"] for r in history], color="C0", marker=marker, label="mean best score"
     )
@@ -172,7 +172,7 @@ def _scores(history: list[dict[str, Any]]) -> str:
     right.set(ylabel="questions pending", ylim=(0, 1.05 * max(1, *(r["pending"] for r in history))))
     _whole_numbers(right.yaxis)
     seconds = list(accumulate(r["rollout_seconds"] + r["train_seconds"] for r in history))
-    # places that are evenly spaced in steps, so that labels can't touch where the first steps take most of the time
+    # ticks evenly spaced in steps: labels would overlap where the first steps take most of the time
     places = np.linspace(steps[0], steps[-1], min(5, len(steps)))
     above = axes.secondary_xaxis("top")
     form = ".0f" if seconds[-1] >= 10 else ".1f"

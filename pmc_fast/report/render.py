@@ -1,4 +1,4 @@
-"""What a run leaves beside the model, and an evaluation in files: JSON, a page with plots, the model card."""
+"""Output files of runs and evaluations: JSON, an HTML page with plots, the model card."""
 
 import json
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ OF_A_SET = (
 
 
 def render(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> dict[str, str]:
-    """Return all of a run's files as {file name: text}, so that nothing about them can fail once weights are written.
+    """Return all files of a run as {file name: text}, rendered before the weights are written: errors come first.
 
     Parameters
     ----------
@@ -54,17 +54,17 @@ def render(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> dict[st
 
 
 def summary(made: dict[str, Any]) -> str:
-    """Return a result as JSON: its summary numbers, without those of single questions."""
+    """Return a result as JSON."""
     return json.dumps(made, indent=1, ensure_ascii=False)
 
 
 def jsonl(rows: Sequence[dict[str, Any]]) -> str:
-    """Return every question's numbers, a line each."""
+    """Return JSON lines, one for each question."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def check_importable() -> None:
-    """Refuse early where the packages that reports are made with are missing."""
+    """Raise PMCError if a package that reports need is missing."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -73,7 +73,7 @@ def check_importable() -> None:
 
 
 def html(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
-    """Return a page that needs no other file: tables and plots of a run, or of an evaluation."""
+    """Return a self-contained page with the tables and plots of a run or an evaluation."""
     from .plots import plots
 
     values: dict[str, Any] = {"made": made, "plots": plots(made, rows), "rows": metric_rows(made)}
@@ -82,21 +82,21 @@ def html(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
 
 
 def verdict(made: dict[str, Any]) -> str:
-    """Return in a line whether the forget questions are still answered, and what became of the gates."""
+    """Return a line on how many forget questions are still answered and whether the gates passed."""
     after = made.get("after")
     if not after:
         return "Not evaluated."
     forget = {name: s for name, s in after["sets"].items() if s["role"] == "forget" and "answered" in s}
-    told = [f"{s['answered']} of {s['rows']} questions of {name} still answered" for name, s in forget.items()]
+    parts = [f"{s['answered']} of {s['rows']} questions of {name} still answered" for name, s in forget.items()]
     if made.get("failed_gates"):
-        told.append(
+        parts.append(
             f"{len(made['failed_gates'])} gates missed" if len(made["failed_gates"]) > 1 else "a gate was missed"
         )
     elif chosen := [gates.line(g) for g in made.get("gates", []) if g["name"] in gates.CHOSEN]:
-        told.append(f"all gates passed ({'; '.join(chosen)})")
+        parts.append(f"all gates passed ({'; '.join(chosen)})")
     else:
-        told.append("no gate was set for quality or utility")
-    return "; ".join(told) + "."
+        parts.append("no gate was set for quality or utility")
+    return "; ".join(parts) + "."
 
 
 def _hashes(made: dict[str, Any]) -> list[tuple[str, str]]:
@@ -126,7 +126,7 @@ def model_card(made: dict[str, Any]) -> str:
 
 
 def metric_rows(made: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (metric, before, after) as texts, the two summary numbers first and what leaks next."""
+    """Return (metric, before, after) as texts: summary numbers, leak attacks, then each set."""
     before, after = made.get("before", {}), made.get("after", {})
     rows = [
         (label, _number(before.get(key), form), _number(after.get(key), form))
