@@ -20,8 +20,8 @@ from setuptools.modified import newer_group
 
 CUDA = "pmc_fast._cuda"
 CUDA_ONLY = "csrc/bindings_cuda.cpp"
-# A100, H100, B200; later chips compile the last one's PTX when they first load it
-CHIPS = tuple(int(chip) for chip in os.environ.get("PMC_FAST_CHIPS", "80,90,100").split(","))
+# A100, RTX 40 and L4, H100, B200, RTX 50; later chips compile the last one's PTX when they first load it
+CHIPS = tuple(int(chip) for chip in os.environ.get("PMC_FAST_CHIPS", "80,89,90,100,120").split(","))
 NO_NVCC = "nvcc not found: install the CUDA toolkit, or set CUDA_HOME or NVCC"
 WANTED = os.environ.get("PMC_FAST_CUDA", "")
 
@@ -39,7 +39,8 @@ def nvcc_command(nvcc: str, sources: list[str], target: str) -> list[str]:
     chips = [chip for chip in CHIPS if f"compute_{chip}" in known]  # an older toolkit knows fewer
     if not chips:
         raise ValueError(f"{nvcc} knows none of sm_{', sm_'.join(map(str, CHIPS))}")
-    codes = {chip: f"sm_{chip}" for chip in chips} | {chips[-1]: f"[sm_{chips[-1]},compute_{chips[-1]}]"}
+    # PTX of the last chip serves later ones, that of sm_100 what lies between
+    codes = {c: f"[sm_{c},compute_{c}]" if c in (100, chips[-1]) else f"sm_{c}" for c in chips}
     return [
         nvcc, "-shared", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden", "--threads", "0",
         *(["-ccbin", os.environ["CXX"].split()[0]] if "CXX" in os.environ else []),

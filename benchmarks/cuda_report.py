@@ -20,7 +20,7 @@ from typing import Any
 import triton
 
 # opt-in shared memory a block may take, bytes (CUDA programming guide, technical specifications)
-CHIPS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+CHIPS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TYPES = {"f": "f32", "d": "f64", "NS_8BFloat16E": "bf16"}
 SIZES = {"f32": 4, "f64": 8, "bf16": 2}
 KERNELS = {

@@ -31,7 +31,7 @@ from pmc_fast.kernels import (
 )
 
 # opt-in shared memory a block may take, bytes (CUDA programming guide, technical specifications)
-CHIPS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+CHIPS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 DTYPES = ("fp32", "bf16", "fp16")
 FLAGS = (False, True)
 
