@@ -74,8 +74,9 @@ class PackedLoss:
             )
             loss, logps = self.packed(p, row_scale, model=model)
             is_retain = torch.tensor(p.sequences) >= len(collapse)
-            group = is_retain.repeat_interleave(p.cu_targets.diff()).long().to(device)
-            sums = sums.index_add(0, group, -logps.double() * mean.double().to(device))
+            group = is_retain.repeat_interleave(p.cu_targets.diff()).long().to(device, non_blocking=True)
+            # behind the pass in the queue: a copy that waits would keep the host from preparing the next pass
+            sums = sums.index_add(0, group, -logps.double() * mean.double().to(device, non_blocking=True))
             yield Loss(loss, sums[0], sums[1], _counters(p))
         for _ in range(count - len(packs)):
             blank = pack([[Encoded([0, 0], [IGNORED, 0])]], 2)[0]

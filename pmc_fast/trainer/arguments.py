@@ -34,6 +34,8 @@ class PublishedDefaults:
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping, as published"})
     optim: str = _default("optim", "adamw_torch_fused")
     save_strategy: str = _default("save_strategy", "no")  # checkpoints hold initial answers: on demand only
+    # the filter waits for the device in every micro-batch; a loss that is not finite ends the run, once a step
+    logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)
     warmup_epochs: float = field(default=1.0, metadata={"help": "epochs of warm-up where warmup_steps is 0"})
     master_weights: bool = field(
         default=True, metadata={"help": "the optimizer keeps float32 masters of bfloat16 parameters"}
