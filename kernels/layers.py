@@ -1,11 +1,11 @@
-"""What lies between a model's matrix products: RMS norm, rotary embedding, silu(gate) * up, each way one launch; Triton.
+"""RMS norm, rotary embedding and silu(gate) * up, one launch each for forward and backward; Triton.
 
 Numbers are read once and written once, computed in float32. Traffic per number of b bytes: RMS norm 2 b, backward 3 b
-and a part of d(weight), 4 bytes, for each program; rotary (q and k at once) 2 b, backward 2 b (cosines and sines are read
-once for up to 2048 pairs); silu_mul 3 b, backward 5 b. The parts of d(weight) are added up after the launch: no atomics, an order of
-sums that follows from the shapes. No host sync, and grids that depend on shapes alone.
+and 4 bytes per program for its part of d(weight); rotary (q and k at once) 2 b, backward 2 b (cosines and sines are
+read once for up to 2048 pairs); silu_mul 3 b, backward 5 b. The parts of d(weight) are added up after the launch: no
+atomics, and an order of sums that depends on shapes alone. No host sync; grids depend on shapes alone.
 
-Its oracle is torch, in `tests/ops/test_cuda_layers.py`.
+Tested against torch in `tests/ops/test_cuda_layers.py`.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-PARTS = 256  # programs that d(weight) is shared out over at most
-# tile -> numbers it has at most, where a row of a norm is no longer than that
+PARTS = 256  # at most this many programs compute parts of d(weight)
+# numbers of a tile at most, or one row of a norm if that is longer
 CONFIGS = {"norm": 1024, "rotary": 2048, "silu_mul": 1024}
 
 

@@ -1,10 +1,9 @@
 """Rows of logits to log-probs of their targets and, in place, to d(logits); Triton.
 
-One program a row, two sweeps over it: the first reads it for the running maximum and sum, the second
-(with gradients) reads it again and writes d(logits) over it. Traffic per row of V
-logits of b bytes: 2 V b read, V b written. Deterministic: no atomics, a fixed order of sums.
-
-Its oracle is `pmc_fast.ops.nll_reference`; targets that are ignored never reach it.
+One program per row, two passes over it: the first computes the running maximum and sum, the second (with gradients)
+overwrites it with d(logits). Traffic per row of V logits of b bytes: 2 V b read, V b written. Deterministic: no
+atomics, a fixed order of sums. Ignored targets are left out by the caller. Tested against
+`pmc_fast.ops.nll_reference`.
 """
 
 import torch
@@ -67,8 +66,8 @@ def nll_rows_kernel(
     logits_ptr += row.to(tl.int64) * stride
     columns = tl.arange(0, BLOCK_V)
 
-    # Targets' logits are read before the sweeps overwrite them. They wait, transformed, in logps: the reductions of
-    # the first sweep are barriers between this loop and everything that follows.
+    # Targets' logits are read before the second pass overwrites them, and kept, transformed, in logps: the
+    # reductions of the first pass are barriers between this loop and everything that follows.
     scale_sum = 0.0
     best = float("-inf")  # the largest of them, and its token
     peak = -1
@@ -86,8 +85,8 @@ def nll_rows_kernel(
         best = tl.where(better, z, best)
         peak = tl.where(better, target.to(tl.int32), peak)
 
-    # Lane-wise running maximum and sum: one reduction at the end instead of one a block. Of all but `peak`: where
-    # that has nearly all mass, 1 - p and log p come from what the others hold, which would be rounded away beside it.
+    # Lane-wise running maximum and sum: one reduction at the end instead of one per block. Of all tokens but `peak`:
+    # where that has nearly all mass, 1 - p and log p come from the others' sum, which would be rounded away beside it.
     top = tl.full((BLOCK_V,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for v in range(0, vocab, BLOCK_V):
@@ -189,21 +188,7 @@ def nll_rows(
     block = min(config["BLOCK_V"], triton.next_power_of_2(logits.shape[1]))
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         nll_rows_kernel[(logits.shape[0],)](
-            logits,
-            logits.stride(0),
-            logits.shape[1],
-            logits if bias is None else bias,
-            cu_targets,
-            targets,
-            row_scale,
-            logps,
-            1.0 / temperature,
-            softcap,
-            logit_scale,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap != 0,
-            GRAD=grad,
-            BLOCK_V=block,
-            num_warps=config["num_warps"],
-            maxnreg=config["maxnreg"],
-        )
+            logits, logits.stride(0), logits.shape[1], logits if bias is None else bias, cu_targets, targets, row_scale,
+            logps, 1.0 / temperature, softcap, logit_scale, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap != 0,
+            GRAD=grad, BLOCK_V=block, num_warps=config["num_warps"], maxnreg=config["maxnreg"],
+        )  # fmt: skip

@@ -1,14 +1,13 @@
-"""Draws from rows of logits: temperature, top-k, top-p, then an exponential race; Triton, two launches.
+"""Sampling from rows of logits: temperature, top-k, top-p, then an exponential race; Triton, two launches.
 
-`select_kernel`, one program a row, reads it twice. The first sweep keeps each lane's maximum. A lower bound
-of what can be kept follows from those alone: the k-th largest of them for top_k, for top_p the logit under
-which all tokens together hold less than top_p leaves out. The second sweep sums and lists the tokens above
-the bound, for top_k few more than k. On that list the exact bar is found by bisection on the logits' bits,
-and the list is cut to it. Nothing is sorted, whatever the row holds. A list has room for CAPACITY tokens:
-where a flat row or a wide tie exceeds it, the row itself is walked in its place, slower and as exactly.
-Traffic per row of V logits of b bytes: 2 V b read.
+`select_kernel`, one program per row, reads it twice. The first pass keeps each lane's maximum. They give a lower
+bound of the logits that can be kept: for top_k the k-th largest of them, for top_p the logit below which all tokens
+together hold less than top_p leaves out. The second pass sums the row and lists the tokens above the bound, for
+top_k few more than k. On that list the exact threshold is found by bisection on the logits' bits, and the list is
+cut to it. Nothing is sorted. A list has room for CAPACITY tokens: where a flat row or a wide tie exceeds it, the row
+itself is read in its place, slower and as exactly. Traffic per row of V logits of b bytes: 2 V b read.
 
-`race_kernel`, one program a draw, walks the kept tokens. A token's random number is a function of (seed,
+`race_kernel`, one program per draw, reads the kept tokens. A token's random number is a function of (seed,
 stream, sample, position, token), as in csrc/philox.h, so a draw is the CPU's but for rounding.
 
 No host sync, no atomics, a fixed order of sums, shapes that depend on the inputs' shapes alone.
@@ -323,37 +322,10 @@ def sample_nucleus(
     select["BLOCK_V"] = min(select["BLOCK_V"], triton.next_power_of_2(vocab))
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         select_kernel[(rows,)](
-            logits,
-            logits.stride(0),
-            vocab,
-            list_,
-            capacity,
-            limits,
-            sums,
-            mass,
-            1.0 / temperature,
-            top_k,
-            float(top_p),
-            log_tail,
-            int(greedy),
-            **select,
-        )
+            logits, logits.stride(0), vocab, list_, capacity, limits, sums, mass,
+            1.0 / temperature, top_k, float(top_p), log_tail, int(greedy), **select,
+        )  # fmt: skip
         race_kernel[(len(streams),)](
-            logits,
-            logits.stride(0),
-            vocab,
-            rows,
-            list_,
-            capacity,
-            limits,
-            sums,
-            cu_draws,
-            streams,
-            samples,
-            positions,
-            tokens,
-            logps,
-            float(temperature),
-            seed % 2**64,
-            **CONFIGS["race"],
-        )
+            logits, logits.stride(0), vocab, rows, list_, capacity, limits, sums,
+            cu_draws, streams, samples, positions, tokens, logps, float(temperature), seed % 2**64, **CONFIGS["race"],
+        )  # fmt: skip

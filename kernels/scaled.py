@@ -1,10 +1,7 @@
-"""A tensor times one number that lies on the device; Triton.
+"""A tensor times a scalar tensor; Triton.
 
-A flat walk, one program a block of BLOCK numbers. Traffic per number of b bytes: b read, b written (where the result
-has another type, its own bytes); the factor is read once a program. The product is computed in float32 and rounded
-once.
-
-Its oracle is torch's product: `pmc_fast.ops.scaled`.
+One program per BLOCK numbers. Traffic per number of b bytes: b read, b written (another type's result: its own
+bytes). The product is computed in float32 and rounded once. Tested against torch's product.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""The package's operations, each with three implementations behind one front.
+"""The package's operations, each with three backends behind one function.
 
-``reference`` is plain torch and the oracle, ``cpu`` is C++, ``cuda`` is Triton. The tensor's device
-chooses; ``backend=`` overrides it. What an implementation does not support it refuses by name.
+``reference`` is plain torch, which the others are tested against, ``cpu`` is C++, ``cuda`` is Triton. The tensors'
+device decides; ``backend=`` overrides it. What a backend does not support is refused by name.
 """
 
 from .gather_logps import gather_logps

@@ -1,4 +1,4 @@
-"""Argument checks that several ops share: a named error before any work."""
+"""Argument checks, autocast and second derivatives: what ops share."""
 
 import contextlib
 import functools
@@ -48,7 +48,7 @@ def check_inputs(
 
 
 def check_ranges(op: str, targets: torch.Tensor, rows: torch.Tensor | None, vocab: int, num_rows: int) -> None:
-    """On the CPU, where it costs no sync, refuse targets and rows that are out of range."""
+    """Refuse targets and rows that are out of range, on the CPU alone: on CUDA it would cost a host sync."""
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
     outside = (targets != IGNORED) & ((targets < 0) | (targets >= vocab))
@@ -60,9 +60,9 @@ def check_ranges(op: str, targets: torch.Tensor, rows: torch.Tensor | None, voca
 
 
 def under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Cast as autocast casts a linear layer's inputs, where it is switched on."""
+    """Cast tensors as autocast casts a linear layer's inputs, if it is enabled."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:  # which autocast leaves alone
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:  # which autocast does not cast
         return list(tensors)
     return [t.to(torch.get_autocast_dtype(kind)) for t in tensors]
 

@@ -1,4 +1,4 @@
-"""Attention of rows over a pool of keys and values that histories share."""
+"""Attention of a decode step's rows over a pool of keys and values that token histories share."""
 
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -14,7 +14,7 @@ DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True)
 class StepIndex:
-    """Which pool slots each row sees; int32 tensors, rows of one prompt lying together in a block."""
+    """Which pool slots each row sees; int32 tensors. Rows of one prompt are neighbours and form a block."""
 
     slots: torch.Tensor  # [R]: where the row's own key and value go
     prefix_len: torch.Tensor  # [R]: how many slots of its block's prefix it sees
@@ -26,15 +26,15 @@ class StepIndex:
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """Return where the arrays lie, then the numbers of rows and blocks, as the kernels take them."""
+        """Return the arrays' addresses, then the numbers of rows and blocks, as the kernels take them."""
         tensors = [getattr(self, f.name) for f in fields(self)]
         rows, blocks = self.slots.shape[0], self.cu_rows.shape[0] - 1
         good = all(t.dtype == torch.int32 and t.dim() == 1 and t.is_contiguous() for t in tensors)
         good = good and self.prefix_len.shape[0] == rows == self.cu_suffix.shape[0] - 1
         good = good and self.cu_prefix.shape[0] - 1 == blocks >= 0
-        if good and self.slots.device.type == "cpu":  # where looking costs no sync
-            ends = (int(cu.numpy()[-1]) for cu in (self.cu_suffix, self.cu_prefix))  # no operation of torch's
-            good = all(end <= len(of) for end, of in zip(ends, (self.suffix, self.prefix), strict=True))
+        if good and self.slots.device.type == "cpu":  # on CUDA it would cost a host sync
+            ends = (int(cu.numpy()[-1]) for cu in (self.cu_suffix, self.cu_prefix))  # not a torch operation
+            good = all(end <= len(slots) for end, slots in zip(ends, (self.suffix, self.prefix), strict=True))
         if not good:
             raise PMCError("StepIndex: arrays must be int32, contiguous, and as long as rows, blocks and offsets say")
         return (*(t.data_ptr() for t in tensors), rows, blocks)
@@ -76,11 +76,11 @@ def decode_attention(
     index : StepIndex
         On the same device.
     scale : float
-        Of the products of queries and keys.
+        Factor of the products of queries and keys.
     softcap : float, optional
         z becomes softcap * tanh(z / softcap) before the softmax.
     window : int, optional
-        A row sees that many last positions, its own included.
+        A row sees this many last positions, its own included.
     backend : {"reference", "cpu", "cuda"}, optional
 
     Returns
@@ -113,15 +113,9 @@ def decode_attention(
     module = native.cpu() if backend == "cpu" else native.cuda()
     arguments = (
         *((t.data_ptr(), t.stride(0), t.stride(1)) for t in (q, k, v)),
-        k_pool.data_ptr(),
-        v_pool.data_ptr(),
-        out.data_ptr(),
-        (q.shape[1], k.shape[1], q.shape[2]),
-        scale,
-        softcap or 0.0,
-        window or 0,
-        index.addresses,
-    )
+        k_pool.data_ptr(), v_pool.data_ptr(), out.data_ptr(), (q.shape[1], k.shape[1], q.shape[2]),
+        scale, softcap or 0.0, window or 0, index.addresses,
+    )  # fmt: skip
     kernel = getattr(module, f"decode_attention_{DTYPES[q.dtype]}")
     if backend == "cpu":
         kernel(*arguments, k_pool.shape[0], native.isa(), torch.get_num_threads())

@@ -26,11 +26,11 @@ def gemm(
     Parameters
     ----------
     a : float32 Tensor [M, K]
-        Like b one that `gemm_serves`; rows or columns contiguous (others are copied first).
+        Rows or columns contiguous, as b's; others are copied first.
     b : float32 Tensor [K, N]
     bias : float32 Tensor [N], optional
     out : float32 Tensor [M, N], optional
-        Where to write; its rows must be contiguous but may lie apart.
+        Where to write; its rows must be contiguous, with any stride between them.
     add : bool
         Add to what is in `out`, instead of a bias.
 
@@ -47,19 +47,19 @@ def gemm(
     c = a.new_empty(m, n) if out is None else out
     if b.shape[0] != k or c.shape != (m, n) or (bias is not None and (add or bias.shape != (n,))):
         raise PMCError(f"gemm: a is {tuple(a.shape)}, b {tuple(b.shape)} and out {tuple(c.shape)}: they do not fit")
-    if _rows_apart(c) is None or (add and out is None):
+    if _row_stride(c) is None or (add and out is None):
         raise PMCError("gemm: out must have contiguous rows, and be given to add to it")
-    (a, a_turned, lda), (b, b_turned, ldb) = _as_stored(a), _as_stored(b)
+    (a, a_transposed, lda), (b, b_transposed, ldb) = _as_stored(a), _as_stored(b)
     bias = None if bias is None else bias.contiguous()
     native.cpu().gemm_f32(
         a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr(), c.data_ptr(),
-        (m, n, k), (lda, ldb, _rows_apart(c)), a_turned, b_turned, add, torch.get_num_threads(),
+        (m, n, k), (lda, ldb, _row_stride(c)), a_transposed, b_transposed, add, torch.get_num_threads(),
     )  # fmt: skip
     return c
 
 
-def _rows_apart(t: torch.Tensor) -> int | None:
-    """Return how far apart rows are, if each row is contiguous and none overlaps the next."""
+def _row_stride(t: torch.Tensor) -> int | None:
+    """Return the stride between rows, or None if a row is not contiguous or overlaps the next."""
     rows, size = t.shape
     if size > 1 and t.stride(1) != 1:
         return None
@@ -69,9 +69,9 @@ def _rows_apart(t: torch.Tensor) -> int | None:
 
 
 def _as_stored(t: torch.Tensor) -> tuple[torch.Tensor, bool, int]:
-    """Return a matrix that the C++ can read, whether it is stored turned, and how far its rows are apart."""
-    for turned, view in ((False, t), (True, t.T)):
-        apart = _rows_apart(view)
-        if apart is not None:
-            return t, turned, apart
+    """Return a matrix that the C++ can read, whether it is stored transposed, and the stride between its rows."""
+    for transposed, view in ((False, t), (True, t.T)):
+        stride = _row_stride(view)
+        if stride is not None:
+            return t, transposed, stride
     return t.contiguous(), False, t.shape[1]

@@ -10,14 +10,14 @@ from ..errors import PMCError
 ISAS = ("generic", "avx2", "avx512")  # as csrc/simd.h counts them
 
 
-@functools.cache  # asked for in every layer of every step
+@functools.cache  # called in every layer of every step
 def cpu() -> ModuleType:
     """Return the C++ module that every build of pmc_fast carries.
 
     Raises
     ------
     PMCError
-        The package was put in place without being built.
+        The package was not built.
     """
     try:
         return importlib.import_module("pmc_fast._cpu")
@@ -29,12 +29,12 @@ def cpu() -> ModuleType:
 
 @functools.cache
 def isa() -> int:
-    """Return which instructions the C++ uses: an index of ISAS, the machine's best or what PMC_FAST_ISA names.
+    """Return the instruction set that the C++ uses, an index of ISAS: the machine's best, or PMC_FAST_ISA.
 
     Raises
     ------
     PMCError
-        The variable names none, or one that this machine has not.
+        PMC_FAST_ISA is none of ISAS, or this machine does not have it.
     """
     best = cpu().best_isa()
     asked = os.environ.get("PMC_FAST_ISA") or ISAS[best]

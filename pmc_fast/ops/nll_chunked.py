@@ -1,4 +1,4 @@
-"""The shared frame of the fast paths: which rows count, chunks of them, three GEMMs a chunk.
+"""What the CPU and CUDA share of weighted_nll: rows that count, chunks of them, three GEMMs a chunk.
 
 Only a bounded chunk of logits exists at a time. A row kernel turns it into log-probs and, in place,
 into d(logits); since every row's scale is known up front, d(hidden) and d(head) follow at once and
@@ -23,7 +23,7 @@ class Logits:
 
 
 class Device(Protocol):
-    """What a device brings: its GEMMs and its row kernel."""
+    """What each device implements: GEMMs and a row kernel."""
 
     def chunk_rows(self, rows: int, head: torch.Tensor, workspace: int) -> int:
         """Return how many rows of logits to hold at once."""
@@ -58,9 +58,9 @@ class Device(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Hidden rows in the order of work (with a gradient, without one), and the targets of each."""
+    """Hidden rows in the order of processing (those with a gradient first), and the targets of each."""
 
-    rows: torch.Tensor | None  # int64 [used]: index into hidden; None: all of them as they stand
+    rows: torch.Tensor | None  # int64 [used]: index into hidden; None: all of them, in order
     used: int
     active: int  # the first `active` of them need a gradient
     order: torch.Tensor  # int64 [M]: targets by row; those that don't count come last
@@ -161,7 +161,7 @@ def run(
 
 
 def _boost(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return what brings the largest scale to 1: in float16 a mean's 1/M would underflow d(logits)."""
+    """Return the factor that makes the largest scale 1: in float16 a mean's 1/M would underflow d(logits)."""
     if dtype != torch.float16 or scale.numel() == 0:
         return None
     largest = scale.abs().max()

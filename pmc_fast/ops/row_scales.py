@@ -1,4 +1,4 @@
-"""From weights of sequences to scales of rows, and from row log-probs back to sequences."""
+"""Weights of sequences to scales of targets, and log-probs of targets to sequences."""
 
 from typing import Literal
 
@@ -18,7 +18,7 @@ def row_scales(
     reduction: Reduction = "token_mean",
     groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Fold weights and a reduction into one scale a target, for `weighted_nll`.
+    """Fold weights and a reduction into one scale per target, for `weighted_nll`.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def row_scales(
         -100 is not counted and gets scale 0.
     reduction : {"token_mean", "sequence_mean", "sum"}
         Mean over a group's tokens; mean over a group's sequences of the mean over their tokens;
-        or the sum. A sequence without a counted token has no part in a mean.
+        or the sum. A sequence without a counted token is not part of a mean.
     groups : int64 Tensor [S], optional
         The group of each sequence, from 0: means are taken inside a group (collapse, retain, each
         micro-batch) and the groups' losses add up. All one group by default.

@@ -1,4 +1,4 @@
-"""Draws from rows of logits: temperature, top-k, top-p, by an exponential race with keyed randomness."""
+"""Sampling from rows of logits: temperature, top-k, top-p, then an exponential race with keyed randomness."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from ..errors import PMCError
 from . import native
 from .dispatch import resolve_backend
 
-READS = {  # dtypes of logits
+DTYPES = {  # dtypes of logits
     "cpu": (torch.float32, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -60,7 +60,7 @@ def sample_nucleus(
     top_k : int
         0: all tokens.
     top_p : float
-        In (0, 1]; the fewest likeliest tokens that hold this share of what top_k leaves.
+        In (0, 1]; keeps the fewest likeliest tokens that hold this share of what top_k leaves.
     seed : int
     backend : {"reference", "cpu", "cuda"}, optional
         By default the device of logits decides.
@@ -86,11 +86,11 @@ def sample_nucleus(
             "top_k >= 0 and 0 < top_p <= 1"
         )
     chosen = resolve_backend(backend, logits.device)
-    if logits.dim() != 2 or logits.dtype not in READS[chosen] or logits.stride(1) != 1:
-        reads = " or ".join(str(dtype).removeprefix("torch.") for dtype in READS[chosen])
+    if logits.dim() != 2 or logits.dtype not in DTYPES[chosen] or logits.stride(1) != 1:
+        dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[chosen])
         raise PMCError(
             f"sample_nucleus: logits are {logits.dtype} on {logits.device}, strides {logits.stride()}: "
-            f"backend {chosen!r} needs {reads}, [R, V], last dimension contiguous"
+            f"backend {chosen!r} needs {dtypes}, [R, V], last dimension contiguous"
         )
     keys = [t.to(torch.int64).contiguous() for t in (cu_draws, streams, samples, positions)]
     if any(k.device != logits.device for k in keys):
@@ -112,27 +112,18 @@ def sample_nucleus(
     module = native.cpu()
     kernel = module.sample_nucleus_f32 if logits.dtype == torch.float32 else module.sample_nucleus_f64
     kernel(
-        logits.data_ptr(),
-        logits.stride(0),
-        *logits.shape,
-        temperature,
-        top_k,
-        top_p,
-        seed % 2**64,
-        *(t.data_ptr() for t in (*keys, *out)),
-        draws.tokens.shape[0],
-        native.isa(),
-        torch.get_num_threads(),
-    )
+        logits.data_ptr(), logits.stride(0), *logits.shape, temperature, top_k, top_p, seed % 2**64,
+        *(t.data_ptr() for t in (*keys, *out)), draws.tokens.shape[0], native.isa(), torch.get_num_threads(),
+    )  # fmt: skip
     return draws
 
 
 def _check_draws(keys: list[torch.Tensor], rows: int, *, values: bool) -> None:
     ends, draws = keys[0], keys[1].numel()
-    sound = ends.shape == (rows + 1,) and all(k.shape == (draws,) for k in keys[1:])
-    if sound and values:
-        sound = int(ends[0]) == 0 and int(ends[-1]) == draws and not bool((ends.diff() < 0).any())
-    if not sound:
+    valid = ends.shape == (rows + 1,) and all(k.shape == (draws,) for k in keys[1:])
+    if valid and values:
+        valid = int(ends[0]) == 0 and int(ends[-1]) == draws and not bool((ends.diff() < 0).any())
+    if not valid:
         raise PMCError(f"sample_nucleus: cu_draws must rise from 0 to {draws} over {rows} rows")
 
 

@@ -1,4 +1,4 @@
-"""A tensor times a number that only the device knows, rounded once."""
+"""A tensor times a scalar tensor on its device, rounded once."""
 
 import torch
 
@@ -39,7 +39,7 @@ def scaled(
 @torch.library.custom_op("pmc_fast::scaled", mutates_args=())
 @without_autocast
 def scaled_op(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
-    """Compute it: an op of its own, so that torch.compile may trace a backward that calls it."""
+    """Compute it: a custom op, so that torch.compile can trace a backward that calls it."""
     x = x.contiguous()
     y = torch.empty_like(x, dtype=dtype)
     if backend != "cuda" or torch.float64 in (x.dtype, dtype):

@@ -61,8 +61,8 @@ def weighted_nll(
     Returns
     -------
     loss : Tensor []
-        In max(float32, hidden's dtype). Differentiable, once, in hidden, head and bias; what does not
-        require a gradient is not computed.
+        In max(float32, hidden's dtype). Differentiable once, in hidden, head and bias; a gradient that is
+        not required is not computed.
     logps : Tensor [M]
         Log-probs of the targets, of the same dtype; not differentiable. 0 where the target is -100;
         computed where the scale is 0.
@@ -163,14 +163,14 @@ def _backward(ctx, g_loss, *_):  # type: ignore[no-untyped-def]
 def _times(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # d(head) is large: spare the CPU a pass over it in the usual case (a sync on CUDA, so not there)
     if type(upstream) is torch.Tensor and upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient.to(dtype, copy=_kept())  # another backward must not hand out the same memory
+        return gradient.to(dtype, copy=_keeps_graph())  # another backward must not hand out the same memory
     return scaled(gradient, upstream, dtype)
 
 
-def _kept() -> bool:
-    """Return whether the backward that runs keeps its graph for another; torch says so to its own code alone."""
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return asked is None or asked()
+def _keeps_graph() -> bool:
+    """Return whether the running backward was called with retain_graph, which only a private function of torch tells."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or keeps()
 
 
 weighted_nll_op.register_autograd(_backward, setup_context=_setup_context)

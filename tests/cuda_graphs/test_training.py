@@ -16,6 +16,7 @@ from pmc_fast.cuda_graphs.gradients import Gradients
 from pmc_fast.cuda_graphs.training import PassGraphs, Size, pad
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import num_targets, pack
+from pmc_fast.errors import PMCError
 from pmc_fast.models import packed_attention as op
 from pmc_fast.models.context import tolerance
 from pmc_fast.models.packed_forward import PackedPass, causal_lm
@@ -216,6 +217,13 @@ def test_a_loss_that_nobody_needs_costs_nothing(warm):
     with pytest.raises(RuntimeError, match="backward a second time"):
         loss.backward()
     same(gradients(model), plainly(model, second))
+
+
+def test_second_derivatives_are_refused(warm):
+    model, packed = warm
+    loss, _ = packed(*next(packs()))
+    with pytest.raises(PMCError, match="second derivatives"):  # also where the incoming gradient is a constant
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
 
 
 def switch_train(model):
