@@ -1,4 +1,4 @@
-"""The processes that train one model together: what they tell each other, and how they share work."""
+"""The processes that train one model together: collective calls, and how work is divided."""
 
 import os
 import re
@@ -19,7 +19,7 @@ GONE = re.compile(r"gloo|nccl|connection|peer|timed? ?out", re.IGNORECASE)  # in
 
 
 class Ranks:
-    """This process among those of a torch.distributed group; alone where there is none.
+    """This process's place in a torch.distributed group, or a single process.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class Ranks:
 
     Notes
     -----
-    Everything but `share` is a collective call: all processes make it, in the same order.
+    `gather`, `any` and `require_equal` are collective calls: all processes make them, in the same order.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -45,20 +45,20 @@ class Ranks:
         return distributed.get_rank(self._group) if _initialised() else 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Return those of `items`, the same list on all processes, that fall to this one."""
+        """Return this process's part of `items`, which is the same list on all processes."""
         return list(items[self.rank :: self.size])
 
     def gather(self, item: T) -> list[T]:
-        """Return every process's `item`, in the order of their ranks."""
+        """Return all processes' `item`, in the order of their ranks."""
         if self.size == 1:
             return [item]
-        made: list[Any] = [None] * self.size
+        items: list[Any] = [None] * self.size
         with self.watched():
-            distributed.all_gather_object(made, item, group=self._group)
-        return made
+            distributed.all_gather_object(items, item, group=self._group)
+        return items
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Return whether any process's `flag` is true; cheaper than `gather`."""
+        """Return whether `flag` is true on any process; cheaper than `gather`."""
         if self.size == 1:
             return flag
         count = torch.tensor([int(flag)], device=device)
@@ -67,7 +67,7 @@ class Ranks:
             return bool(count.item())
 
     def require_equal(self, what: dict[str, Any]) -> None:
-        """Refuse processes that do not agree on what the algorithm needs them to agree on, or do not know each other."""
+        """Refuse processes whose values in `what` differ, and ones whose process group is not initialised."""
         _, size = launched()
         if size > 1 and not _initialised():
             raise PMCError(
@@ -84,7 +84,7 @@ class Ranks:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Turn the errors of collective calls whose peers are gone into LostProcessError."""
+        """Raise LostProcessError where a collective call fails because another process has ended."""
         try:
             yield
         except RuntimeError as error:
@@ -93,8 +93,8 @@ class Ranks:
             raise
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Raise LostProcessError when the launcher ends this process because another one failed (SIGTERM)."""
+    def sigterm_raises(self) -> Iterator[None]:
+        """Raise LostProcessError on SIGTERM: launchers send it to all processes when one of them has failed."""
         if self.size == 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -110,12 +110,12 @@ class Ranks:
 
 
 def launched() -> tuple[int, int]:
-    """Return this process's rank and how many there are, as the launcher says, before torch.distributed is there.
+    """Return this process's rank and the number of processes from the launcher's environment variables.
 
     Raises
     ------
     PMCError
-        There is no launcher: a scheduler has set WORLD_SIZE alone.
+        There is no launcher: only WORLD_SIZE is set, as by a scheduler.
     """
     try:
         rank, ranks = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
@@ -130,7 +130,7 @@ def launched() -> tuple[int, int]:
 
 
 def leave() -> None:
-    """Leave the group at a program's end: gloo's threads abort a process that exits with them running."""
+    """Destroy the process group before the program ends: gloo's threads abort a process that exits with them running."""
     if _initialised():
         distributed.destroy_process_group()
 

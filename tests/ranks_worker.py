@@ -97,10 +97,10 @@ def run(path, case, part_size, wrap=lambda model: model):
         return str(error)
     wrapped.train()
     made, rng, rows = [], np.random.default_rng(0), []
-    for everyones in steps:
-        draws = rng.integers(len(RETAIN), size=len(everyones))
-        mine = np.array_split(np.arange(len(everyones)), size)[rank]
-        step = pmc.sample([everyones[i] for i in mine])
+    for all_indices in steps:
+        draws = rng.integers(len(RETAIN), size=len(all_indices))
+        mine = np.array_split(np.arange(len(all_indices)), size)[rank]
+        step = pmc.sample([all_indices[i] for i in mine])
         retain = pmc.encode_retain([RETAIN[draws[i]] for i in mine])
         tokens = sum(sum(t != -100 for t in s.labels) for s in retain)
         for number, part in enumerate(step.split(part_size)):

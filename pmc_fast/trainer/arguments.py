@@ -1,4 +1,4 @@
-"""PMC's training arguments: the published defaults, and which of the Trainer's settings are refused or warned about."""
+"""PMC's training arguments: the published defaults; settings of the Trainer that are refused or warned about."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -18,13 +18,13 @@ PURE_LOW_LR = 1e-4  # below it, nearly all updates of a bfloat16 weight round to
 
 
 def _default(name: str, value: Any) -> Any:
-    """Return a field of TrainingArguments with another default: its help text stays."""
+    """Return a field of TrainingArguments with another default and its own help text."""
     return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
 
 
 @dataclass
 class PublishedDefaults:
-    """What PMC changes in TrainingArguments and adds to them; stands before them among a class's bases."""
+    """Defaults that PMC changes in TrainingArguments, and its own settings; precedes them in a class's bases."""
 
     learning_rate: float = _default("learning_rate", 1e-5)
     weight_decay: float = _default("weight_decay", 0.01)
@@ -56,7 +56,7 @@ class PMCArguments(PublishedDefaults, TrainingArguments):
     logging_steps: float = _default("logging_steps", 1)
 
 
-# Settings that would be ignored or lead elsewhere: what can't be meant, and why. docs/integrations.md has all.
+# Settings that would be ignored or change the algorithm: which values are refused, and why (docs/integrations.md)
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "label_smoothing_factor": (bool, "PMC's loss is the plain cross-entropy"),
     "auto_find_batch_size": (bool, "memory depends on PMCConfig.max_tokens, the size of a pass, not on the batch: lower it"),
@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }  # fmt: skip
 _NO_WORKERS = "the training loader hands out numbers of questions, without workers"
-WITHOUT_EFFECT: dict[str, str] = {  # by their names, if they are not left at their defaults
+WITHOUT_EFFECT: dict[str, str] = {  # warned about where they differ from their defaults
     "data_seed": "the order of questions is PMCConfig.seed's",
     "length_column_name": "questions are not grouped by length",
     "dataloader_num_workers": _NO_WORKERS,
@@ -102,7 +102,7 @@ ELSEWHERE = {
 
 
 def check_inputs(model: Any, args: Any, config: Any, processing_class: Any, others: Mapping[str, Any]) -> None:
-    """Refuse arguments of PMCTrainer that are of another kind, or that it does not have."""
+    """Refuse arguments of the wrong type, and ones that PMCTrainer does not have."""
     for name in others:
         if name not in ELSEWHERE:
             raise TypeError(f"PMCTrainer got an unexpected keyword argument {name!r}")
@@ -125,7 +125,7 @@ def check_inputs(model: Any, args: Any, config: Any, processing_class: Any, othe
 
 
 def check_arguments(args: TrainingArguments, config: PMCConfig) -> list[str]:
-    """Refuse settings that would be ignored where they matter; return warnings of the others."""
+    """Refuse settings that would change or ignore what was asked for; return warnings of those without effect."""
     theirs = [c for c in type(args).__mro__ if c.__module__.startswith("trl.")]
     if theirs and not isinstance(args, PublishedDefaults):
         raise PMCError(
@@ -154,7 +154,7 @@ def check_arguments(args: TrainingArguments, config: PMCConfig) -> list[str]:
         if name in fields and getattr(args, name) != fields[name].default
     ]
     if args.world_size > 1 and not args.average_tokens_across_devices:
-        warnings.append("average_tokens_across_devices is False and has no effect: PMCConfig.normalization tells it")
+        warnings.append("average_tokens_across_devices is False and has no effect: PMCConfig.normalization decides")
     if args.seed not in (fields["seed"].default, config.seed):
         warnings.append(
             f"seed is {args.seed} but PMCConfig.seed {config.seed}: samples and the order of rows are the latter's"
@@ -163,13 +163,13 @@ def check_arguments(args: TrainingArguments, config: PMCConfig) -> list[str]:
 
 
 def check_optimizer(args: TrainingArguments, model: Any) -> None:
-    """Refuse an optimizer that can't be made, before any work: its package may not be installed."""
+    """Refuse an optimizer that can't be created, as where its package is not installed, before any work."""
     if reason := _why_no_optimizer(args, model):
         raise PMCError(f"optim is {_shown(args.optim)}: {reason}")
 
 
 def check_optimizer_name(name: str) -> None:
-    """Do the same before there is a model, and refuse what transformers does not know."""
+    """Refuse an optimizer that transformers does not know or can't create, before a model is loaded."""
     if name not in {known.value for known in OptimizerNames}:
         raise PMCError(f"optimizer is {name!r}: use one that transformers knows, such as adamw_torch_fused")
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
@@ -180,20 +180,20 @@ def check_optimizer_name(name: str) -> None:
 def _why_no_optimizer(args: Any, model: Any) -> str:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
-    except Exception as error:  # ImportError, ValueError, AttributeError: each optimizer has its own
+    except Exception as error:  # ImportError, ValueError, AttributeError: it depends on the optimizer
         return (str(error).splitlines() or [type(error).__name__])[0]
     return ""
 
 
 def check_overrides(trainer: type) -> None:
-    """Refuse a subclass that overrides what PMCTrainer does not call in training."""
+    """Refuse a subclass that overrides a method which PMCTrainer does not call in training."""
     for name, instead in (("compute_loss", "training_step"), ("_get_train_sampler", "get_train_dataloader")):
         if getattr(trainer, name) is not getattr(Trainer, name):
             raise PMCError(f"{trainer.__name__} overrides {name}, which training does not call: override {instead}")
 
 
 def _shown(value: Any) -> str:
-    return repr(getattr(value, "value", value))  # of an enum, what was typed
+    return repr(getattr(value, "value", value))  # an enum as it was typed
 
 
 def has_low_precision(model: Any) -> bool:
@@ -204,7 +204,7 @@ def has_low_precision(model: Any) -> bool:
 def check_precision(model: Any, args: TrainingArguments, optimizer: Any = None) -> None:
     """Refuse settings under which most updates of low-precision parameters are lost.
 
-    `optimizer` is one that was given: it has masters of its own, or none, and a learning rate of its own.
+    `optimizer` is the one that the caller gave, if any: its masters and learning rate count.
     """
     masters, rate = getattr(args, "master_weights", True), args.learning_rate
     if optimizer is not None:
@@ -220,7 +220,7 @@ def check_precision(model: Any, args: TrainingArguments, optimizer: Any = None) 
 
 
 def training_settings(args: Any) -> dict[str, str]:
-    """Return the settings that a run's course depends on, as text: a checkpoint is of them."""
+    """Return the settings that a run's trajectory depends on, as text, for the fingerprint of its checkpoints."""
     names = (
         "learning_rate", "weight_decay", "num_train_epochs", "max_steps", "optim", "optim_args", "bf16", "fp16",
         "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_epochs", "adam_beta1",
@@ -230,7 +230,7 @@ def training_settings(args: Any) -> dict[str, str]:
 
 
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
-    """Return what a run computes in under autocast; `accelerate launch --mixed_precision` tells it, too."""
+    """Return the dtype of autocast, as the arguments or `accelerate launch --mixed_precision` set it."""
     name = args.mixed_precision
     known = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name not in known:

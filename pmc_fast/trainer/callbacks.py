@@ -14,15 +14,15 @@ SLACK = 0.05  # nats a token above the untouched model's retain loss
 
 
 class StopRule:
-    """Stop once mean best score and smoothed retain loss are at most their bounds, for `steps` steps in a row.
+    """Stops a run whose mean best score and smoothed retain loss stay within their bounds for `steps` steps.
 
     Parameters
     ----------
     score : float
-        Bound of the mean stored score over all questions, each having been visited.
+        Bound of the mean stored score over all questions, once each was visited.
     retain_loss : float, optional
-        Bound of the retain loss, smoothed over about ten steps. By default what it was in the first step, before
-        any weight had moved, plus 0.05.
+        Bound of the retain loss, smoothed over about ten steps. By default that of the first step, before any update,
+        plus 0.05.
     steps : int
     """
 
@@ -31,7 +31,7 @@ class StopRule:
         self._sum, self._weight, self._met = 0.0, 0.0, 0
 
     def update(self, mean_score: float, retain_loss: float, *, all_visited: bool) -> str | None:
-        """Take in a step; return why to stop, or None."""
+        """Add a step's numbers; return the reason to stop, or None."""
         if self.bound is None:
             self.bound = retain_loss + SLACK
         self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * retain_loss

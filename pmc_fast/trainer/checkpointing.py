@@ -30,20 +30,20 @@ ASIDE = ".unfinished"
 
 @contextmanager
 def sealed(directory: Path, state: dict[str, Any], fingerprint: dict[str, Any]) -> Iterator[Path]:
-    """Yield a directory to write into; at the end it is sealed and takes the place of `directory`.
+    """Yield a directory that holds an empty checkpoint-N to write into; at the end that one replaces `directory`.
 
     Parameters
     ----------
     directory : Path
-        checkpoint-N of a run; its name is also that of the yielded directory.
+        checkpoint-N of a run.
     state : dict
         JSON-ready; what `load` returns.
     fingerprint : dict
-        JSON-ready; names what must be equal for the checkpoint to be continued.
+        JSON-ready; what a run that resumes from the checkpoint must have in common with it, by name.
     """
     with one_error(f"checkpoint {directory}"):
         aside = directory.parent / ASIDE
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed run
         directory.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir(mode=0o700)
         try:
@@ -73,7 +73,7 @@ def load(directory: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     Raises
     ------
     PMCError
-        It is not there, was not finished, is damaged, or belongs to another run.
+        It does not exist, is incomplete or damaged, or belongs to another run.
     """
     if not directory.is_dir():
         raise PMCError(f"checkpoint {directory} does not exist")
@@ -105,7 +105,7 @@ def newest(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest sound checkpoint of this run in `directory` and its state.
 
-    `warn` hears why newer ones were passed over.
+    `warn` is called with the reason for which a newer one is not used.
     """
     steps = {
         int(p.name.rsplit("-", 1)[1]): p for p in directory.glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdigit()
@@ -119,19 +119,19 @@ def newest(
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer whose checkpoints hold, beside the Trainer's own files, all that PMC remembers."""
+    """A Trainer whose checkpoints also hold PMC's state."""
 
     pmc: PMC
     retain: list[Encoded]
     retain_order: torch.Generator
     stop_rule: StopRule | None
     model: Any
-    weights_sha256 = ""  # of the untouched model, `loading.weights_hash`; computed when it is first needed
+    weights_sha256 = ""  # `loading.weights_hash` of the untouched model, computed on first use
     _saving_to: Path | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint` is a directory, or "auto" or True for the newest sound one, if any."""
-        self._fingerprint()  # of the model as it is now, which the checkpoints will carry
+        self._fingerprint()  # hashes the weights before they are trained
         found = self.find_checkpoint(resume_from_checkpoint)
         if found is not None:
             self._load_own_state(found[1])
@@ -140,7 +140,7 @@ class ResumableTrainer(Trainer):
             for text in self.pmc.warnings:
                 logger.warning(text)
         try:
-            with self.pmc.ranks.told():
+            with self.pmc.ranks.sigterm_raises():
                 return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)
         except LostProcessError as error:
             raise LostProcessError(f"{error}; {self._how_to_resume()}") from error
@@ -156,7 +156,7 @@ class ResumableTrainer(Trainer):
     ) -> tuple[Path, dict[str, Any]] | None:
         """Check the checkpoint that `train` would resume from; return its directory and PMC's state in it.
 
-        With "auto" or True, `warn` hears why newer checkpoints are passed over.
+        With "auto" or True, `warn` is called with the reason for which a newer one is not used.
         """
         if wanted in ("auto", True):
             return newest(Path(self.args.output_dir or "."), self._fingerprint(), warn)
@@ -170,25 +170,25 @@ class ResumableTrainer(Trainer):
         with ExitStack() as stack:
             if self.args.should_save:
                 stack.enter_context(sealed(run / name, self._own_state(), self._fingerprint()))
-            ranks.gather(None)  # the folder is there
+            ranks.gather(None)  # wait until the directory exists
             self._saving_to = run / ASIDE
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving_to = None
             best = self.state.best_model_checkpoint
-            if best and Path(best).parent == run / ASIDE:  # this one: it will stand elsewhere
+            if best and Path(best).parent == run / ASIDE:  # this one, which will be renamed
                 self.state.best_model_checkpoint = str(run / name)
                 if self.args.should_save:
                     self.state.save_to_json(str(run / ASIDE / name / TRAINER_STATE_NAME))
-            ranks.gather(None)  # all files are
+            ranks.gather(None)  # wait until all files are written
         if self.args.save_total_limit and self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
-        ranks.gather(None)  # nobody goes on before the checkpoint stands
+        ranks.gather(None)  # wait until the checkpoint is complete
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_to) if self._saving_to else super()._get_output_dir(trial)
@@ -207,20 +207,20 @@ class ResumableTrainer(Trainer):
             self.stop_rule.load_state_dict(state["stop_rule"])
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Return what a checkpoint must have in common with this run: hashes, no text."""
+        """Return hashes of all that a checkpoint and the run that resumes from it must have in common."""
         a, config = self.args, self.pmc.config
         if not self.weights_sha256:
             self.weights_sha256 = loading.weights_hash(self.model)
         settings = training_settings(a)
-        # on more processes a step has as many questions if there are less micro-batches to it, or smaller ones
+        # the number of processes may change if micro-batches, or their number, change so that this product does not
         settings["questions a step"] = str(a.train_batch_size * a.gradient_accumulation_steps * self.pmc.ranks.size)
         if config.normalization == "micro_batch":
             settings["group"] = str(a.train_batch_size)
         shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
         adapters = getattr(self.model, "peft_config", None)  # alpha and dropout are not in an adapter's weights
-        how = {name: _settings(of) for name, of in adapters.items()} if isinstance(adapters, dict) else {}
+        lora = {name: _settings(c) for name, c in adapters.items()} if isinstance(adapters, dict) else {}
         return {
-            **({"adapter's settings": digest(how)} if how else {}),
+            **({"adapter's settings": digest(lora)} if lora else {}),
             "questions": digest(self.pmc.prompts),
             "retain rows": digest([[s.input_ids, s.labels, s.positions] for s in self.retain]),
             "PMC settings": digest(config.algorithm()),
@@ -231,7 +231,7 @@ class ResumableTrainer(Trainer):
 
 
 def _settings(adapter: Any) -> dict[str, str]:
-    """Return PEFT's settings of an adapter, but for those that say where it came from."""
-    about = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
-    values = {name: value for name, value in adapter.to_dict().items() if name not in about}
+    """Return PEFT's settings of an adapter without those that say where it came from."""
+    origin = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+    values = {name: value for name, value in adapter.to_dict().items() if name not in origin}
     return {name: str(sorted(value) if isinstance(value, set) else value) for name, value in values.items()}

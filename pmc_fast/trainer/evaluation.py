@@ -1,4 +1,4 @@
-"""A Trainer that unlearns, evaluated as it goes: what it keeps, and how far forgetting has come."""
+"""Evaluation during training: what is kept, and how much is forgotten."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,16 +19,16 @@ logger = logging.get_logger(__name__)
 
 
 class EvaluatingTrainer(Trainer):
-    """A Trainer whose evaluation asks pairs to keep, and the forget questions.
+    """A Trainer whose evaluation asks the questions of pairs to keep, and the forget questions.
 
     Notes
     -----
-    Beside what the Trainer's own evaluation gives (eval_loss, and compute_metrics' of padded batches) its metrics are
+    In addition to the Trainer's metrics (eval_loss, and compute_metrics' of padded batches) there are
 
-    - eval_recall: the reward of greedy answers to the rows' questions against the rows' answers;
-    - eval_forget_score: that of greedy answers to the forget questions against the initial answers; 0: nothing is left.
+    - eval_recall: the mean reward of greedy answers to the rows' questions against the rows' answers;
+    - eval_forget_score: that of greedy answers to the forget questions against the initial answers; 0: all is forgotten.
 
-    With prediction_loss_only both are left out: they take a rollout of greedy answers.
+    Both need a rollout of greedy answers and are left out with prediction_loss_only.
     """
 
     pmc: PMC
@@ -36,14 +36,14 @@ class EvaluatingTrainer(Trainer):
     args: Any
 
     def encode_eval(self, dataset: Any) -> Any:
-        """Return an evaluation data set's sequences; of a dict, of each."""
+        """Return the sequences of an evaluation data set, or of each one in a dict."""
         if isinstance(dataset, dict):
             return {name: self.pmc.encode(rows, f"eval_dataset {name}") for name, rows in dataset.items()}
         return None if dataset is None else self.pmc.encode(dataset, "eval_dataset")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return padded batches of pairs, which may have any form that retain_dataset may."""
-        if isinstance(eval_dataset, str):  # of several
+        """Return padded batches of pairs, which may have any form that retain_dataset may have."""
+        if isinstance(eval_dataset, str):  # the name of one of several
             sequences = self.eval_dataset[eval_dataset]
         else:
             sequences = self.eval_dataset if eval_dataset is None else self.encode_eval(eval_dataset)
@@ -55,7 +55,7 @@ class EvaluatingTrainer(Trainer):
             sequences,
             batch_size=self.args.eval_batch_size,
             collate_fn=_padded,
-            generator=torch.Generator(),  # a loader draws a seed: from training's generator it would change dropout
+            generator=torch.Generator(),  # the global generator, from which a loader draws a seed, is training's
         )
         return self.accelerator.prepare(loader)
 
@@ -82,7 +82,7 @@ class EvaluatingTrainer(Trainer):
         return output
 
     def _recall(self, sequences: Sequence[Encoded]) -> float | None:
-        """Return the mean over sequences that have a prompt: what precedes the first answer's first label."""
+        """Return the mean recall of sequences with a prompt, which is what precedes the first label."""
         prompts, positions, truths = [], [], []
         for s in sequences:
             begin = next(t for t, label in enumerate(s.labels) if label != IGNORED)
@@ -103,7 +103,7 @@ class EvaluatingTrainer(Trainer):
         return self._mean_reward(texts, prompts, positions, room)
 
     def _scorer(self, wanted: Sequence[str]) -> Scorer:
-        """Return how answers are compared: truths may be in a script that no initial answer is in."""
+        """Return how answers are compared; the truths may be in another script than the initial answers."""
         return choose_scorer(self.pmc.config.reward, [*self.pmc.initial_answers, *wanted])
 
     def _forget_score(self) -> float:
@@ -119,18 +119,18 @@ class EvaluatingTrainer(Trainer):
         room: int = 0,
     ) -> float:
         pmc = self.pmc
-        made = SharedEngine(pmc.engine, pmc.ranks)(
+        rollouts = SharedEngine(pmc.engine, pmc.ranks)(
             prompts, num_samples=1, temperature=0, max_length=max(pmc.config.max_length, room),
             stop_ids=pmc.encoder.stops, positions=positions,
         )  # fmt: skip
-        answers = pmc.encoder.answers([tokens for [tokens] in made.tokens])
+        answers = pmc.encoder.answers([tokens for [tokens] in rollouts.tokens])
         reward = pmc.reward or self._scorer(wanted).recall
         scores = reward(wanted, [[answer] for answer in answers], 0)
         return sum(float(score) for [score] in scores) / len(answers)
 
 
 def _padded(sequences: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-    batch = collate(sequences, 0)  # hidden by the mask, and of every vocabulary
+    batch = collate(sequences, 0)  # padding is masked; every vocabulary has token 0
     if any(s.positions for s in sequences):
         batch["position_ids"] = torch.zeros_like(batch["input_ids"])
         for row, s in zip(batch["position_ids"], sequences, strict=True):

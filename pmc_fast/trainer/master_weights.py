@@ -11,17 +11,17 @@ LOW = (torch.bfloat16, torch.float16)
 class MasterWeights(torch.optim.Optimizer):
     """An optimizer that steps float32 copies of its bfloat16 parameters and writes them back rounded.
 
-    In bfloat16 a weight keeps 8 bits: an update of under 1/512 of it is lost, which at a learning rate of 1e-5 is
-    nearly every one. The masters add up what rounding hides (as DeepSpeed's bf16 mode and apex O2 do).
+    A bfloat16 weight has 8 significant bits: an update of less than 1/512 of the weight is lost, which at a learning
+    rate of 1e-5 is nearly every one. The masters accumulate these updates (as in DeepSpeed's bf16 mode and apex O2).
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Fresh: its parameters are replaced by the masters.
+        Without state: its parameters are replaced by the masters.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        # torch's __init__ would make groups of its own: all state lives in the wrapped optimizer
+        # torch's __init__ is not called: it would create groups, but the wrapped optimizer has all state
         self.optimizer = optimizer
         self.pairs: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         for group in optimizer.param_groups:

@@ -63,17 +63,17 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
     eval_dataset : iterable, or dict of them, optional
         Rows as of `retain_dataset`: see `EvaluatingTrainer` for what is measured.
     compute_metrics, preprocess_logits_for_metrics, optimizer_cls_and_kwargs
-        As of the Trainer. Other arguments of its are refused by name.
+        As of the Trainer. Its other arguments are refused by name.
 
     Notes
     -----
-    All questions of an optimizer step are sampled in one rollout, in `get_batch_samples`. Logged beside the Trainer's own
-    numbers: collapse_loss and retain_loss, means over the steps since the last log; rows, sampled_tokens, rollout_seconds
-    and train_seconds, their sums; mean_score and pending as they are then. A checkpoint is sealed and holds initial
-    answers (mode 0600); resuming from one continues the same trajectory, on one CPU process bit for bit.
+    All questions of an optimizer step are sampled in one rollout, in `get_batch_samples`. Logged in addition to the
+    Trainer's numbers: collapse_loss and retain_loss, means over the steps since the last log; rows, sampled_tokens,
+    rollout_seconds and train_seconds, sums over these steps; mean_score and pending, as of the last step. Checkpoints hold
+    initial answers (mode 0600). A resumed run continues the same trajectory, on one CPU process bit for bit.
 
-    Under `accelerate launch` every process takes its part of each micro-batch; none is trained on twice where the
-    last one is uneven. A checkpoint may be continued on another number of processes with as many questions a step.
+    Under `accelerate launch` every process takes its part of each micro-batch, and no question is trained on twice where
+    the last one is uneven. A run may be resumed on another number of processes with the same number of questions a step.
     """
 
     _tag_names = ["pmc-fast", "unlearning"]  # noqa: RUF012
@@ -109,7 +109,7 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         if optimizers[0] is None and optimizer_cls_and_kwargs is None:
             check_optimizer(args, model)
         if args.n_gpu > 1:
-            args._n_gpu = 1  # the Trainer would wrap the model in DataParallel: use accelerate launch for more GPUs
+            args._n_gpu = 1  # no DataParallel: accelerate launch is for several GPUs
         questions = questions_of(forget_dataset)
         super().__init__(
             model=model,
@@ -143,9 +143,9 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         return self.pmc.encode_retain(dataset)
 
     def get_train_dataloader(self) -> Any:
-        """Return a loader of the indices of all processes' questions, the same on each; `_mine` takes them apart.
+        """Return a loader of the indices of all processes' questions, the same on each; `_share` picks one's own.
 
-        Accelerate's own sharding would fill up an uneven last batch with questions a second time.
+        Accelerate's sharding would repeat questions to fill up an uneven last batch.
         """
         loader: torch.utils.data.DataLoader[int] = torch.utils.data.DataLoader(
             self.train_dataset,
@@ -158,10 +158,10 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
             raise PMCError(f"dataloader_drop_last leaves no batch of {len(self.pmc.questions)} questions")
         return prepare_data_loader(loader, num_processes=1, process_index=0)
 
-    def _mine(self, count: int) -> slice:
-        """Return this process's part of `count` questions: where they are few, the last get fewer or none.
+    def _share(self, count: int) -> slice:
+        """Return this process's part of a batch of `count` questions; of a small one the last processes get none.
 
-        So normalization "micro_batch" has the groups that one process has with more micro-batches.
+        With normalization "micro_batch" the groups are thus those of one process with more micro-batches.
         """
         size, rank = self.args.train_batch_size, self.pmc.ranks.rank
         return slice(min(rank * size, count), min((rank + 1) * size, count))
@@ -171,35 +171,32 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
     ) -> tuple[list[Any], None]:
         """Collect an optimizer step's micro-batches, sample all their questions at once, draw their retain pairs."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *args)
-        everyones = [[int(i) for i in batch["indices"]] for batch in batches]
-        if not everyones:
+        all_indices = [[int(i) for i in batch["indices"]] for batch in batches]
+        if not all_indices:
             return [], None
         switch: Any = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, back from an evaluation
         if callable(switch):
             switch()
         start = time.perf_counter()
-        indices = [batch[self._mine(len(batch))] for batch in everyones]
+        indices = [batch[self._share(len(batch))] for batch in all_indices]
         try:
             step = self.pmc.sample([i for batch in indices for i in batch])
         except NotFiniteError as error:
             if not self.state.global_step:  # the model came like that
                 raise
             raise self.diverged() from error
+        begin = time.perf_counter()
         self._step = {
-            "losses": [],
-            "tokens": 0,
-            "counters": step.counters,
-            "rollout_seconds": time.perf_counter() - start,
-        }
-        self._step["indices"] = step.indices
-        self._step["begin"] = time.perf_counter()
-        retain = [self._draw_retain(len(batch))[self._mine(len(batch))] for batch in everyones]
+            "losses": [], "tokens": 0, "counters": step.counters, "indices": step.indices, "begin": begin,
+            "rollout_seconds": begin - start,
+        }  # fmt: skip
+        retain = [self._draw_retain(len(batch))[self._share(len(batch))] for batch in all_indices]
         tokens = sum(num_targets(s) for batch in retain for s in batch)
         parts = step.split(self.args.train_batch_size)
-        made = [
+        inputs = [
             {"part": part, "retain": kept, "retain_tokens": tokens} for part, kept in zip(parts, retain, strict=True)
         ]
-        return made, None
+        return inputs, None
 
     def _draw_retain(self, count: int) -> list[Encoded]:
         draws = torch.randint(len(self.retain), (count,), generator=self.retain_order)
@@ -208,28 +205,33 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
     # --- a step
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one micro-batch, pack by pack; its loss is its share of the step's."""
+        """Run forward and backward of one micro-batch, pack by pack; return its share of the step's loss."""
         model.train()
         total = torch.zeros((), device=self.args.device)
-        made = None
-        for made in self.pmc.losses(
+        out = None
+        for out in self.pmc.losses(
             inputs["part"], inputs["retain"], model=model, retain_tokens=inputs["retain_tokens"]
         ):
             with self.pmc.ranks.watched():
-                self.accelerator.backward(made.loss)
-            total += made.loss.detach()
-            self._step["tokens"] += made.counters["tokens"]
-        assert made is not None
+                self.accelerator.backward(out.loss)
+            total += out.loss.detach()
+            self._step["tokens"] += out.counters["tokens"]
+        assert out is not None
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        self._step["losses"].append((total, made.collapse, made.retain, len(inputs["part"].indices)))
+        self._step["losses"].append((total, out.collapse, out.retain, len(inputs["part"].indices)))
         return total
 
     def _finish_step(self, control: Any) -> None:
-        """Take stock at the end of an optimizer step: metrics, divergence, the stopping rule."""
-        own = [torch.stack([x.double() for x in of]).tolist() for *of, questions in self._step["losses"] if questions]
-        loss, collapse, retain = zip(*(of for theirs in self.pmc.ranks.gather(own) for of in theirs), strict=True)
+        """Compute the metrics of an optimizer step, detect divergence, apply the stopping rule."""
+        own = [
+            torch.stack([x.double() for x in losses]).tolist()
+            for *losses, questions in self._step["losses"]
+            if questions
+        ]
+        per_micro_batch = (losses for theirs in self.pmc.ranks.gather(own) for losses in theirs)
+        loss, collapse, retain = zip(*per_micro_batch, strict=True)
         if not math.isfinite(sum(loss)):
             raise self.diverged()
         count = len(collapse)
@@ -264,9 +266,9 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the Trainer's numbers and, with training steps', PMC's over the same steps."""
+        """Log the Trainer's numbers and, beside a training loss, PMC's over the same steps."""
         if "loss" in logs and self._window:
-            logs |= _over(self._window)
+            logs |= _combined(self._window)
             self._window = []
             if getattr(self.args, "log_text", False) and self.is_world_process_zero():
                 self._print_answers()
@@ -282,16 +284,16 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         Console().print(table)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return grad_norm  # not computed for the log alone: it reads and writes all gradients
+        return grad_norm  # computing it for the log alone would read and write all gradients
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        pass  # of input_ids, which there are none of: counted at the end of a step
+        pass  # there are no input_ids: tokens are counted at the end of a step
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # the Trainer's estimate counts padded input_ids, which there are none of
+        return 0  # the Trainer's estimate is of padded input_ids
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: a trial would begin from a model that another has trained."""
+        """Refuse: a trial would start from the model that the one before has trained."""
         raise PMCError(
             "hyperparameter_search is not supported: make a PMCTrainer, with a fresh model, for each trial"
         )
@@ -319,20 +321,20 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
 
 
 MEANS = ("collapse_loss", "retain_loss")  # as the Trainer's loss
-STATES = ("mean_score", "pending")  # after the last step; all others add up
+STATES = ("mean_score", "pending")  # as of the last step; all others are sums
 
 
-def _over(window: list[dict[str, float]]) -> dict[str, float]:
-    """Return the metrics of several steps as those of one."""
-    made = {}
+def _combined(window: list[dict[str, float]]) -> dict[str, float]:
+    """Combine the metrics of several steps."""
+    combined = {}
     for name, last in window[-1].items():
         total = sum(metrics[name] for metrics in window)
-        made[name] = last if name in STATES else total / len(window) if name in MEANS else total
-    return made
+        combined[name] = last if name in STATES else total / len(window) if name in MEANS else total
+    return combined
 
 
 class _StepEnd(TrainerCallback):
-    """Hands the end of each optimizer step to the trainer, before it is logged and saved."""
+    """Calls the trainer at the end of each optimizer step, before logging and saving."""
 
     def __init__(self, trainer: PMCTrainer) -> None:
         self.trainer = trainer
