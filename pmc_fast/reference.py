@@ -1,16 +1,16 @@
 """The published PMC algorithm, line by line, in plain torch and Hugging Face generate.
 
-This is the oracle that everything fast is checked against and the baseline of every benchmark: it
-pays the published costs (N copies of every prompt, padding to max_length, a forward for each loss)
-and is never optimised. Steps are numbered as in arXiv 2507.04219 and in the README.
+Tests compare the fast implementation with it, and benchmarks use it as their baseline. It has the published costs
+(N copies of every prompt, padding to max_length, a forward for each loss) and is not optimised. Steps are numbered as in
+arXiv 2507.04219, section 4.
 
-What the published code does by accident is done here when ``config.accidents`` is set:
+Three quirks of the published code are reproduced where ``config.accidents`` is set:
 
 - it drops the first 8 characters of every tagged sample, whether or not they are "Answer: ";
 - chat prompts are rendered and then tokenised with special tokens: Llama gets a second BOS;
 - special tokens other than eos do not end a sample.
 
-One more stays in both: max_length counts the left padding of the batch that a prompt is sampled in.
+A fourth is always reproduced: max_length counts the left padding of the batch that a prompt is sampled in.
 """
 
 import math
@@ -24,13 +24,7 @@ import torch
 from transformers import GenerationConfig
 
 from .config import PMCConfig, UnlearnConfig
-from .data import (
-    Encoded,
-    Encoder,
-    Question,
-    Row,
-    collate,
-)
+from .data import Encoded, Encoder, Question, Row, collate
 from .errors import PMCError
 from .models.context import eval_mode
 from .models.generation import followed
@@ -43,7 +37,7 @@ class Reference:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model; trained in place by whoever calls `loss(...).backward()`.
+        A causal language model, which `loss(...).backward()` and an optimizer train in place.
     tokenizer : transformers.PreTrainedTokenizerBase
         Its tokenizer; not changed.
     config : PMCConfig
@@ -55,7 +49,7 @@ class Reference:
     autocast : callable, optional
         Returns the context in which the model computes, such as torch.autocast.
     tracked_answers : Sequence[str], optional
-        True answers: switches on the published third forward (the forget loss, for a plot).
+        True answers; turn on the published third forward pass (the forget loss, for a plot).
     """
 
     def __init__(
@@ -88,7 +82,7 @@ class Reference:
 
     # step 3
     def sample(self, indices: Sequence[int]) -> list[str]:
-        """Visit questions: sample where the store asks for it, keep the better answers, return them."""
+        """Sample answers to the questions that need it, store the better ones, return the stored ones."""
         asked = [i for i in indices if i not in self.sampled_data or self.sampled_data[i]["score"] > 0]
         if asked:
             candidates = self.sample_answers([self.questions[i] for i in asked])
@@ -133,7 +127,7 @@ class Reference:
     def sample_answers(self, questions: Sequence[Question]) -> list[list[str]]:
         """Sample N answers to each question from the current model: temperature, top_k, top_p."""
         c, n = self.config, self.config.num_samples
-        with torch.random.fork_rng():  # the caller's random numbers stay as they were
+        with torch.random.fork_rng():  # leaves the caller's generator unchanged
             torch.manual_seed(int(np.random.SeedSequence([c.seed, self.draws]).generate_state(1)[0]))
             generated = self._generate(
                 questions, n, do_sample=True, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p
@@ -158,7 +152,7 @@ class Reference:
         model = self.model
         own_settings = model.generation_config
         try:
-            # of the checkpoint's own settings those of histories (penalties, suppressed tokens) join the ones given here
+            # the checkpoint's settings that depend on the history (penalties, suppressed tokens) are kept
             model.generation_config = GenerationConfig(**followed(own_settings))
             with eval_mode(model), self.autocast():
                 output = model.generate(
@@ -213,7 +207,7 @@ def train(
     config : UnlearnConfig
         Optimizer and schedule: AdamW, linear decay after one epoch of warm-up, no clipping.
     on_step : callable
-        Gets each step's record as it is made.
+        Called with each step's record.
 
     Returns
     -------
@@ -228,22 +222,7 @@ def train(
     model, count = pmc.model, len(pmc.questions)
     schedule = Schedule.plan(config, count)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-    )
-    warmup = schedule.steps_per_epoch
-    decay = max(1, schedule.steps - warmup)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: step / warmup if step < warmup else max(0.0, (schedule.steps - step) / decay)
-    )
-
-    def diverged(step: int) -> PMCError:
-        return PMCError(
-            f"training diverged at step {step} of {schedule.steps} (NaN or infinite loss): nothing was written; "
-            f"try a learning_rate below {config.learning_rate:g}"
-        )
+    optimizer, rate = _optimizer(trained, config, schedule)
 
     retain_order = torch.Generator().manual_seed(config.seed + 1)
     model.train()
@@ -251,28 +230,19 @@ def train(
     for step, batches in zip(range(1, schedule.steps + 1), micro_batches(config, count), strict=False):
         record: dict[str, Any] = {"step": step, "learning_rate": rate.get_last_lr()[0]}
         sampled_before, seconds = pmc.sampled_tokens, {"rollout": 0.0, "train": 0.0}
-        losses: list[dict[str, float]] = []
+        diverged = PMCError(
+            f"training diverged at step {step} of {schedule.steps} (NaN or infinite loss): nothing was written; "
+            f"try a learning_rate below {config.learning_rate:g}"
+        )
+        losses = []
         for indices in batches:
-            start = time.perf_counter()
-            try:
-                pmc.sample(indices)
-            except RuntimeError as error:  # torch.multinomial refuses the logits of weights that overflowed
-                if "probability tensor contains" in str(error):
-                    raise diverged(step) from error
-                raise
-            drawn = time.perf_counter()
             draws = torch.randint(len(retain), (len(indices),), generator=retain_order)
-            parts = pmc.loss(indices, [retain[i] for i in draws.tolist()])
-            (parts["loss"] / len(batches)).backward()
-            losses.append({name: value.item() for name, value in parts.items()})
-            if not math.isfinite(losses[-1]["loss"]):
-                raise diverged(step)
-            seconds["rollout"] += drawn - start
-            seconds["train"] += time.perf_counter() - drawn
+            pairs = [retain[i] for i in draws.tolist()]
+            losses.append(_micro_batch(pmc, indices, pairs, len(batches), seconds, diverged))
         start = time.perf_counter()
         optimizer.step()
         if not torch.isfinite(torch.stack([p.detach().sum() for p in trained]).sum()):
-            raise diverged(step)  # now: on CUDA the next samples would end in a device-side assert
+            raise diverged  # before the next sampling, which on CUDA would end in a device-side assert
         rate.step()
         optimizer.zero_grad()
         seconds["train"] += time.perf_counter() - start
@@ -289,3 +259,42 @@ def train(
         on_step(record)
     model.eval()
     return history
+
+
+def _micro_batch(
+    pmc: Reference,
+    indices: Sequence[int],
+    retain: Sequence[Row],
+    per_step: int,
+    seconds: dict[str, float],
+    diverged: PMCError,
+) -> dict[str, float]:
+    """Sample a micro-batch's questions, backward its share of the loss; return the losses, add to `seconds`."""
+    start = time.perf_counter()
+    try:
+        pmc.sample(indices)
+    except RuntimeError as error:  # torch.multinomial refuses the logits of weights that overflowed
+        if "probability tensor contains" in str(error):
+            raise diverged from error
+        raise
+    sampled = time.perf_counter()
+    parts = pmc.loss(indices, retain)
+    (parts["loss"] / per_step).backward()
+    losses = {name: value.item() for name, value in parts.items()}
+    if not math.isfinite(losses["loss"]):
+        raise diverged
+    seconds["rollout"] += sampled - start
+    seconds["train"] += time.perf_counter() - sampled
+    return losses
+
+
+def _optimizer(
+    parameters: list[torch.nn.Parameter], config: UnlearnConfig, schedule: Schedule
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Return AdamW with one epoch of linear warm-up from 0, then linear decay to 0."""
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    warmup = schedule.steps_per_epoch
+    decay = max(1, schedule.steps - warmup)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: step / warmup if step < warmup else max(0.0, (schedule.steps - step) / decay)
+    )

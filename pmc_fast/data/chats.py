@@ -1,4 +1,4 @@
-"""Conversations: their turns, and how data sets write them."""
+"""Conversations and their turns, in the forms of data sets."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,17 +10,14 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": 
 
 
 class Turn(NamedTuple):
-    """What one side of a conversation says."""
+    """A turn of a conversation."""
 
     role: str  # "system", "user" or "assistant"
     content: str
 
 
 class Chat(tuple[Turn, ...]):
-    """A question that is more than one user's turn: with a system turn, or with turns before it.
-
-    As JSON it is a list of [role, content], which is read again.
-    """
+    """A question with a system turn or earlier turns. As JSON it is a list of [role, content]."""
 
     __slots__ = ()
 
@@ -29,7 +26,7 @@ class Chat(tuple[Turn, ...]):
 
     @property
     def asked(self) -> str:
-        """Its text without the system turn: of a single turn, what the user says."""
+        """The text without the system turn; of a single turn, its content alone."""
         turns = [turn for turn in self if turn.role != "system"]
         return turns[0].content if len(turns) == 1 else str(Chat(turns))
 
@@ -38,12 +35,12 @@ Question = str | Chat
 
 
 def question_of(turns: Sequence[Turn]) -> Question:
-    """Return what stands before an answer as a question: a single user's turn is its text."""
+    """Return the turns before an answer as a question; a single user's turn becomes its text."""
     return turns[0].content if len(turns) == 1 and turns[0].role == "user" else Chat(turns)
 
 
 def asked(question: Question) -> str:
-    """Return a question's text without a system turn."""
+    """Return a question's text without its system turn."""
     return question if isinstance(question, str) else question.asked
 
 
@@ -57,12 +54,12 @@ def split_chat(messages: Sequence[Any], where: str, *, answers: bool = True) -> 
     where : str
         Names the row in errors.
     answers : bool
-        If not, the answer is not looked at.
+        If false, the answer is not read.
 
     Raises
     ------
     PMCError
-        Turns of tools, or of other roles or contents than text; an assistant's turn that answers no user's.
+        A turn of a tool or another role, or one that is not text; an assistant's turn that follows no user's.
     """
     roles = [_role(message, f"{where}, turn {number}") for number, message in enumerate(messages, start=1)]
     if "system" in roles[1:]:
@@ -111,7 +108,7 @@ def _content(message: Any, where: str) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a column says nothing: null, pandas' NaN, empty, or an object that Arrow filled up with nulls."""
+    """Return whether a value is missing: null, NaN, empty, or an object that Arrow filled with nulls."""
     if value is None or (isinstance(value, float) and value != value):
         return True
     if isinstance(value, Mapping):

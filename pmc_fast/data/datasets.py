@@ -1,4 +1,4 @@
-"""Forget and retain data as trainers hold them: texts, rows or token ids."""
+"""Questions and sequences from data sets in memory: texts, rows or token ids."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -16,7 +16,7 @@ from .records import Row, rows_of
 
 
 def questions_of(dataset: Iterable[Any] | None, name: str = "forget_dataset") -> list[Any]:
-    """Return the questions of a data set: texts or token ids, as `PMC` takes them. Answers are not read.
+    """Return the questions of a data set, texts or token ids, for `PMC`. Answers are not read.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def questions_of(dataset: Iterable[Any] | None, name: str = "forget_dataset") ->
         empty = [number for number, text in enumerate(items, start=1) if not str(text).strip()]
         if empty:
             raise PMCError(f"{name}, {row_numbers(empty)}: the text is empty, it needs a question")
-        return [text if isinstance(text, Chat) else str(text) for text in items]  # numpy has a class of its own
+        return [text if isinstance(text, Chat) else str(text) for text in items]  # numpy.str_ becomes str
     if kind == "list":
         return [_ids(item, f"{name}, row {number}") for number, item in enumerate(items, start=1)]
     if kind == "Encoded" or (kind == "dict" and "input_ids" in items[0]):
@@ -45,7 +45,7 @@ def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "r
     Raises
     ------
     PMCError
-        Among others, for sequences of which no token is trained.
+        Among others: no token of a sequence is trained.
     """
     items = listed(dataset, name, "without pairs to keep, forgetting takes all else along")
     kind = _kind_of(items, name)
@@ -80,7 +80,7 @@ def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "r
 
 
 def listed(dataset: Any, name: str, needs: str) -> list[Any]:
-    """Return a data set's rows as a list: it is visited again and again, so a stream is read to its end.
+    """Return a data set's rows as a list; a stream is read to its end.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def listed(dataset: Any, name: str, needs: str) -> list[Any]:
     name : str
         Names it in errors.
     needs : str
-        Ends the error of an empty one.
+        Ends the error for an empty data set.
     """
     if isinstance(dataset, (str, bytes, os.PathLike)):
         raise PMCError(f"{name} is one {type(dataset).__name__}: pass a list of rows; load_rows(path) reads a file")
@@ -106,7 +106,7 @@ def listed(dataset: Any, name: str, needs: str) -> list[Any]:
     elif hasattr(dataset, "to_pylist"):  # pyarrow
         items = dataset.to_pylist()
     elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not hasattr(dataset, "__iter__"):
-        items = [dataset[i] for i in range(len(dataset))]  # a torch Dataset need not know its end otherwise
+        items = [dataset[i] for i in range(len(dataset))]  # a torch Dataset, which need not raise IndexError
     elif dataset is None or isinstance(dataset, Iterable) or hasattr(dataset, "__getitem__"):
         items = [] if dataset is None else list(dataset)
     else:
@@ -117,7 +117,7 @@ def listed(dataset: Any, name: str, needs: str) -> list[Any]:
 
 
 def _kind_of(items: Sequence[Any], name: str) -> str:
-    """Return what all rows are: str, list (of ids), dict, Row or Encoded."""
+    """Return the kind of all rows: str, list (of ids), dict, Row or Encoded."""
     first = _kind(items[0])
     for number, item in enumerate(items, start=1):
         kind = _kind(item)
@@ -143,7 +143,7 @@ def _rows(items: list[Any], name: str, *, answers: bool | None) -> list[Row]:
 
 
 def _tokenised(row: Mapping[str, Any], where: str) -> Encoded:
-    """Return a tokenised row's sequence, without the padding that its attention mask tells."""
+    """Return a tokenised row's sequence without the padding that its attention mask marks."""
     for name in ("input_ids", "labels"):
         if row.get(name) is None:
             raise PMCError(
@@ -170,13 +170,13 @@ def _tokenised(row: Mapping[str, Any], where: str) -> Encoded:
 
 
 def _same_length(where: str, ids: Sequence[int], **others: Sequence[int]) -> None:
-    for name, of in others.items():
-        if len(of) != len(ids):
-            raise PMCError(f"{where} has {len(ids)} input_ids but {len(of)} in {name}: both must be as long")
+    for name, values in others.items():
+        if len(values) != len(ids):
+            raise PMCError(f"{where} has {len(ids)} input_ids but {len(values)} in {name}: both must be as long")
 
 
 def _check_labels(s: Encoded, tokenizer: Any, where: str) -> None:
-    """Refuse labels that can't be meant: of padding, or moved to where they are predicted."""
+    """Refuse labels on padding, and labels that are already shifted by one."""
     check_padding(s.input_ids, tokenizer, where)
     pad = tokenizer.pad_token_id
     if pad is not None and s.labels[-2:] == [pad, pad]:
@@ -188,9 +188,9 @@ def _check_labels(s: Encoded, tokenizer: Any, where: str) -> None:
 
 
 def check_padding(ids: Sequence[int], tokenizer: Any, where: str, *, prompt: bool = False) -> None:
-    """Refuse token ids that begin with padding or, of a prompt, end with it: it would be read as text."""
+    """Refuse token ids that begin with padding or, in a prompt, end with it: it would be read as text."""
     pad = tokenizer.pad_token_id
-    two = [pad, pad]  # one alone may have another meaning
+    two = [pad, pad]  # a single one may have another meaning
     alone = pad not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     ends = [list(ids[:2]), *([list(ids[-2:])] if prompt else [])]
     if pad is not None and (two in ends or (alone and pad in (ids[0], *(ids[-1:] if prompt else ())))):

@@ -1,4 +1,4 @@
-"""A tokenizer with a run's settings: what it can't encode rightly is refused before work, by row."""
+"""A tokenizer with a run's settings; what can't be encoded correctly is refused before work, by row."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,8 +26,8 @@ from .encoding import (
     stop_ids,
 )
 
-MADE_UP = ("Who did it?", "Ann did.")
-TRIAL = 1 << 20  # tokens that a made-up pair never has
+PROBE = ("Who did it?", "Ann did.")
+NO_LIMIT = 1 << 20  # more tokens than the probe has
 
 
 class Encoder:
@@ -49,22 +49,22 @@ class Encoder:
         self.stops = stop_ids(tokenizer, generation_config)
         self.pad = pad_id(tokenizer, self.stops)
         self.accidents = config.accidents
-        self.warnings: list[str] = []  # of what the tokenizer or its template can't do as asked
+        self.warnings: list[str] = []  # of settings that the chat template does not support
         self._control = set() if config.allow_control_tokens else control_tokens(tokenizer)
         self._chat: dict[str, Any] = {"system_prompt": config.system_prompt, "date_string": config.date_string}
         self._takes_system = True
-        self.opening = ""  # what the template writes of itself before an answer
+        self.opening = ""  # what the template inserts before an answer
         if self.format == "chat":
             self._fit_template(config.system_prompt)
             self._find_opening()
         else:
-            self._pair(*MADE_UP, TRIAL)
+            self._pair(*PROBE, NO_LIMIT)
 
     def _fit_template(self, wanted: str) -> None:
-        """Leave out a system prompt that the template takes none of, where it was nobody's wish; refuse the others."""
-        asked: dict[str, Any] = {"question": MADE_UP[0], "answer": None, "date_string": self._chat["date_string"]}
+        """Leave out the default system prompt where the template supports none; refuse one that was asked for."""
+        asked: dict[str, Any] = {"question": PROBE[0], "answer": None, "date_string": self._chat["date_string"]}
         try:
-            self._pair(*MADE_UP, TRIAL)
+            self._pair(*PROBE, NO_LIMIT)
             tried = wanted.strip() or SYSTEM_PROMPT
             self._takes_system = tried in chat_text(self.tokenizer, system_prompt=tried, **asked)
             if wanted.strip() and not self._takes_system:
@@ -73,18 +73,18 @@ class Encoder:
         except EncodingError as error:
             self._takes_system, self._chat["system_prompt"] = False, None
             try:
-                self._pair(*MADE_UP, TRIAL)
+                self._pair(*PROBE, NO_LIMIT)
             except TemplateError as worse:
                 reason = str(worse.__cause__).strip().split("\n")[0]
-                raise PMCError(f"{worse}: {reason}; mend it, or use --prompt-format tags") from worse
+                raise PMCError(f"{worse}: {reason}; fix it, or use --prompt-format tags") from worse
             if wanted not in ("", SYSTEM_PROMPT):
                 raise PMCError("the chat template takes no system prompt: give --system-prompt ''") from error
         if wanted:
             self.warnings.append("the chat template takes no system prompt: the model is asked without")
 
     def _find_opening(self) -> None:
-        """Refuse templates that leave out what they are given (some read messages in parts alone)."""
-        question, answer = MADE_UP
+        """Refuse templates that leave out the question or the answer (some read only messages in parts)."""
+        question, answer = PROBE
         prompt, pair = (chat_text(self.tokenizer, question, a, **self._chat) for a in (None, answer))
         before, found, _ = pair[len(prompt) :].partition(answer)
         for what, there in (("question", question in prompt), ("answer", found)):
@@ -96,7 +96,7 @@ class Encoder:
         self.opening = before.strip()
 
     def text_warnings(self) -> list[str]:
-        """Say where sampled answers that are kept as text are not trained as they were sampled."""
+        """Return a warning if sampled answers that are stored as text are not trained as they were sampled."""
         if not self.opening:
             return []
         return [
@@ -105,7 +105,7 @@ class Encoder:
         ]
 
     def prompt(self, question: Question, start: str = "", *, where: str = "") -> list[int]:
-        """Return the ids that answers to `question` are sampled from, or go on from after the words `start`.
+        """Return the ids from which answers to `question`, or their continuation of `start`, are sampled.
 
         `where` names the question in errors.
         """
@@ -147,17 +147,14 @@ class Encoder:
         return decode_answers(self.tokenizer, generated, self.stops, prompt_format=self.format)
 
     def samples(self, generated: Sequence[Sequence[int]]) -> list[str]:
-        """Turn sampled ids into answers; with `accidents` 8 characters of a tagged sample are dropped unseen."""
+        """Turn sampled ids into answers; with `accidents` the first 8 characters of a tagged sample are dropped."""
         if not self.accidents:
             return self.answers(generated)
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [text[len(ANSWER_TAG) :] for text in texts] if self.format == "tags" else texts
 
     def check_text(self, where: str, text: Question) -> None:
-        """Refuse what the prompt format can't hold, and a text in which the tokenizer would see control tokens.
-
-        These could end or steer the prompt.
-        """
+        """Refuse conversations in the tags format, and texts with control tokens, which could end the prompt."""
         if isinstance(text, Chat):
             if self.format == "tags":
                 raise PMCError(f"{where} is a conversation and {NO_TAGS}")
@@ -166,7 +163,7 @@ class Encoder:
             return
         found = self._control.intersection(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if self.tokenizer.unk_token_id in found and self.tokenizer.unk_token not in text:
-            found.remove(self.tokenizer.unk_token_id)  # what the tokenizer doesn't know is no control
+            found.remove(self.tokenizer.unk_token_id)  # an unknown word is no control token
         if found:
             name = self.tokenizer.convert_ids_to_tokens(min(found))
             raise PMCError(
@@ -175,9 +172,9 @@ class Encoder:
             )
 
     def check_lengths(self, source: str, pairs: Iterable[tuple[Question, str | None]]) -> list[int]:
-        """Refuse questions that leave no room for an answer, and control tokens; errors name the row, not its text.
+        """Return the rows whose answers max_length cuts; refuse questions that leave no room for an answer.
 
-        Returns the numbers of the rows whose answers max_length cuts.
+        Control tokens are refused too. Errors name the row, not its text.
         """
         cut = []
         for number, (question, answer) in enumerate(pairs, start=1):
@@ -202,7 +199,7 @@ class Encoder:
         return cut
 
     def cut_warning(self, source: str, rows: Sequence[int], count: int) -> str:
-        """Say whose answers max_length cuts."""
+        """Return the warning for rows whose answers max_length cuts."""
         return (
             f"{source}: {len(rows)} of {count} answers are longer than max_length {self.max_length} leaves room for "
             f"({row_numbers(rows)}): their ends are neither trained nor asked for; raise --max-length"

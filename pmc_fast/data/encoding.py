@@ -20,7 +20,7 @@ NO_TAGS = (
 
 
 class EncodingError(PMCError):
-    """A question or a pair that the prompt format, the template or the tokenizer has no right form for."""
+    """A question or a pair that can't be encoded in this prompt format or with this tokenizer."""
 
 
 class TemplateError(EncodingError):
@@ -62,10 +62,10 @@ def encode_prompt(
     date_string: str | None = None,
     start: str = "",
 ) -> list[int]:
-    """Return the ids from which an answer to `question` is sampled, or goes on after the words `start`.
+    """Return the ids from which an answer to `question`, or its continuation of `start`, is sampled.
 
-    In the tags format the prompt ends before "Answer: ": the model writes the tag itself. With a `start` the tag is
-    there. White space at the end of `start` is left to the model: most tokenizers join it to the next word.
+    In the tags format the prompt ends before "Answer: ", which the model generates itself, unless there is a `start`.
+    White space at the end of `start` is left to the model, since most tokenizers join it to the next word.
     """
     if prompt_format == "tags":
         begun = ANSWER_TAG + start.rstrip() if start else ""
@@ -89,35 +89,31 @@ def encode_pair(
 
     Parameters
     ----------
-    tokenizer
-        A transformers tokenizer; it is not changed.
+    tokenizer : transformers.PreTrainedTokenizerBase
     question, answer : str
-        The pair, without tags.
     prompt_format : {"tags", "chat"}
-        "Question: " question "\\n" + "Answer: " answer eos, or the tokenizer's chat template with
-        a system prompt.
+        "Question: " question "\\n" + "Answer: " answer eos, or the tokenizer's chat template with a system prompt.
     max_length : int
-        Longer sequences are cut: tags lose their tail and with it eos, chat keeps its final token.
+        Longer sequences are cut: in the tags format they lose their end with eos, in chat they keep their last token.
     system_prompt, date_string : str
-        Passed to the chat template; without a system turn where the first is None.
+        Passed to the chat template; if system_prompt is None, there is no system turn.
     eos : int, optional
-        Ends tags where the tokenizer has no eos token.
+        Ends a pair in the tags format where the tokenizer has no eos token.
 
     Returns
     -------
     Encoded
-        Labels are -100 on the prompt. The answer's tag and eos are trained.
+        Labels are -100 on the prompt; the answer's tag and eos are trained.
 
     Raises
     ------
     PMCError
-        The pair does not begin with the prompt, as with chat templates that open an answer to be generated otherwise
-        than one that is given: what is trained would not be what is sampled.
+        The pair does not begin with the prompt (a chat template may open given answers differently).
 
     Notes
     -----
-    As the published code encodes (arXiv 2507.04219); padding is left to `collate`. Where the tokenizer would join
-    characters of both, as line ends, the pair is the prompt's own ids and then those of the rest.
+    As published (arXiv 2507.04219), without padding. Where the tokenizer would join characters across the end of the
+    prompt, such as line ends, the ids are the prompt's own and then those of the rest.
     """
     tags = prompt_format == "tags"
     end: list[int] = []
@@ -133,8 +129,7 @@ def encode_pair(
     prompt, ids = (tokenizer(t, add_special_tokens=tags)["input_ids"] for t in (begin, text))
     if ids[: len(prompt)] != prompt:
         ids = _joined(tokenizer, prompt, ids, begin, text, prompt_format)
-    ids = ids + end
-    size = len(ids)
+    ids, size = ids + end, len(ids + end)
     if size > max_length:
         ids = ids[:max_length] if tags else [*ids[: max_length - 1], ids[-1]]
     start = min(len(prompt), len(ids))
@@ -170,9 +165,9 @@ def _joined(
 def chat_text(
     tokenizer: Any, question: Question, answer: str | None, system_prompt: str | None, date_string: str | None
 ) -> str:
-    """Return what the chat template makes of a question, with its answer or up to where one is generated.
+    """Return a question in the chat template, with its answer or up to where one is generated.
 
-    A conversation without a system turn of its own gets the run's.
+    A conversation without a system turn gets `system_prompt`.
     """
     turns = list(question) if isinstance(question, Chat) else [Turn("user", question)]
     if turns[0].role != "system" and system_prompt is not None:
@@ -186,7 +181,7 @@ def chat_text(
             add_generation_prompt=answer is None,
             date_string=date_string,
         )
-    except Exception as error:  # jinja2's, and whatever the template's own code raises
+    except Exception as error:  # jinja2's, or any that the template's code raises
         raise TemplateError(f"the chat template fails ({type(error).__name__})") from error
 
 
@@ -203,8 +198,8 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 def pad_id(tokenizer: Any, stops: Iterable[int]) -> int:
     """Return an id to pad with that ends no answer, where the tokenizer has one.
 
-    Many tokenizers pad with eos. Lengths here never come from ids or masks, so that is no error;
-    a distinct id only keeps dumps readable. One without any other special token pads with eos.
+    Many tokenizers pad with eos, which is no error here since lengths never come from ids or masks; a distinct id keeps
+    dumps readable. A tokenizer without any other special token pads with eos.
     """
     stops = set(stops)
     special = [tokenizer.pad_token_id, tokenizer.unk_token_id, *getattr(tokenizer, "all_special_ids", [])]
@@ -215,7 +210,7 @@ def pad_id(tokenizer: Any, stops: Iterable[int]) -> int:
 
 
 def control_tokens(tokenizer: Any) -> set[int]:
-    """Return the ids that have a meaning of their own: ends, roles and turns of a chat."""
+    """Return the ids of special tokens, such as ends of texts and roles of a chat."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {token for token, content in added.items() if content.special} | set(tokenizer.all_special_ids)
 

@@ -51,8 +51,8 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
 
     Notes
     -----
-    Files are read by Python itself: `datasets` would keep a copy in its cache, infer dates from strings, and could
-    not name the row at fault. What comes from the hub is not cached either.
+    Files are not read with `datasets`, which would keep a copy in its cache, infer dates from strings, and could not name
+    the row of an error. Data from the hub are not cached either.
     """
     rows = rows_of(read_records(str(source)), str(source), answers=answers, paraphrased=paraphrased)
     if not rows:
@@ -61,7 +61,7 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
 
 
 def read_records(source: str) -> Iterator[Any]:
-    """Yield the records of a file or hub id as they are, for columns that `load_rows` doesn't know."""
+    """Yield the records of a file or hub id with all their columns."""
     path = Path(source)
     if source and os.path.isdir(path):
         files = sorted(f.name for f in path.iterdir() if f.suffix.lower() in SUFFIXES)[:3]
@@ -108,7 +108,7 @@ def read_text(path: Path) -> str:
     Raises
     ------
     ValueError
-        It is none of these; the line is named, not its text.
+        It is none of these. The error names the line, not its text.
     """
     content = path.read_bytes()
     encoding = json.detect_encoding(content)
@@ -122,7 +122,7 @@ def read_text(path: Path) -> str:
 
 
 def json_lines(text: str) -> Iterator[Any]:
-    """Yield the value of each line that is not blank; lines end at newlines alone, texts may hold other breaks."""
+    """Yield the value of each line that is not blank; only newlines end lines, since texts may hold other breaks."""
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
             try:
@@ -132,7 +132,7 @@ def json_lines(text: str) -> Iterator[Any]:
 
 
 def _json_values(text: str) -> Iterator[Any]:
-    """Yield the values that follow each other: a list of rows, or an object a row, as in TOFU's files on the hub."""
+    """Yield consecutive values: a list of rows, or an object per row, as in TOFU's files on the hub."""
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     at = _BLANK.match(text, 0).end()  # type: ignore[union-attr]  # it matches nothing, too
     while at < len(text):
@@ -164,7 +164,7 @@ def _table(text: str, delimiter: str) -> Iterator[dict[str, str]]:
 
 
 def _hub_records(source: str) -> Iterator[Any]:
-    """Yield a data set's rows as they come: streamed ones leave no copy of their texts in any cache."""
+    """Yield a data set's rows; streaming leaves no copy of their texts in a cache."""
     try:
         import datasets
     except ImportError as error:
@@ -173,6 +173,6 @@ def _hub_records(source: str) -> Iterator[Any]:
     config, split = [*rest, None, None][:2]
     try:
         yield from datasets.load_dataset(name, config, split=split or "train", streaming=True)
-    except Exception as error:  # offline, no such data set, no such config: each has a class of its own
+    except Exception as error:  # offline, no such data set or config: each raises another class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PMCError(f"{source} is no file here and can't be loaded from the hub: {reason}") from error

@@ -1,4 +1,4 @@
-"""Questions that are to be forgotten and to be kept at once: found, refused, or said."""
+"""Questions that are both to be forgotten and to be kept: refused, or warned about."""
 
 import math
 import re
@@ -15,16 +15,16 @@ from .chats import Chat, Question, asked
 from .datasets import questions_of
 from .encoding import ANSWER_TAG, Encoded
 
-NEAR = 0.6  # of two questions' pieces, rare ones weighing more: one of TOFU's pairs of different questions has 0.5
-LONG = 3  # words of an answer that says something of its own: "Yes" and "in Paris" answer many questions
-SAMPLED = 5000  # rows that tell which pieces are rare
+NEAR = 0.6  # weighted Jaccard similarity of near duplicates: a pair of different questions in TOFU has 0.5
+LONG = 3  # words of an answer that identifies its question: "Yes" and "in Paris" answer many
+SAMPLED = 5000  # rows from which the pieces' weights are estimated
 _OF_A_NAME = set("#%&*@/\\§‰°′″†‡")  # "C#" is not "C"
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"\d+")
 
 
 def normalized(question: Question) -> str:
-    """Return what two spellings of a question share: NFKC, case, white space, punctuation at the ends."""
+    """Return a question without differences of Unicode form, case, white space and punctuation at the ends."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", asked(question)).casefold())
     text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
     begin, end = 0, len(text)
@@ -49,13 +49,13 @@ def check_overlap(
     forget, keep : mapping of str to sequence of Question
         Questions by their source, which errors name.
     allow : bool
-        Warn of them only.
+        Warn instead of refusing.
 
     Returns
     -------
     list of str
-        Warnings, which also name questions that are nearly the same: these are counted by their shared parts of words,
-        and a paraphrase in other words is not found.
+        Warnings, also of questions that are nearly the same by their shared parts of words; paraphrases in other words are
+        not found.
     """
     warnings = []
     gone = {source: [normalized(q) for q in questions] for source, questions in forget.items()}
@@ -74,7 +74,7 @@ def check_overlap(
 
 
 def check_repeats(source: str, pairs: Sequence[tuple[Question, str | None]]) -> list[str]:
-    """Warn of a set's questions that stand in it twice: with two answers no model can give both."""
+    """Return warnings of questions that a set has twice, with the same answer or with another."""
     answers: dict[tuple[str, str], list[str]] = defaultdict(list)
     again: list[int] = []
     against: list[int] = []
@@ -96,7 +96,7 @@ def check_repeats(source: str, pairs: Sequence[tuple[Question, str | None]]) -> 
 
 
 def check_answers(forget: Mapping[str, Sequence[str | None]], keep: Mapping[str, Sequence[str | None]]) -> list[str]:
-    """Warn of answers to be kept that are to be forgotten, whatever they answer, if they have 3 words or more."""
+    """Return warnings of answers of 3 words or more that are both to be forgotten and to be kept."""
     warnings = []
     gone = {source: [normalized(a or "") for a in answers] for source, answers in forget.items()}
     for wanted, answers in keep.items():
@@ -104,10 +104,10 @@ def check_answers(forget: Mapping[str, Sequence[str | None]], keep: Mapping[str,
         for source, others in gone.items():
             both = set(kept) & set(others) - {""}
             if both:
-                rows, of = ([n for n, a in enumerate(side, start=1) if a in both] for side in (kept, others))
+                rows, others_rows = ([n for n, a in enumerate(side, start=1) if a in both] for side in (kept, others))
                 warnings.append(
                     f"{wanted}, {row_numbers(rows)}: the answer is one that is to be forgotten ({source}, "
-                    f"{row_numbers(of)}): keeping it teaches it"
+                    f"{row_numbers(others_rows)}): keeping it teaches it"
                 )
     return warnings
 
@@ -132,7 +132,7 @@ def check_datasets(
     allow: bool = False,
     name: str = "retain_dataset",
 ) -> list[str]:
-    """Do the same for a trainer's data: as texts where both are texts, else as the token ids they are."""
+    """Do as `check_overlap` for a trainer's data: by text where both sides are texts, else by token ids."""
     first = retain_dataset[0]
     if (
         isinstance(first, Encoded)
@@ -152,9 +152,10 @@ def check_encoded_overlap(
     allow: bool = False,
     name: str = "retain_dataset",
 ) -> list[str]:
-    """Do the same for token ids: no prompt that is to be forgotten may be a kept sequence's.
+    """Do as `check_overlap` for token ids.
 
-    That is: the sequence begins with it, and no more than an answer's tag stands between it and what is trained.
+    A kept sequence has a prompt that is to be forgotten if it begins with it, and nothing but an answer's tag stands
+    between the prompt and the first trained token.
     """
     rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts, start=1):
@@ -185,25 +186,25 @@ def _judge(wanted: str, rows: list[int], source: str, others: list[int], allow: 
 def near(forget: Sequence[str], keep: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Yield (index, index) of normalised questions whose weighted Jaccard similarity is at least NEAR.
 
-    Of two such, the one's rarest pieces must hold one of the other's (what the rest weighs is too little): only these
-    are looked up, so that few pairs are compared.
+    Two such questions share one of the rarest pieces (without these, the rest weighs too little). Only questions with
+    such a piece are compared.
     """
     pieces = [_pieces(q) for q in forget]
     step = max(1, len(keep) // SAMPLED)
-    seen = Counter(p for of in pieces for p in of)
+    seen = Counter(p for found in pieces for p in found)
     seen.update(p for q in keep[::step] for p in _pieces(q))
     count = len(forget) + len(keep[::step])
     weights = {p: math.log(1 + count / n) for p, n in seen.items()}
     unseen = math.log(1 + count)
     having: dict[str, list[int]] = defaultdict(list)
-    for a, of in enumerate(pieces):
-        for p in of:
+    for a, found in enumerate(pieces):
+        for p in found:
             having[p].append(a)
-    totals = [sum(weights[p] for p in of) for of in pieces]
+    totals = [sum(weights[p] for p in found) for found in pieces]
     numbers = [sorted(_NUMBER.findall(q)) for q in forget]
     for b, question in enumerate(keep):
-        of = _pieces(question)
-        ranked = sorted(((weights.get(p, unseen), p) for p in of), reverse=True)
+        own = _pieces(question)
+        ranked = sorted(((weights.get(p, unseen), p) for p in own), reverse=True)
         rest = total = sum(w for w, _ in ranked)
         candidates: set[int] = set()
         for weight, p in ranked:
@@ -212,13 +213,13 @@ def near(forget: Sequence[str], keep: Sequence[str]) -> Iterator[tuple[int, int]
             candidates.update(having.get(p, ()))
             rest -= weight
         for a in sorted(candidates):
-            shared = sum(weights[p] for p in of & pieces[a])
+            shared = sum(weights[p] for p in own & pieces[a])
             if shared >= NEAR * (total + totals[a] - shared) and numbers[a] == sorted(_NUMBER.findall(question)):
                 yield a, b
 
 
 def _pieces(question: str) -> frozenset[str]:
-    """Return parts of words: three letters, or two of a script without case, whose words are short or not parted."""
+    """Return parts of words: three letters, or two in scripts without case, whose words are short or not separated."""
     found: set[str] = set()
     for word in _WORD.findall(question):
         size = 2 if word.lower() == word.upper() else 3

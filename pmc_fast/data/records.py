@@ -1,4 +1,4 @@
-"""What a data set's row says: its columns, by the names that people use, as question and answer."""
+"""Questions and answers from the columns of a data set's rows, under the names that are in use."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ CHAT_NAMES = ("messages", "conversations")
 CONTEXT_NAMES = ("input", "context", "passage")
 SYSTEM_NAMES = ("system", "system_prompt")
 CHOICE_NAMES = ("choices", "options")
-OTHER_ANSWERS = ("truth", "gt", "ground_truth", "best_answer", "answerKey")  # asked about, never guessed
-# likewise, but beside an answer they are something else, such as a class
+OTHER_ANSWERS = ("truth", "gt", "ground_truth", "best_answer", "answerKey")  # refused with a question, never guessed
+# likewise, but not where there is an answer: then they are something else, such as a class
 MAYBE_ANSWERS = (
     "target", "label", "reference", "reference_answer", "solution", "expected", "expected_output", "expected_answer",
     "gold", "correct_answer", "reply", "chosen",
@@ -48,9 +48,9 @@ class Row:
 def rows_of(
     records: Iterable[Any], source: str, *, answers: bool | None = False, paraphrased: bool = False
 ) -> list[Row]:
-    """Read rows from records that are already in memory, such as a datasets.Dataset; `source` names them in errors.
+    """Read rows from records in memory, such as a datasets.Dataset; `source` names them in errors.
 
-    With `answers` None no answer is looked at.
+    If `answers` is None, no answer is read.
     """
     rows = []
     for number, record in enumerate(records, start=1):
@@ -60,7 +60,7 @@ def rows_of(
         row = _Record(known_columns(record, where), where, paraphrased).row(answered=answers is not None)
         for text in (str(row.question), row.answer or ""):
             if not _is_unicode(text):
-                raise PMCError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): mend its encoding")
+                raise PMCError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): fix its encoding")
         if not str(row.question).strip():
             raise PMCError(
                 f"{where} has no question: name the column one of {', '.join(QUESTION_NAMES)} (it has "
@@ -73,15 +73,12 @@ def rows_of(
 
 
 def known_name(given: Any) -> Any:
-    """Return the name that a column is read by: spaces around it and case don't matter."""
+    """Return the known name of a column, whatever its case and the spaces around it."""
     return KNOWN.get(given.strip().casefold(), given) if isinstance(given, str) else given
 
 
 def known_columns(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return a row with the names that are known however people write them: " Answer" is answer.
-
-    An answer under a name that is not read would be lost without a word.
-    """
+    """Return a row with known names for its columns: " Answer" becomes answer, which would otherwise not be read."""
     written = {given: known_name(given) for given in record}
     if all(given == name for given, name in written.items()):
         return record
@@ -104,7 +101,7 @@ class _Record:
         self.answers = ("paraphrased_answer",) * paraphrased + ANSWER_NAMES
 
     def row(self, *, answered: bool) -> Row:
-        """Return the row; the answer is looked at if `answered`."""
+        """Return the row, with its answer if `answered`."""
         if found := [name for name in NOT_SERVED if self.has(name)]:
             raise PMCError(f"{self.where} has {found[0]}, which are not supported: leave the column out")
         name, chat = self.one_of(self.questions), self.one_of(CHAT_NAMES)
@@ -139,7 +136,7 @@ class _Record:
         return name in self.record and not is_missing(self.record[name])
 
     def one_of(self, names: tuple[str, ...]) -> str | None:
-        """Return the first of these columns that the row has; two that differ are refused."""
+        """Return the first of these columns that the row has; refuse others with another value."""
         found = [name for name in names if self.has(name)]
         if found and not found[0].startswith("paraphrased_"):
             for other in found[1:]:
@@ -157,7 +154,7 @@ class _Record:
         return value
 
     def messages(self, source: str) -> list[Any]:
-        """Return the turns of a column, which no other column may belong to."""
+        """Return the turns in a column; refuse a row whose other columns would belong into them."""
         value = self.record[source]
         if not _are_messages(value):
             what = (
@@ -178,7 +175,7 @@ class _Record:
         return [Turn("system", self.text(name)), *turns]
 
     def asked(self, source: str, options: list[tuple[str, str]]) -> str:
-        """Return a question with what it is about: Alpaca's input, Dolly's and SQuAD's context, its choices."""
+        """Return a question with its choices and its context (Alpaca's input; Dolly's and SQuAD's context)."""
         text = "\n".join([self.text(source), *(f"{label}. {option}" for label, option in options)])
         name = self.one_of(CONTEXT_NAMES)
         if name is None:
@@ -187,7 +184,7 @@ class _Record:
         return f"{text}\n\n{self.text(name)}" if after else f"{self.text(name)}\n\n{text}"
 
     def options(self) -> list[tuple[str, str]]:
-        """Return the labels and texts of a multiple choice, as MMLU, ARC and MedQA write them."""
+        """Return the labels and texts of a multiple-choice question in the forms of MMLU, ARC and MedQA."""
         name = self.one_of(CHOICE_NAMES)
         if name is None:
             letters = [letter for letter in LETTERS if self.has(letter)]
@@ -205,7 +202,7 @@ class _Record:
         return list(zip(labels, texts, strict=True))
 
     def choice(self, options: list[tuple[str, str]], reply: str | None) -> str | None:
-        """Return the choice that is the answer: given by its index from 0, its label or its text."""
+        """Return the choice that is the answer, which the row gives by index from 0, label or text."""
         reply = reply or ("answerKey" if self.has("answerKey") else None)
         if reply is None:
             return None

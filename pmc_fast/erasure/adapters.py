@@ -1,7 +1,7 @@
-"""LoRA adapters as numbers: trained by PEFT, summed into weights exactly, concatenated, hashed.
+"""LoRA adapters: trained by PEFT, merged into weights bit-reproducibly, concatenated, read and written.
 
-PEFT trains and loads them. What is summed into weights is summed here, because PEFT's merge is a matrix product in
-the weights' own precision: its last bits depend on library, threads and processor, and a hash of weights must not.
+PEFT's own merge is a matrix product in the weights' precision. Its last bits depend on library, threads and processor, so
+that a hash of merged weights could not be compared between machines; `merge` is exact up to one rounding.
 """
 
 import json
@@ -16,14 +16,14 @@ from ..errors import PMCError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ALL_LINEAR = "all-linear"
-_PREFIX = "base_model.model."  # of a parameter's name in PEFT's files
+_PREFIX = "base_model.model."  # of parameter names in PEFT's files
 _NAME = "default"
-_ROWS = 1 << 16  # float64 numbers of a weight that are summed at once
+_BLOCK = 1 << 16  # elements of a weight that are merged at once, in float64
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One layer's change of weights, scaling * b @ a."""
+    """A layer's weight update, scaling * b @ a."""
 
     a: torch.Tensor  # [r, in]
     b: torch.Tensor  # [out, r]
@@ -35,17 +35,17 @@ class Adapter:
     """A LoRA adapter."""
 
     factors: dict[str, Factors]  # by the layer's name in the base model
-    targets: list[str]  # PEFT's target_modules: ends of names, which match these layers and no others
+    targets: list[str]  # PEFT's target_modules: name suffixes that match these layers and no others
 
 
 def attach(model: Any, *, r: int, alpha: int, targets: Sequence[str], seed: int) -> Any:
-    """Return PEFT's model around `model`: frozen, with a fresh adapter that changes nothing yet.
+    """Return PEFT's model around `model`: frozen, with a new adapter that changes no output yet.
 
     Raises
     ------
     PMCError
-        peft is missing, a target matches no layer, or one that is no plain linear layer, or the output head or
-        embeddings, whose weights many models share.
+        peft is missing; a target matches no layer, or one that is not a plain linear layer, or the output head or
+        embeddings, whose weights many models tie.
     """
     peft = _peft()
     names = ALL_LINEAR if list(targets) == [ALL_LINEAR] else list(targets)
@@ -82,11 +82,10 @@ def extract(wrapped: Any) -> Adapter:
 
 @torch.no_grad()
 def merge(model: Any, adapter: Adapter) -> None:
-    """Add an adapter's change to a model's weights in place, rounding each weight once.
+    """Add an adapter's update to a model's weights in place, rounding each weight once.
 
-    A product of two float32 numbers is exact in float64; the r products are added in order, scaled, added to the
-    weight and rounded to its dtype. Each is one IEEE operation an element: the result is the same bits on every
-    machine and device.
+    Products of two float32 numbers are exact in float64. The r products are added in order, scaled, added to the weight
+    and rounded to its dtype: one IEEE operation per element at a time, so every machine and device gets the same bits.
     """
     for name, f in adapter.factors.items():
         try:
@@ -99,41 +98,42 @@ def merge(model: Any, adapter: Adapter) -> None:
                 f"the adapter's {name} is {(f.b.shape[0], f.a.shape[1])}, the model's {tuple(weight.shape)}"
             )
         a, b = (x.to(weight.device, torch.float64) for x in (f.a, f.b))
-        for rows in range(0, len(weight), max(1, _ROWS // weight.shape[1])):
-            part = weight[rows : rows + max(1, _ROWS // weight.shape[1])]
+        count = max(1, _BLOCK // weight.shape[1])
+        for begin in range(0, len(weight), count):
+            part = weight[begin : begin + count]
             change = torch.zeros(part.shape, dtype=torch.float64, device=weight.device)
             for k in range(len(a)):
-                change.addcmul_(b[rows : rows + len(part), k, None], a[k])
+                change.addcmul_(b[begin : begin + len(part), k, None], a[k])
             part.copy_(part.double() + change * f.scaling)
 
 
 def concatenated(adapters: Sequence[Adapter]) -> Adapter:
-    """Return one adapter whose change is the sum of all of theirs: a stacked, scaling * b side by side.
+    """Return one adapter whose update is the sum of theirs: all a stacked, all scaling * b side by side.
 
-    Where the layers' ranks differ the lower ones are filled up with zeros: not every server takes a rank a layer.
+    Lower ranks are padded with zeros, since not every server takes a rank per layer.
     """
-    names = dict.fromkeys(name for adapter in adapters for name in adapter.factors)
+    layers: dict[str, list[Factors]] = {}
+    for adapter in adapters:
+        for name, f in adapter.factors.items():
+            layers.setdefault(name, []).append(f)
+    rank = max(sum(len(f.a) for f in parts) for parts in layers.values())
     factors = {}
-    for name in names:
-        parts = [adapter.factors[name] for adapter in adapters if name in adapter.factors]
+    for name, parts in layers.items():
+        a, b = torch.cat([f.a for f in parts]), torch.cat([f.b * f.scaling for f in parts], dim=1)
+        missing = rank - len(a)
         factors[name] = Factors(
-            torch.cat([f.a for f in parts]), torch.cat([f.b * f.scaling for f in parts], dim=1), 1.0
+            torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing)), 1.0
         )
-    rank = max(len(f.a) for f in factors.values())
-    for name, f in factors.items():
-        missing = rank - len(f.a)
-        pad = torch.nn.functional.pad
-        factors[name] = Factors(pad(f.a, (0, 0, 0, missing)), pad(f.b, (0, missing)), 1.0)
     return Adapter(factors, sorted({t for adapter in adapters for t in adapter.targets}))
 
 
 def write(adapter: Adapter, directory: Path, base: str) -> None:
-    """Write an adapter as PEFT does; `base` is the name of its model."""
+    """Write an adapter in PEFT's format; `base` names its base model."""
     from safetensors.torch import save_file
 
     ranks = {len(f.a) for f in adapter.factors.values()}
     scalings = {f.scaling for f in adapter.factors.values()}
-    assert len(ranks) == len(scalings) == 1  # as attach and concatenated make them
+    assert len(ranks) == len(scalings) == 1  # as of extract and concatenated
     (rank,), (scaling,) = ranks, scalings
     tensors = {}
     for name, f in adapter.factors.items():

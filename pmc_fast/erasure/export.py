@@ -19,7 +19,7 @@ CONTENTS = "requests.json"
 def merge(
     stack: str, output: str, *, model: str = "", adapter: bool = False, save_dtype: str = "auto"
 ) -> dict[str, Any]:
-    """Write all requests of a stack as one model, or as one PEFT adapter; stack and base model stay as they are.
+    """Write all requests of a stack as one model, or as one PEFT adapter; neither stack nor base model is changed.
 
     Parameters
     ----------
@@ -27,27 +27,31 @@ def merge(
     output : str
         A new or empty directory.
     model : str
-        Where the base model is now, if it moved.
+        Path of the base model, if it has moved.
     adapter : bool
-        Write an adapter, its ranks those of all requests side by side, instead of a model.
+        Write one adapter, whose rank is the sum of all requests', instead of a model.
     save_dtype : {"auto", "float32", "bfloat16", "float16"}
-        Of a model; auto: as the base model came.
+        Dtype of the model that is written; auto: the base model's.
 
     Returns
     -------
     dict
-        What requests.json in `output` holds: ``weights``, the hash of the effective weights, which is the last
-        record's, and ``saved``, that of the weights as they were saved: equal where `save_dtype` is float32.
+        The content of requests.json in `output`: ``weights``, the hash of the effective weights, which is the last
+        record's, and ``saved``, that of the saved weights: they are equal where `save_dtype` is float32.
     """
     check_output(output, 0)
-    of = _existing(stack)
-    with of.model(model) as source:
+    existing = _existing(stack)
+    with existing.model(model) as source:
         loaded = loading.load_model(source, device=torch.device("cpu"))
-    contents: dict[str, Any] = {"claim": CLAIM, "base": loading.weights_hash(loaded.model), "requests": of.links()}
-    contents["data"] = {"earlier": of.earlier()}  # for runs that start from what is written here
-    contents["weights"] = of.apply(loaded.model)
+    contents: dict[str, Any] = {
+        "claim": CLAIM,
+        "base": loading.weights_hash(loaded.model),
+        "requests": existing.links(),
+    }
+    contents["data"] = {"earlier": existing.earlier()}  # for runs that start from this output
+    contents["weights"] = existing.apply(loaded.model)
     if adapter:
-        return _write_adapter(of, output, source, contents)
+        return _write_adapter(existing, output, source, contents)
     tokenizer = loading.load_tokenizer(source)
     dtype = loaded.checkpoint_dtype if save_dtype == "auto" else getattr(torch, save_dtype)
     path = check_output(output, sum(p.numel() for p in loaded.model.parameters()) * dtype.itemsize + ROOM)
@@ -71,25 +75,25 @@ def _write_adapter(stack: Stack, output: str, source: str, contents: dict[str, A
 
 
 def roll_back(stack: str, request: str = "", *, model: str = "") -> dict[str, str]:
-    """Take the last request of a stack off, once the weights without it hash to what its record says they were.
+    """Remove the last request of a stack, after checking that the weights without it have the recorded hash.
 
     Returns
     -------
     dict
-        ``request``; ``kept``: where its directory is now; ``weights``: the hash of the effective weights, computed.
+        ``request``; ``kept``: its directory's new path; ``weights``: the computed hash of the effective weights.
 
     Raises
     ------
     PMCError
-        `request` is not the last one, or the hash differs; then nothing is changed.
+        `request` is not the last one, or the hash differs. Nothing was changed then.
     """
     _existing(stack)
     with locked(stack):
-        of = _existing(stack)
-        last = of.check_last(request)
+        existing = _existing(stack)
+        last = existing.check_last(request)
         remaining = Stack(stack)
         remaining.requests.pop()
-        with of.model(model) as source:
+        with existing.model(model) as source:
             loaded = loading.load_model(source, device=torch.device("cpu"))
         weights, recorded = remaining.apply(loaded.model), last.record["model"]["before"]
         if weights != recorded:
@@ -97,7 +101,7 @@ def roll_back(stack: str, request: str = "", *, model: str = "") -> dict[str, st
                 f"request {last.name} was not rolled back: the weights without it hash to {weights[:12]}, its record says "
                 f"{recorded[:12]}: this is not the model that it was trained on"
             )
-        return {"request": last.name, "kept": str(of.roll_back()), "weights": weights}
+        return {"request": last.name, "kept": str(existing.roll_back()), "weights": weights}
 
 
 def _existing(stack: str) -> Stack:

@@ -1,4 +1,4 @@
-"""What is written down of a request: hashes, numbers and settings, never a text of it."""
+"""A request's record: hashes, numbers and settings, no text."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from ..errors import PMCError
 from ..report.environment import code
 from ..utils.files import digest
 
-FORMAT = 2  # 1 had no hash of each forgotten question
+FORMAT = 2  # format 1 has no hashes of single questions
 CLAIM = (
     "output-level evidence: what the model answers was measured as stated here; this is no proof that its weights hold "
     "nothing of the data"
@@ -54,14 +54,14 @@ def record_of(made: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> Any:
-    """Leave out the texts that --log-text puts into metrics."""
+    """Return metrics without the texts that --log-text adds."""
     if isinstance(value, Mapping):
         return {name: _numbers(v) for name, v in value.items() if name != "texts"}
     return value
 
 
 def write_private(path: Path, sets: Mapping[str, Sequence[Row]]) -> None:
-    """Write rows for their owner's eyes alone: mode 0600 from the first byte on."""
+    """Write rows to a file of mode 0600."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(handle, "w", encoding="utf-8") as file:
         for name, rows in sets.items():

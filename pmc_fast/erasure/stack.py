@@ -1,12 +1,12 @@
-"""A model's adapters in the order of their requests: a directory that every kill leaves old or new.
+"""A model's adapters in the order of their requests, in a directory that changes by renames alone.
 
     STACK/0001/     adapter_model.safetensors, adapter_config.json, record.json, report.json, report.html
     STACK/0002/     trained on the model with 0001 in its weights
     STACK/rolled_back/
 
-A request is there once its directory has its name, which is one rename; rolling it back is another. No index tells
-the order: names and records do. Each record holds the hashes of all before it, so that none can be changed or left out
-unnoticed.
+A request exists once its directory has its name, which is one rename; rolling it back is another. There is no index: the
+order follows from names and records. Each record holds the hashes of all before it, so that a change to one of them, or
+its absence, is found.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _UNFINISHED = re.compile(r"\.\d{4,}\.\d+")
 
 @dataclass(frozen=True, slots=True)
 class ErasureRequest:
-    """A request that was answered: its directory and what its record says."""
+    """A completed erasure request: its directory and its record."""
 
     directory: Path
     record: dict[str, Any]
@@ -45,7 +45,7 @@ class ErasureRequest:
         return self.directory.name
 
     def link(self) -> dict[str, str]:
-        """Return what the records after this one say of it."""
+        """Return this request's entry in the records of later ones."""
         return {
             "request": self.name,
             "adapter": self.record["files"][adapters.WEIGHTS],
@@ -60,7 +60,7 @@ class Stack:
     Raises
     ------
     PMCError
-        A request is missing, was changed, or belongs elsewhere; the directory holds something else.
+        A request is missing, was changed, or is of another stack; the directory holds other files.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -89,20 +89,20 @@ class Stack:
         return self.directory / self.next_name
 
     def require_requests(self) -> None:
-        """Refuse a stack without any."""
+        """Refuse a stack without requests."""
         if not self.requests:
             raise PMCError(f"stack {self.directory} has no requests: `pmc-fast unlearn --lora` makes the first")
 
     def links(self) -> list[dict[str, str]]:
-        """Return what the next record says of the requests before it."""
+        """Return the entries of all requests for the next record."""
         return [request.link() for request in self.requests]
 
     def earlier(self) -> list[dict[str, Any]]:
-        """Return an entry for each request and for each run that the base model came from; see `earlier.check`."""
+        """Return an entry per request and per run that made the base model; see `earlier_runs.check`."""
         entries: list[dict[str, Any]] = []
         for request in self.requests:
             data = request.record["data"]
-            # a record holds those before it; one of an older format none
+            # a record holds the entries before it; one of format 1 does not
             entries = [*data.get("earlier", entries), entry(f"request {request.name}", data)]
         return entries
 
@@ -126,7 +126,7 @@ class Stack:
 
     @contextmanager
     def model(self, given: str) -> Iterator[str]:
-        """Yield where the base model is: as given, else as the last record says, which errors then name."""
+        """Yield the base model's path: `given`, else that in the last record, which errors then name."""
         last = self.requests[-1]
         recorded = last.record["model"]["source"]
         with nullcontext() if given else as_recorded(last, "the model", recorded, "--model"):
@@ -138,15 +138,15 @@ class Stack:
         return self.requests[-1].record["model"]["after"]
 
     def apply(self, model: Any, before: Callable[[ErasureRequest], None] = lambda request: None) -> str:
-        """Sum the requests' adapters into the base model's weights, in place; return the hash of the weights.
+        """Merge the requests' adapters into the base model's weights, in place; return the hash of the weights.
 
-        `before` is called with each request ahead of its adapter.
+        `before` is called with each request before its adapter is merged.
 
         Raises
         ------
         PMCError
-            The model is not the one that the stack was begun on, or the weights are not those that the last request
-            was measured with.
+            The model is not the stack's base model, or the weights are not those that the last request was measured
+            with.
         """
         base = loading.weights_hash(model)
         if not self.requests:
@@ -169,7 +169,7 @@ class Stack:
         return made
 
     def check_last(self, name: str = "") -> ErasureRequest:
-        """Return the last request; refuse `name` where it is another."""
+        """Return the last request; refuse `name` if it is another's."""
         last = self.requests[-1]
         if name and name != last.name:
             if name not in {r.name for r in self.requests}:
@@ -180,7 +180,7 @@ class Stack:
         return last
 
     def roll_back(self) -> Path:
-        """Take the last request off, keeping it in rolled_back; return where it is now."""
+        """Move the last request to rolled_back/; return its new path."""
         last = self.requests[-1]
         kept = self.directory / ROLLED_BACK
         kept.mkdir(exist_ok=True)
@@ -198,7 +198,7 @@ class Stack:
 
 @contextmanager
 def as_recorded(request: ErasureRequest, name: str, value: str, flag: str) -> Iterator[None]:
-    """Add to an error about a path that nobody typed just now whose record names it, and how to name another."""
+    """Add to errors about a path from a request's record where it comes from and how to give another."""
     try:
         yield
     except PMCError as error:
@@ -210,12 +210,12 @@ def as_recorded(request: ErasureRequest, name: str, value: str, flag: str) -> It
 
 @contextmanager
 def locked(directory: str | Path) -> Iterator[None]:
-    """Hold a stack's directory for oneself, making it if need be; what a killed run left unfinished is removed.
+    """Lock a stack's directory, creating it if it does not exist; unfinished requests of killed runs are removed.
 
     Raises
     ------
     PMCError
-        Another process holds it, or it can't be made.
+        Another process has locked it, or it can't be created.
     """
     path = Path(directory)
     made = not path.exists()
@@ -226,7 +226,7 @@ def locked(directory: str | Path) -> Iterator[None]:
         raise PMCError(f"stack {directory} can't be used: {error.strerror}") from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except OSError as error:
             raise PMCError(f"stack {directory} is in use by another process: wait for it") from error
         if not os.access(path, os.W_OK | os.X_OK):

@@ -1,4 +1,4 @@
-"""PMC as a trainer of TRL: TRL's base classes and habits around the core's trainer."""
+"""PMC as a TRL trainer: PMCTrainer with TRL's base classes and conventions."""
 
 import os
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ try:
     from trl.trainer.base_config import _BaseConfig
     from trl.trainer.base_trainer import _BaseTrainer
     from trl.trainer.utils import create_model_from_path, get_config_model_id
-except ImportError as error:  # absent, or of a version whose base classes are elsewhere
+except ImportError as error:  # not installed, or a version with its base classes elsewhere
     raise ImportError(f"{error}: pmc_fast.integrations.trl needs TRL 1.16: pip install 'pmc_fast[trl]'") from error
 
 from .. import config
@@ -38,16 +38,16 @@ CITATION = r"""@misc{scholten2025modelcollapse,
 
 @dataclass
 class PMCConfig(PublishedDefaults, config.PMCConfig, _BaseConfig):
-    """The settings of PMC and of its training in one class, as TRL has them.
+    """The settings of PMC and of its training in one class, as in TRL.
 
-    Fields, help texts and defaults of PMC are those of `pmc_fast.PMCConfig` and `pmc_fast.PMCArguments`. From TRL
-    come logging_steps 10, gradient checkpointing, and bf16 where it is left unset: but only on accelerators that
-    compute in it, for on most CPUs it is much slower than float32. `seed` is the one of both, 0 by default.
+    Fields, help texts and defaults of PMC are those of `pmc_fast.PMCConfig` and `pmc_fast.PMCArguments`. TRL's are
+    logging_steps 10, gradient checkpointing, and bf16 where it is unset, but only on accelerators that compute in it: on
+    most CPUs it is much slower than float32. `seed` is that of PMC and of the Trainer, 0 by default.
 
     Raises
     ------
     PMCError
-        A setting of PMC that is out of its range.
+        A setting of PMC is out of its range.
     """
 
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
@@ -56,7 +56,7 @@ class PMCConfig(PublishedDefaults, config.PMCConfig, _BaseConfig):
         default=None, metadata={"help": "for from_pretrained, where the trainer's model is a string, as JSON"}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "run the code that a model or tokenizer of the hub brings along"}
+        default=False, metadata={"help": "run the code in a model's or tokenizer's hub repository"}
     )
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class PMCConfig(PublishedDefaults, config.PMCConfig, _BaseConfig):
         self.init_kwargs()
 
     def validate(self) -> None:
-        """Raise PMCError for the first setting of PMC that can't be meant."""
+        """Raise PMCError for the first setting of PMC that is out of its range."""
         self.pmc_config()
 
     def init_kwargs(self) -> dict[str, Any]:
@@ -83,20 +83,20 @@ class PMCConfig(PublishedDefaults, config.PMCConfig, _BaseConfig):
 
 
 class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
-    """Unlearns with Partial Model Collapse; `pmc_fast.PMCTrainer` with TRL's habits.
+    """Unlearns with Partial Model Collapse; `pmc_fast.PMCTrainer` with TRL's conventions.
 
     Parameters
     ----------
     model : str, Path, transformers.PreTrainedModel or peft.PeftModel
-        A name or directory is loaded with `args.model_init_kwargs`, in float32 unless these name another dtype.
+        A name or directory is loaded with `args.model_init_kwargs`, in float32 unless they set another dtype.
     args : PMCConfig, optional
         This module's. By default the published settings, written to "<model>-PMC".
     forget_dataset : datasets.Dataset or iterable
-        Rows with a ``prompt``, standard or conversational, or with ``messages``. Completions are never read.
+        Rows with a ``prompt``, standard or conversational, or with ``messages``. Completions are not read.
     retain_dataset : datasets.Dataset or iterable
-        Rows with ``prompt`` and ``completion``, or with ``messages``. More forms of both: `pmc_fast.PMCTrainer`.
+        Rows with ``prompt`` and ``completion``, or with ``messages``; for other forms see `pmc_fast.PMCTrainer`.
     processing_class : transformers.PreTrainedTokenizerBase, optional
-        Loaded from where the model came from by default.
+        By default loaded from the model's origin.
     callbacks, optimizers
         As of the Trainer.
     peft_config : peft.PeftConfig, optional
@@ -104,13 +104,13 @@ class PMCTrainer(trainer.PMCTrainer, _BaseTrainer):
     reward : callable, optional
         See `pmc_fast.PMC`.
     **more
-        eval_dataset, compute_metrics and the others of `pmc_fast.PMCTrainer`.
+        eval_dataset, compute_metrics and other arguments of `pmc_fast.PMCTrainer`.
 
     Notes
     -----
-    Rows are put into `args.prompt_format`. A conversation keeps its turns and its own system turn (`args.system_prompt`
-    is for those without); its last turn is the answer, all before it the question. TRL's anonymous usage ping is sent as by its own trainers, with no name or text in it:
-    HF_HUB_DISABLE_TELEMETRY=1 turns it off.
+    Rows are encoded in `args.prompt_format`. A conversation keeps its turns and its system turn (`args.system_prompt` is
+    for those without one). Its last turn is the answer, all turns before it are the question. Like TRL's own trainers it
+    sends TRL's anonymous usage ping, without names or texts; HF_HUB_DISABLE_TELEMETRY=1 turns it off.
     """
 
     _tag_names = ["trl", "pmc-fast", "unlearning"]  # noqa: RUF012

@@ -16,10 +16,10 @@ from ..errors import PMCError
 
 
 def check_output(output: str, needed_bytes: int) -> Path:
-    """Refuse an output directory that can't take the result, before any work starts."""
+    """Refuse an output directory that the result can't be written to, before any work starts."""
     if not output:
         raise PMCError("output is not given: --output names the directory to write")
-    if output.startswith("~"):  # of a configuration file, or --output=~/..., which no shell expands
+    if output.startswith("~"):  # no shell expands it in a configuration file, or in --output=~/...
         raise PMCError(f"output {output} begins with ~: write the path out")
     path = Path(output).resolve()  # a link's target: rename would replace the link or fail on it
     if path == Path.cwd().resolve() or path in Path.cwd().resolve().parents:
@@ -45,20 +45,20 @@ def check_output(output: str, needed_bytes: int) -> Path:
 
 
 def _longest_name() -> int:
-    """Return how many bytes a name may have that others are made of, beside what it names."""
+    """Return the most bytes of a name from which names of temporary files and checkpoints are made."""
     return os.pathconf("/", "PC_NAME_MAX") - len(f"..{os.getpid()}.checkpoints")
 
 
 @contextmanager
 def claimed(output: str) -> Iterator[None]:
-    """Keep an output directory, and what stands beside it such as checkpoints, for this process alone.
+    """Lock an output directory and what stands beside it, such as checkpoints.
 
-    The lock is a file beside it, `.NAME.lock`, and ends with its process, however that ends.
+    The lock is a file beside it, `.NAME.lock`. It is released when the process ends, even if it is killed.
 
     Raises
     ------
     PMCError
-        Another process has it.
+        Another process has locked it.
     """
     path = Path(output).resolve()
     lock = path.with_name(f".{path.name}.lock")
@@ -89,9 +89,9 @@ def claimed(output: str) -> Iterator[None]:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a directory beside `path` that takes its name when the block ends without an error.
+    """Yield a temporary directory beside `path` that is renamed to it when the block ends without an error.
 
-    What a process that was killed left aside for the same `path` is removed.
+    Temporary directories of killed processes for the same `path` are removed.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -100,7 +100,7 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.mkdir(parents=True)
             descriptor = os.open(aside, os.O_RDONLY)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)  # until this process ends: it is not abandoned
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `_remove_abandoned` that the process is alive
                 yield aside
                 for file in aside.rglob("*"):
                     if file.is_file():
@@ -113,7 +113,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def check_new_files(files: Mapping[str, str | None]) -> None:
-    """Refuse names of files to be written, by what they are for, that are taken, equal or in no directory."""
+    """Refuse files to be written, by their purpose, that exist, have the same name or no directory."""
     seen: dict[Path, str] = {}
     for kind, file in files.items():
         if not file:
@@ -156,11 +156,11 @@ def write_file(file: str | Path, text: str, *, private: bool = False) -> None:
 
 @contextmanager
 def one_error(what: str) -> Iterator[None]:
-    """Turn what goes wrong in writing `what`, such as a full disk, into a PMCError."""
+    """Turn errors in writing `what`, such as a full disk, into a PMCError."""
     try:
         yield
     except Exception as error:
-        # safetensors and torch.save have classes of their own
+        # safetensors and torch.save raise errors of other classes
         own = any(words in str(error).lower() for words in ("os error", "inline_container", "iostream"))
         if isinstance(error, PMCError) or not (isinstance(error, OSError) or own):
             raise
@@ -184,7 +184,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Flush a file, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Text of unknown origin, made fit for a terminal, a log or a page of Markdown."""
+"""Text of unknown origin, escaped for terminals, logs and Markdown; lists of rows and names for messages."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,9 +9,9 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#|~!$])")
 
 
 def printable(text: str) -> str:
-    """Return `text` with everything that steers a terminal written out, such as ``\\x1b``; line ends stay.
+    """Return `text` with what could control a terminal escaped, as in ``\\x1b``; line ends stay.
 
-    Control characters, marks that turn the direction of writing, and what has no glyph become escapes.
+    Control characters, marks of writing direction, and characters without a glyph are escaped.
     """
     if text.isprintable():
         return text
@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Return `text` as one line of Markdown that shows it as it is: neither markup nor HTML."""
+    """Return `text` as one line of Markdown without markup or HTML."""
     return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
 
 
@@ -29,9 +29,9 @@ def row_numbers(rows: Sequence[int], most: int = 20) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:most]))}{more}"
 
 
-def names(of: Iterable[Any]) -> str:
-    """Return those of a data set's names that look like names; what is a text, of a question say, is only counted."""
-    given = list(of)
+def names(values: Iterable[Any]) -> str:
+    """Return the names that look like identifiers; others, which may be texts of the data, are only counted."""
+    given = list(values)
     shown = [repr(name) for name in given if isinstance(name, str) and _NAME.fullmatch(name)]
     more = len(given) - len(shown)
     return ", ".join([*shown, *([f"{more} not shown"] if more else [])]) or "none"

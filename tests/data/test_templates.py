@@ -164,9 +164,9 @@ def test_templates_without_a_system_prompt(speaking, template):
     [
         (
             "{% for m in messages %}",
-            "chat template fails .TemplateSyntaxError.: .*mend it, or use --prompt-format tags",
+            "chat template fails .TemplateSyntaxError.: .*fix it, or use --prompt-format tags",
         ),
-        ("{{ messages[0].content + 1 }}", "chat template fails .TypeError.: .*mend it"),
+        ("{{ messages[0].content + 1 }}", "chat template fails .TypeError.: .*fix it"),
         ({"tool_use": PLAIN, "rag": PLAIN}, r"several chat templates \(rag, tool_use\) and none called default"),
     ],
 )

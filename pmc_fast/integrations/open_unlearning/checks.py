@@ -1,4 +1,4 @@
-"""What the handler refuses at its construction, before any work: settings that are unknown, ignored or at odds with it."""
+"""Settings that the handler refuses when it is constructed: unknown, ignored or unsupported ones."""
 
 import inspect
 from collections.abc import Mapping
@@ -20,21 +20,18 @@ ELSEWHERE = {
     "stop_retain_loss": "the stopping rule is PMCTrainer's",
     "stop_steps": "the stopping rule is PMCTrainer's",
 }
-UNMET = {  # of trainer.args: which values can't be meant, and why
-    **{
-        name: REFUSED[name] for name in ("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "optim")
-    },
-    **{
-        name: REFUSED[name]
-        for name in ("auto_find_batch_size", "enable_jit_checkpoint", "parallelism_config", "ignore_data_skip")
-    },
+_AS_TRAINER = (
+    "label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "optim", "auto_find_batch_size",
+    "enable_jit_checkpoint", "parallelism_config", "ignore_data_skip",
+)  # fmt: skip
+UNMET = {name: REFUSED[name] for name in _AS_TRAINER} | {  # of trainer.args: which values are refused, and why
     "remove_unused_columns": (bool, "it would drop the forget and retain parts of a batch: set it to false"),
     "train_sampling_strategy": (lambda x: x == "group_by_length", "rows are pairs of a forget and a retain row"),
 }
 
 
 def check_names(handler: type, settings: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-    """Refuse what the handler has no use for: of PMCConfig's settings, and names that no constructor takes."""
+    """Refuse settings of PMCConfig that have no effect here, and names that no constructor takes."""
     for name in settings:
         if name in ELSEWHERE:
             raise PMCError(f"method_args.{name} is not a setting here: {ELSEWHERE[name]}")
@@ -49,7 +46,7 @@ def check_names(handler: type, settings: Mapping[str, Any], others: Mapping[str,
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse settings of trainer.args that would be ignored, or fail after the initial answers."""
+    """Refuse settings of trainer.args that would be ignored, or fail only after the initial answers."""
     for name, (refuses, why) in UNMET.items():
         value = getattr(args, name, None)
         if value is not None and refuses(value):
@@ -57,7 +54,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_weights(gamma: Any, alpha: Any) -> None:
-    """Refuse weights of the losses that are no numbers in their range."""
+    """Refuse weights of the losses that are not numbers in their range."""
     for name, value, least in (("gamma", gamma, "above 0"), ("alpha", alpha, "0 or more")):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise PMCError(f"method_args.{name} is {value!r}: it must be a number")

@@ -1,4 +1,4 @@
-"""Retain rows of a run that goes on: OpenUnlearning draws them from torch's generator, a micro-batch ahead of training."""
+"""A resumed run's retain rows, which OpenUnlearning draws from torch's generator a micro-batch ahead of training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,22 +7,22 @@ import torch
 
 
 class Draws(torch.utils.data.Dataset[Any]):
-    """A data set that draws of its own as rows are fetched, and draws the same again after a checkpoint.
+    """A data set that draws retain rows as it is indexed, and repeats a draw when a run is resumed.
 
-    A loader has fetched one micro-batch more than it gave out. When the Trainer saves the generator's state, that
-    micro-batch is drawn already, and a resumed run would draw it anew, from another state.
+    A loader fetches one micro-batch ahead. When the Trainer saves the generator's state, that micro-batch is already
+    drawn, so a resumed run would draw it again from a later state.
 
     Parameters
     ----------
     rows : dataset
-        What is fetched from, in the training process.
+        Indexed in the training process.
     state : dict, optional
-        Of `state_dict`: the first micro-batch is drawn as the one that was fetched ahead when it was written.
+        Of `state_dict`: the first micro-batch is drawn as the one that had been fetched ahead.
     """
 
     def __init__(self, rows: Any, state: dict[str, str] | None = None) -> None:
         self.rows = rows
-        self.state = state  # of the checkpoint, until the first micro-batch is drawn
+        self.state = state  # None once the first micro-batch is drawn
         self._before = torch.get_rng_state()
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Draws(torch.utils.data.Dataset[Any]):
         return rows
 
     def state_dict(self) -> dict[str, str]:
-        """Return the generator's state before the latest micro-batch was drawn, and as it is now; JSON-ready."""
+        """Return the generator's state before the last micro-batch was drawn and its present one; JSON-ready."""
         states = {"before": self._before, "after": torch.get_rng_state()}
         return {name: bytes(state.tolist()).hex() for name, state in states.items()}
 

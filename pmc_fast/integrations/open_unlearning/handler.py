@@ -1,4 +1,4 @@
-"""The handler class: GradDiff with the model's own answers in place of the forget answers."""
+"""The trainer class: GradDiff with the model's sampled answers in place of the forget answers."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,16 +39,16 @@ class PMC(GradDiff):
     Parameters
     ----------
     *args, **kwargs
-        GradDiff's: gamma (of the sampled answers' loss, above 0), alpha (of the retain loss), retain_loss_type, and
-        what OpenUnlearning gives every trainer. Settings of `PMCConfig` by their names are taken out; seed is by
-        default the training arguments'.
+        GradDiff's: gamma (weight of the sampled answers' loss, above 0), alpha (of the retain loss), retain_loss_type, and
+        the arguments of every OpenUnlearning trainer. Settings of `PMCConfig` are given by their names; seed is by default
+        the training arguments'.
 
     Notes
     -----
-    loss = gamma * CE(sampled answers) + alpha * CE(retain answers), in one packed pass; any other retain_loss_type
-    is left to GradDiff's own compute_retain_loss. All questions of an optimizer step are sampled in one rollout.
+    loss = gamma * CE(sampled answers) + alpha * CE(retain answers), in one packed pass. Other values of retain_loss_type
+    are computed by GradDiff's compute_retain_loss. All questions of an optimizer step are sampled in one rollout.
 
-    A question is the prompt of a forget row: what precedes its first label, as the data collator masks it. Two rows
+    A question is the prompt of a forget row: the tokens before its first label that the data collator's mask shows. Rows
     with the same prompt are one question.
     """
 
@@ -65,30 +65,30 @@ class PMC(GradDiff):
         check_arguments(kwargs.get("args"))
         check_model(kwargs.get("model"), training=True)
         if getattr(kwargs.get("args"), "n_gpu", 1) > 1:
-            kwargs["args"]._n_gpu = 1  # no DataParallel, which splits a batch by rows: use accelerate launch
+            kwargs["args"]._n_gpu = 1  # no DataParallel: accelerate launch is for several GPUs
         super().__init__(*args, **kwargs)
         for name, on in (("DeepSpeed", self.is_deepspeed_enabled), ("FSDP", self.is_fsdp_enabled)):
             if on:
                 raise PMCError(f"PMC samples from whole weights, which {name} may shard: use accelerate's multi_gpu")
         check_float16(self.model, autocast_dtype(self.args))
-        # The loss is a mean of its micro-batch, and the Trainer divides by their number. It would not where it takes
-        # the loss for one that the model has divided by the step's tokens.
+        # The loss is a mean over its micro-batch, which the Trainer must divide by the number of micro-batches. With
+        # these it would not: it would take the loss as already divided by the step's tokens.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
         check_weights(self.gamma, self.alpha)
         self._packs_retain = self.retain_loss_type == "NLL"
         lambda_ = self.alpha / self.gamma if self._packs_retain else 0.0
         self.pmc_config = PMCConfig(**{"seed": self.args.seed} | given, retain_weight=lambda_)
-        self._questions: dict[bytes, int] = {}  # the number of each prompt
+        self._questions: dict[bytes, int] = {}  # prompt -> its number
         self._losses: list[torch.Tensor] = []  # collapse and retain loss of the micro-batches since the last log
-        self._sampled_tokens = 0.0  # likewise
+        self._sampled_tokens = 0.0  # since the last log
         self._weights_sha256 = self._retain_sha256 = ""
-        self._draws: Draws | None = None  # of one process that fetches its rows itself
+        self._draws: Draws | None = None  # with one process and no workers
         self._resumed_draws: dict[str, str] | None = None
         self._check_retain_loss()
 
     def _check_retain_loss(self) -> None:
-        """Refuse a retain_loss_type that compute_retain_loss does not know: it is tried on a row."""
+        """Refuse a retain_loss_type that compute_retain_loss does not know, by trying it on a row."""
         rows: Any = getattr(self.train_dataset, "retain", None)
         if self._packs_retain or not rows:
             return
@@ -107,7 +107,7 @@ class PMC(GradDiff):
 
     @cached_property
     def pmc(self) -> Core:
-        """The core. Its questions are the prompts of `train_dataset.forget`, in their order."""
+        """The algorithm, with the prompts of `train_dataset.forget` as questions, in their order."""
         forget = getattr(self.train_dataset, "forget", None)
         if not forget:
             raise PMCError("train_dataset has no forget set: PMC needs the questions to forget")
@@ -119,8 +119,7 @@ class PMC(GradDiff):
                 raise PMCError(
                     f"forget row {i} has no input_ids and labels: PMC takes plain question-answer datasets"
                 )
-            # through the collator, for its mask: where pad is eos it hides the eos tokens of a prompt, and rollouts
-            # must see what training sees
+            # the collator's mask hides eos tokens of a prompt where pad is eos: rollouts must see what training sees
             (prompt,) = _prompts(self.data_collator([row]), f"forget row {i}")
             asked.append(prompt.input_ids)
             if self._questions.setdefault(_key(prompt), len(prompts)) == len(prompts):
@@ -156,7 +155,7 @@ class PMC(GradDiff):
         return self.pmc
 
     def _sampled(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Sample the questions of an optimizer step's micro-batches; return these with their answers."""
+        """Sample the questions of an optimizer step's micro-batches; return the micro-batches with the answers."""
         pmc = self._ready()
         try:
             indices = [[self._questions[_key(p)] for p in _prompts(b["forget"], "a forget batch")] for b in batches]
@@ -182,9 +181,9 @@ class PMC(GradDiff):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return a micro-batch's loss, a mean; inputs that come without answers are a step of their own.
+        """Return a micro-batch's mean loss; inputs without answers are sampled as a step of their own.
 
-        Rows without a forget part are an evaluation's: their loss is the model's, as GradDiff's eval_loss.
+        Rows without a forget part are from an evaluation: their loss is the model's, as in GradDiff.
         """
         if PART not in inputs and "forget" not in inputs:
             return super(GradDiff, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -194,7 +193,7 @@ class PMC(GradDiff):
         part, retain_tokens = inputs[PART]
         retain = {name: inputs["retain"][name] for name in INPUTS}
         out = self.pmc.loss(part, retain if self._packs_retain else [], model=model, retain_tokens=retain_tokens)
-        # the core's loss is a share of the step's, but the Trainer divides by the number of micro-batches itself
+        # out.loss is a share of the step's loss, and the Trainer divides by the number of micro-batches again
         loss = self.gamma * part.parts * out.loss
         retain_loss = out.retain
         if not self._packs_retain:
@@ -204,7 +203,7 @@ class PMC(GradDiff):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the Trainer's numbers and, with a training step's, PMC's."""
+        """Log the Trainer's numbers and, beside a training loss, PMC's."""
         if "loss" in logs and self._losses:
             collapse, retain = torch.stack(self._losses).mean(0).tolist()
             scores = self.pmc.scores()
@@ -221,10 +220,10 @@ class PMC(GradDiff):
     # --- a run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; the untouched model answers the forget questions first, or a checkpoint's answers are taken over.
+        """Train, after the untouched model has answered the forget questions or a checkpoint's answers were loaded.
 
-        OpenUnlearning's train.py gives no checkpoint: `trainer.args.resume_from_checkpoint` is one, or "auto" or True
-        for the newest of output_dir, if any.
+        OpenUnlearning's train.py passes no checkpoint: `trainer.args.resume_from_checkpoint` names one, or is "auto" or
+        True for the newest in output_dir, if any.
         """
         self._weights_sha256 = loading.weights_hash(self.model)  # of the untouched model
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
@@ -235,7 +234,7 @@ class PMC(GradDiff):
         return super().train(found or None, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Return the Trainer's loader; a resumed run's draws the retain rows that it would have drawn."""
+        """Return the Trainer's loader; see `Draws` for the retain rows of a resumed run."""
         rows = self.train_dataset
         if self.args.world_size == 1 and not self.args.dataloader_num_workers:
             self.train_dataset = self._draws = Draws(rows, self._resumed_draws)
@@ -245,13 +244,13 @@ class PMC(GradDiff):
             self.train_dataset = rows
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore the generators; torch's is where it was once the first rows are drawn, if they are already."""
+        """Restore the generators, but not torch's where the first rows are already drawn."""
         state = torch.get_rng_state()
         super()._load_rng_state(checkpoint)
         if self._draws is not None and self._resumed_draws is not None:
             if self._draws.state is None:
                 torch.set_rng_state(state)
-            self._draws.state = None  # at the beginning of an epoch nothing was fetched ahead
+            self._draws.state = None  # at the beginning of an epoch nothing is fetched ahead
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -280,7 +279,7 @@ class PMC(GradDiff):
         self._resumed_draws = state["draws"]
 
     def _fingerprint(self) -> dict[str, str]:
-        """Return what a checkpoint must have in common with this run: hashes, no text."""
+        """Return hashes of all that a checkpoint and the run that resumes from it must have in common."""
         a = self.args
         steps = [a.train_batch_size, a.gradient_accumulation_steps, a.world_size]
         losses = [self.gamma, self.alpha, self.retain_loss_type]
@@ -294,13 +293,13 @@ class PMC(GradDiff):
 
 
 def _newest(directory: Path) -> str | None:
-    """Return the newest checkpoint; an evaluation alone is in a directory of such a name, too."""
+    """Return the newest checkpoint; directories of that name without a state hold evaluations alone."""
     found = [p for p in directory.glob("checkpoint-*") if (p / STATE).is_file()]
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
 
 
 def _prompts(batch: Mapping[str, torch.Tensor], where: str) -> list[Encoded]:
-    """Return what precedes the first label of each row of a padded batch."""
+    """Return the tokens before the first label of each row of a padded batch."""
     prompts = []
     for s in unpad(batch):
         end = next((t for t, label in enumerate(s.labels) if label != IGNORED), 0)
