@@ -117,6 +117,12 @@ class Reference:
                 parts["forget_loss"] = self.cross_entropy(truths)
         return parts
 
+    def progress(self) -> dict[str, float]:
+        """Return the mean stored score and the number of questions that will be sampled again."""
+        scores = [entry["score"] for entry in self.sampled_data.values()]
+        pending = len(self.questions) - sum(score == 0 for score in scores)
+        return {"mean_score": sum(scores) / len(scores), "pending": pending}
+
     def cross_entropy(self, pairs: Sequence[tuple[Question, str]]) -> torch.Tensor:
         """Mean cross-entropy over the answer tokens of a batch padded to max_length."""
         batch = collate([self.encoder.pair(q, a) for q, a in pairs], self.encoder.pad, length=self.config.max_length)
@@ -201,9 +207,8 @@ def train(
     Parameters
     ----------
     pmc : Reference
-        Prepared: it knows the initial answers. Its model is trained in place.
+        Prepared; its model is trained in place.
     retain : Sequence[Row]
-        Pairs to keep.
     config : UnlearnConfig
         Optimizer and schedule: AdamW, linear decay after one epoch of warm-up, no clipping.
     on_step : callable
@@ -217,23 +222,18 @@ def train(
     Raises
     ------
     PMCError
-        The loss or the weights are no longer finite; its text names the step.
+        The loss or the weights are not finite; the error names the step.
     """
     model, count = pmc.model, len(pmc.questions)
-    schedule = Schedule.plan(config, count)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    schedule, trained = Schedule.plan(config, count), [p for p in model.parameters() if p.requires_grad]
     optimizer, rate = _optimizer(trained, config, schedule)
-
     retain_order = torch.Generator().manual_seed(config.seed + 1)
     model.train()
     history: list[dict[str, Any]] = []
     for step, batches in zip(range(1, schedule.steps + 1), micro_batches(config, count), strict=False):
         record: dict[str, Any] = {"step": step, "learning_rate": rate.get_last_lr()[0]}
         sampled_before, seconds = pmc.sampled_tokens, {"rollout": 0.0, "train": 0.0}
-        diverged = PMCError(
-            f"training diverged at step {step} of {schedule.steps} (NaN or infinite loss): nothing was written; "
-            f"try a learning_rate below {config.learning_rate:g}"
-        )
+        diverged = _diverged(step, schedule, config)
         losses = []
         for indices in batches:
             draws = torch.randint(len(retain), (len(indices),), generator=retain_order)
@@ -247,10 +247,8 @@ def train(
         optimizer.zero_grad()
         seconds["train"] += time.perf_counter() - start
         record |= {name: sum(part[name] for part in losses) / len(losses) for name in losses[0]}
-        scores = [entry["score"] for entry in pmc.sampled_data.values()]
+        record |= pmc.progress()
         record |= {
-            "mean_score": sum(scores) / len(scores),
-            "pending": count - sum(score == 0 for score in scores),
             "sampled_tokens": pmc.sampled_tokens - sampled_before,
             "rollout_seconds": seconds["rollout"],
             "train_seconds": seconds["train"],
@@ -259,6 +257,13 @@ def train(
         on_step(record)
     model.eval()
     return history
+
+
+def _diverged(step: int, schedule: Schedule, config: UnlearnConfig) -> PMCError:
+    return PMCError(
+        f"training diverged at step {step} of {schedule.steps} (NaN or infinite loss): nothing was written; "
+        f"try a learning_rate below {config.learning_rate:g}"
+    )
 
 
 def _micro_batch(

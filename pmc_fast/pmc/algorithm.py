@@ -38,7 +38,7 @@ class PMC:
     tokenizer : transformers.PreTrainedTokenizerBase
     config : PMCConfig
     questions : iterable of str, or of lists of int
-        To be forgotten: texts, put into the prompt format, or prompts as token ids; also rows, as of `PMCTrainer`.
+        To be forgotten: texts, which are put into the prompt format, prompts as token ids, or rows as of `PMCTrainer`.
     positions : sequence of int list or None, optional
         Of each prompt's ids, where they are not 0, 1, ...; see `pmc_fast.data.packing.unpad`.
     reward : callable, optional
@@ -52,8 +52,8 @@ class PMC:
     Raises
     ------
     PMCError
-        A question that leaves no room for an answer; a model or adapter that is not supported, here or on first use;
-        processes with different questions or settings.
+        A question leaves no room for an answer; a model or adapter is not supported; questions or settings differ
+        between processes. Some of these are found on first use.
 
     Notes
     -----
@@ -179,12 +179,9 @@ class PMC:
     @property
     def cut_answers(self) -> list[int]:
         """Rows whose initial answer did not end before max_length."""
-        stops = set(self.encoder.stops)
-        return [
-            row
-            for row, prompt, ids in zip(self.rows, self.prompts, self._initial_ids, strict=True)
-            if len(prompt) + len(ids) >= self.config.max_length and stops.isdisjoint(ids[-1:])
-        ]
+        numbered = zip(self.rows, self.prompts, self._initial_ids, strict=True)
+        full = [(row, ids) for row, prompt, ids in numbered if len(prompt) + len(ids) >= self.config.max_length]
+        return [row for row, ids in full if not set(ids[-1:]) & set(self.encoder.stops)]
 
     def sample(self, indices: Sequence[int]) -> Step:
         """Visit the questions of an optimizer step: sample where the store asks for it, keep the better answers.
@@ -211,9 +208,8 @@ class PMC:
         tokens = sum(
             w * num_targets(a) for row, ws in zip(answers, weights, strict=True) for a, w in zip(row, ws, strict=True)
         )
-        sizes = [len(theirs) for theirs in all_indices]
-        groups = sum(n > 0 for n in sizes)
-        return Step(indices, answers, weights, sizes, 1, groups, sum(self.ranks.gather(tokens)), counters)
+        sizes, tokens = [len(theirs) for theirs in all_indices], sum(self.ranks.gather(tokens))
+        return Step(indices, answers, weights, sizes, 1, sum(n > 0 for n in sizes), tokens, counters)
 
     def _visit(self, asked: list[int]) -> dict[str, float]:
         """Sample and score this process's share of the questions; offer all processes' answers to the store."""
@@ -334,7 +330,7 @@ class PMC:
         return self._loss(part, retain, model=model, retain_tokens=retain_tokens)
 
     def scores(self) -> list[float]:
-        """Return the stored answers' scores, of the questions that have one."""
+        """Return the scores of all stored answers."""
         return [self.store.score(i) for i in range(len(self.store)) if self.store.visits(i)]
 
     def state_dict(self) -> dict[str, Any]:

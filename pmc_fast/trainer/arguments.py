@@ -77,15 +77,13 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "split_batches and dispatch_batches are not supported: a batch is per_device_train_batch_size on each process",
     ),
 }  # fmt: skip
-_NO_WORKERS = "the training loader hands out numbers of questions, without workers"
 WITHOUT_EFFECT: dict[str, str] = {  # warned about where they differ from their defaults
     "data_seed": "the order of questions is PMCConfig.seed's",
     "length_column_name": "questions are not grouped by length",
-    "dataloader_num_workers": _NO_WORKERS,
-    "dataloader_persistent_workers": _NO_WORKERS,
-    "dataloader_prefetch_factor": _NO_WORKERS,
-    "dataloader_multiprocessing_context": _NO_WORKERS,
-    "dataloader_in_order": _NO_WORKERS,
+    **{
+        f"dataloader_{name}": "the training loader yields numbers of questions, without workers"
+        for name in ("num_workers", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
+    },
 }
 # arguments of the Trainer and of TRL's trainers that PMCTrainer does not have
 ELSEWHERE = {
@@ -107,15 +105,14 @@ def check_inputs(model: Any, args: Any, config: Any, processing_class: Any, othe
         if name not in ELSEWHERE:
             raise TypeError(f"PMCTrainer got an unexpected keyword argument {name!r}")
         raise PMCError(f"{name} is not an argument of PMCTrainer: {ELSEWHERE[name]}")
-    if not isinstance(model, torch.nn.Module):
-        raise PMCError(
-            f"model is a {type(model).__name__}: load it, with AutoModelForCausalLM.from_pretrained; pmc_fast.integrations."
-            "trl takes names"
-        )
-    if not isinstance(args, TrainingArguments):
-        raise PMCError(f"args is a {type(args).__name__}: it must be PMCArguments or TrainingArguments")
-    if not isinstance(config, PMCConfig):
-        raise PMCError(f"pmc_config is a {type(config).__name__}: it must be a PMCConfig")
+    load = "load it, with AutoModelForCausalLM.from_pretrained; pmc_fast.integrations.trl takes names"
+    for name, value, kind, remedy in (
+        ("model", model, torch.nn.Module, load),
+        ("args", args, TrainingArguments, "it must be PMCArguments or TrainingArguments"),
+        ("pmc_config", config, PMCConfig, "it must be a PMCConfig"),
+    ):
+        if not isinstance(value, kind):
+            raise PMCError(f"{name} is a {type(value).__name__}: {remedy}")
     if processing_class is None:
         raise PMCError("processing_class is not given: pass the model's tokenizer")
     if isinstance(processing_class, (str, PurePath, torch.nn.Module)) or hasattr(processing_class, "tokenizer"):

@@ -92,12 +92,23 @@ def load(directory: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
             )
     if not any(name.startswith("rng_state") for name in files):
         raise PMCError(f"checkpoint {directory} holds the model alone (save_only_model): a run can't go on from it")
-    for name, value in fingerprint.items():
-        if name not in manifest["fingerprint"]:
-            raise PMCError(f"checkpoint {directory} is of an older pmc_fast: it does not say of which {name} it is")
-        if manifest["fingerprint"][name] != value:
-            raise PMCError(f"checkpoint {directory} belongs to another run: its {name} differ from this one's")
+    check_fingerprint(directory, manifest["fingerprint"], fingerprint)
     return json.loads((directory / STATE).read_text(encoding="utf-8"))
+
+
+def check_fingerprint(directory: Path, recorded: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose recorded fingerprint is not that of this run."""
+    for name, value in fingerprint.items():
+        if name not in recorded:
+            raise PMCError(f"checkpoint {directory} is of an older pmc_fast: it does not say of which {name} it is")
+        if recorded[name] != value:
+            raise PMCError(f"checkpoint {directory} belongs to another run: its {name} differ from this one's")
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return the directories called checkpoint-N, sound or not, the newest first."""
+    numbered = [p for p in directory.glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(numbered, key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
 
 
 def newest(
@@ -107,10 +118,7 @@ def newest(
 
     `warn` is called with the reason for which a newer one is not used.
     """
-    steps = {
-        int(p.name.rsplit("-", 1)[1]): p for p in directory.glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdigit()
-    }
-    for _, path in sorted(steps.items(), reverse=True):
+    for path in checkpoints(directory):
         try:
             return path, load(path, fingerprint)
         except PMCError as error:

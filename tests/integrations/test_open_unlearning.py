@@ -432,6 +432,7 @@ def test_a_run_goes_on_from_whole_checkpoints_only(trainer_of, tmp_path):
     trainer_of(args={"save_strategy": "steps", "save_steps": 1, "save_only_model": True}).train()
     again = trainer_of(args={"num_train_epochs": 2})
     (tmp_path / "run/checkpoint-7/evals").mkdir(parents=True)
+    shutil.copytree(tmp_path / "run/checkpoint-1", tmp_path / "run/checkpoint-mine")
     with pytest.raises(PMCError, match=r"checkpoint-1 holds the model alone.*save_only_model=false"):
         again.train(resume_from_checkpoint=True)
 

@@ -21,7 +21,7 @@ from ...models.supported import check_float16, check_model
 from ...pmc.algorithm import PMC as Core
 from ...pmc.batch import Step
 from ...trainer.arguments import autocast_dtype, training_settings
-from ...trainer.checkpointing import STATE
+from ...trainer.checkpointing import STATE, check_fingerprint, checkpoints
 from ...utils.files import digest, write_file
 from ...utils.labels import IGNORED
 from .checks import check_arguments, check_names, check_weights
@@ -271,10 +271,7 @@ class PMC(GradDiff):
                 f"checkpoint {directory} holds the model alone, and a run can't go on from it: save them with "
                 "trainer.args.save_only_model=false (OpenUnlearning's default is true)"
             )
-        kept = state.get("fingerprint", {})
-        for name, value in self._fingerprint().items():
-            if kept.get(name) != value:
-                raise PMCError(f"checkpoint {directory} belongs to another run: its {name} differ from this one's")
+        check_fingerprint(directory, state.get("fingerprint", {}), self._fingerprint())
         self.pmc.load_state_dict(state["pmc"])
         self._resumed_draws = state["draws"]
 
@@ -294,8 +291,7 @@ class PMC(GradDiff):
 
 def _newest(directory: Path) -> str | None:
     """Return the newest checkpoint; directories of that name without a state hold evaluations alone."""
-    found = [p for p in directory.glob("checkpoint-*") if (p / STATE).is_file()]
-    return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
+    return next((str(p) for p in checkpoints(directory) if (p / STATE).is_file()), None)
 
 
 def _prompts(batch: Mapping[str, torch.Tensor], where: str) -> list[Encoded]:
