@@ -53,30 +53,30 @@ def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "r
         what = type(items[0]).__name__
         raise PMCError(f"{name}, row 1 is a {what}: give a dict of question and answer, a Row, or a tokenised row")
     if kind == "Encoded":
-        made = items
+        sequences = items
         for number, s in enumerate(items, start=1):
             _same_length(f"{name}, row {number}", s.input_ids, labels=s.labels)
     elif kind == "dict" and "input_ids" in items[0]:
-        made = [_tokenised(row, f"{name}, row {number}") for number, row in enumerate(items, start=1)]
+        sequences = [_tokenised(row, f"{name}, row {number}") for number, row in enumerate(items, start=1)]
     else:
         rows = _rows(items, name, answers=True)
         for number, row in enumerate(rows, start=1):
             encoder.check_text(f"{name}, row {number}", row.question)
             encoder.check_text(f"{name}, row {number}", row.answer or "")
-        made = [
+        sequences = [
             encoder.pair(row.question, row.answer or "", where=f"{name}, row {number}")
             for number, row in enumerate(rows, start=1)
         ]
     if kind == "Encoded" or (kind == "dict" and "input_ids" in items[0]):
-        for number, s in enumerate(made, start=1):
+        for number, s in enumerate(sequences, start=1):
             _check_labels(s, encoder.tokenizer, f"{name}, row {number}")
-    if untrained := [number for number, sequence in enumerate(made, start=1) if not num_targets(sequence)]:
-        which = "all rows" if len(untrained) == len(made) else row_numbers(untrained)
+    if untrained := [number for number, sequence in enumerate(sequences, start=1) if not num_targets(sequence)]:
+        which = "all rows" if len(untrained) == len(sequences) else row_numbers(untrained)
         raise PMCError(
             f"{name}, {which}: no token is trained (every label is {IGNORED}, or none fits max_length): "
             "check what masks the labels, or leave such rows out"
         )
-    return made
+    return sequences
 
 
 def listed(dataset: Any, name: str, needs: str) -> list[Any]:

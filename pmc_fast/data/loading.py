@@ -142,11 +142,11 @@ def _json_values(text: str) -> Iterator[Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         given = [name for name, _ in pairs]
-        raise ValueError(f"an object has a name twice: {names(n for n in made if given.count(n) > 1)}")
-    return made
+        raise ValueError(f"an object has a name twice: {names(n for n in fields if given.count(n) > 1)}")
+    return fields
 
 
 def _table(text: str, delimiter: str) -> Iterator[dict[str, str]]:

@@ -82,14 +82,14 @@ def known_columns(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     written = {given: known_name(given) for given in record}
     if all(given == name for given, name in written.items()):
         return record
-    made: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for given, name in written.items():
         value = record[given]
-        if name in made and not is_missing(value) and not is_missing(made[name]) and value != made[name]:
+        if name in known and not is_missing(value) and not is_missing(known[name]) and value != known[name]:
             raise PMCError(f"{where} has {name} twice, written in two ways: leave out what is not meant")
-        if name not in made or is_missing(made[name]):
-            made[name] = value
-    return made
+        if name not in known or is_missing(known[name]):
+            known[name] = value
+    return known
 
 
 class _Record:

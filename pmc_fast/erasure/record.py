@@ -19,37 +19,37 @@ CLAIM = (
 )
 
 
-def record_of(made: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+def record_of(result: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
     """Return a request's record.
 
     Parameters
     ----------
-    made : mapping
-        What `job.unlearn` returns.
+    result : mapping
+        Of `jobs.unlearn.unlearn`.
     **parts
         ``request``, ``model``, ``stack``, ``adapter``, ``files``.
     """
-    settings = made["settings"]
+    settings = result["settings"]
     return {
         "format": FORMAT,
         "claim": CLAIM,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **parts,
-        "data": made["data"],
-        "metrics": {when: _numbers(made[when]) for when in ("before", "after") if when in made},
-        "truth_of_forget": made["truth_of_forget"],
+        "data": result["data"],
+        "metrics": {when: _numbers(result[when]) for when in ("before", "after") if when in result},
+        "truth_of_forget": result["truth_of_forget"],
         "gates": {name: settings[name] for name in ("min_quality", "min_utility", "max_degenerate")},
-        "failed_gates": made["failed_gates"],
-        "steps": len(made["history"]),
-        "stopped": made["stopped"],
-        "known_forgotten": made.get("known_forgotten"),  # the rows that were left out, by number
+        "failed_gates": result["failed_gates"],
+        "steps": len(result["history"]),
+        "stopped": result["stopped"],
+        "known_forgotten": result.get("known_forgotten"),  # the rows that were left out, by number
         "seeds": {"seed": settings["seed"]},
         "settings": settings,
         "settings_sha256": digest(settings),
-        "stage_seconds": dict(made["stage_seconds"]),
+        "stage_seconds": dict(result["stage_seconds"]),
         "code": code(),
-        "versions": made["versions"],
-        "machine": made["machine"],
+        "versions": result["versions"],
+        "machine": result["machine"],
     }
 
 

@@ -160,13 +160,13 @@ class Stack:
         for request in self.requests:
             before(request)
             adapters.merge(model, adapters.read(request.directory))
-        made, recorded = loading.weights_hash(model), self.requests[-1].record["model"]["after"]
-        if made != recorded:
+        weights, recorded = loading.weights_hash(model), self.requests[-1].record["model"]["after"]
+        if weights != recorded:
             raise PMCError(
-                f"stack {self.directory}: the weights with {self.requests[-1].name} hash to {made[:12]}, its record says "
+                f"stack {self.directory}: the weights with {self.requests[-1].name} hash to {weights[:12]}, its record says "
                 f"{recorded[:12]}"
             )
-        return made
+        return weights
 
     def check_last(self, name: str = "") -> ErasureRequest:
         """Return the last request; refuse `name` if it is another's."""
@@ -218,7 +218,7 @@ def locked(directory: str | Path) -> Iterator[None]:
         Another process has locked it, or it can't be created.
     """
     path = Path(directory)
-    made = not path.exists()
+    created = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -236,7 +236,7 @@ def locked(directory: str | Path) -> Iterator[None]:
                 shutil.rmtree(entry, ignore_errors=True)
         yield
     finally:
-        if made:
+        if created:
             with contextlib.suppress(OSError):
                 path.rmdir()  # only if it is empty
         os.close(handle)

@@ -147,11 +147,11 @@ class PMC:
         if not is_sharded(self.model):  # else with the first loss, whose model gathers the weights
             self._loss.check()
         mine = self.ranks.share(range(len(self.prompts)))
-        made = self.engine(
+        rollouts = self.engine(
             [self.prompts[i] for i in mine], num_samples=1, temperature=0, max_length=self.config.max_length,
             stop_ids=self.encoder.stops, positions=[self.positions[i] for i in mine], as_generate=True,
         )  # fmt: skip
-        answers = {i: tokens for i, [tokens] in zip(mine, made.tokens, strict=True)}
+        answers = {i: tokens for i, [tokens] in zip(mine, rollouts.tokens, strict=True)}
         answers = {i: tokens for theirs in self.ranks.gather(answers) for i, tokens in theirs.items()}
         self._initial_ids = [answers[i] for i in range(len(self.prompts))]
         self.initial_answers = self.encoder.answers(self._initial_ids)
@@ -226,22 +226,22 @@ class PMC:
         """Sample questions; return each one's answers to keep with their score, and the rollout's counters."""
         c = self.config
         visits = [self.store.visits(i) for i in asked]
-        made = self.engine(
+        rollouts = self.engine(
             [self.prompts[i] for i in asked], num_samples=c.num_samples, temperature=c.temperature, top_k=c.top_k,
             top_p=c.top_p, max_length=c.max_length, seed=c.seed, stop_ids=self.encoder.stops,
             stream_ids=[(visit << 32) + i for i, visit in zip(asked, visits, strict=True)],
             drafts=[[self._initial_ids[i]] for i in asked], positions=[self.positions[i] for i in asked],
             as_generate=True,
         )  # fmt: skip
-        texts = [self.encoder.samples(samples) for samples in made.tokens]
-        candidates: list[Any] = texts if self.keeps_text else made.tokens
+        texts = [self.encoder.samples(samples) for samples in rollouts.tokens]
+        candidates: list[Any] = texts if self.keeps_text else rollouts.tokens
         picks = {}
         if asked:
             reward = self.reward or self.scorer.recall
             scores = judged(reward, [self.initial_answers[i] for i in asked], texts, c.min_len)
             for row, (i, visit) in enumerate(zip(asked, visits, strict=True)):
                 picks[i] = select(c, candidates[row], scores[row], (c.seed, i, visit))
-        return picks, {name: float(n) for name, n in made.counters.items()}
+        return picks, {name: float(n) for name, n in rollouts.counters.items()}
 
     def _encode(self, index: int, answer: Any) -> Encoded:
         if self.keeps_text:
@@ -254,10 +254,10 @@ class PMC:
 
     def encode(self, rows: Iterable[Any] | None, name: str) -> list[Encoded]:
         """Encode pairs in the questions' prompt format; tokenised rows are unpadded. `name` names them in errors."""
-        made = sequences_of(rows, self.encoder, name)
-        for number, s in enumerate(made, start=1):
+        sequences = sequences_of(rows, self.encoder, name)
+        for number, s in enumerate(sequences, start=1):
             self._check_ids(f"{name}, row {number}", [*s.input_ids, *(x for x in s.labels if x != IGNORED)])
-        return made
+        return sequences
 
     def encode_retain(
         self, rows: Iterable[Any] | None, name: str = "retain_dataset", *, warn: Callable[[str], None] | None = None
@@ -277,13 +277,13 @@ class PMC:
             return []  # of a step that has no question for this process
         warn = warn or self._warn
         rows = listed(rows, name, "without pairs to keep, forgetting takes all else along")
-        made = self.encode(rows, name)
-        if cut := [number for number, s in enumerate(made, start=1) if s.cut]:
-            warn(self.encoder.cut_warning(name, cut, len(made)))
-        data = self.questions, rows, self.prompts, made, self.encoder.tokenizer
+        sequences = self.encode(rows, name)
+        if cut := [number for number, s in enumerate(sequences, start=1) if s.cut]:
+            warn(self.encoder.cut_warning(name, cut, len(sequences)))
+        data = self.questions, rows, self.prompts, sequences, self.encoder.tokenizer
         for text in check_datasets(*data, allow=self.config.allow_overlap, name=name):
             warn(text)
-        return made
+        return sequences
 
     def _warn(self, text: str) -> None:
         if self.ranks.rank == 0:
@@ -315,10 +315,10 @@ class PMC:
         Loss
             Of all packs at once. `losses` yields one pack after the other, which bounds the memory.
         """
-        made = list(self.losses(part, retain, model=model, retain_tokens=retain_tokens))
-        loss = torch.stack([m.loss for m in made]).sum() if len(made) > 1 else made[0].loss
-        counters = {name: sum(m.counters[name] for m in made) for name in made[0].counters}
-        return Loss(loss, made[-1].collapse, made[-1].retain, counters)
+        packs = list(self.losses(part, retain, model=model, retain_tokens=retain_tokens))
+        loss = torch.stack([m.loss for m in packs]).sum() if len(packs) > 1 else packs[0].loss
+        counters = {name: sum(m.counters[name] for m in packs) for name in packs[0].counters}
+        return Loss(loss, packs[-1].collapse, packs[-1].retain, counters)
 
     def losses(
         self, part: Step, retain: Retain, *, model: Any = None, retain_tokens: int | None = None

@@ -62,7 +62,7 @@ def claimed(output: str) -> Iterator[None]:
     """
     path = Path(output).resolve()
     lock = path.with_name(f".{path.name}.lock")
-    made = [p for p in lock.parents if not p.exists()]
+    created = [p for p in lock.parents if not p.exists()]
     with one_error(f"output {output}"):
         lock.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -83,7 +83,7 @@ def claimed(output: str) -> Iterator[None]:
         lock.unlink(missing_ok=True)
         os.close(handle)
         with suppress(OSError):
-            for parent in made:
+            for parent in created:
                 parent.rmdir()  # of a run that wrote nothing
 
 
