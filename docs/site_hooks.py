@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 from pmc_fast import config as settings
@@ -45,9 +46,16 @@ def fields_table(name: str) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    return INLINE.sub(lambda match: convert(html.unescape(match[1])), content)
+    return INLINE.sub(lambda match: _mathml(html.unescape(match[1]), "inline"), content)
 
 
 def math_block(source: str, *_: Any, **__: Any) -> str:
     """Return a fenced block of LaTeX as MathML."""
-    return convert(source.strip(), display="block")
+    return _mathml(source.strip(), "block")
+
+
+def _mathml(latex: str, display: str) -> str:
+    made = convert(latex, display=display)
+    if left := re.findall(r"\\[a-zA-Z]+", made):  # commands that it does not know are passed on as text
+        raise PluginError(f"the formula {latex} has {left[0]}, which becomes no MathML")
+    return made
