@@ -10,7 +10,6 @@ import torch
 import transformers
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-import pmc_fast.pmc.algorithm
 import pmc_fast.trainer.trainer
 from pmc_fast import (
     PMCArguments,
@@ -18,6 +17,7 @@ from pmc_fast import (
     PMCError,
     PMCTrainer,
 )
+from pmc_fast.pmc import packed_loss
 from pmc_fast.trainer.arguments import (
     ELSEWHERE,
     REFUSED,
@@ -162,13 +162,13 @@ def test_an_uneven_last_batch_is_dropped(fresh, tokenizer, tmp_path):  # noqa: F
 
 def test_tokens_are_counted_and_caches_emptied(fresh, tokenizer, tmp_path, monkeypatch):  # noqa: F811
     packs, emptied = [], []
-    pack = pmc_fast.pmc.algorithm.pack
-    monkeypatch.setattr(pmc_fast.pmc.algorithm, "pack", lambda *a: packs.append(pack(*a)) or packs[-1])
+    pack = packed_loss.pack
+    monkeypatch.setattr(packed_loss, "pack", lambda *a, **kw: packs.append(pack(*a, **kw)) or packs[-1])
     monkeypatch.setattr(pmc_fast.trainer.trainer, "clear_device_cache", lambda: emptied.append(1))
     args = arguments_of(tmp_path, include_num_input_tokens_seen=True, torch_empty_cache_steps=2)
     trainer = trainer_of(fresh(), tokenizer, args)
     trainer.train()
-    assert trainer.state.num_input_tokens_seen == sum(len(p) for of in packs for p in of) > 0
+    assert trainer.state.num_input_tokens_seen == sum(len(p) for several in packs for p in several) > 0
     assert trainer.state.log_history[-2]["num_input_tokens_seen"] == trainer.state.num_input_tokens_seen
     assert len(emptied) == 4  # steps 0 and 2, of two micro-batches each
 
