@@ -106,7 +106,7 @@ def _layers() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
             pointers = {f"{n}_ptr": f"*{read}" for n in ("q", "k")} | {
                 f"{n}_ptr": f"*{weight}" for n in ("cos", "sin")
             }
-            pointers |= {f"{n}_turned_ptr": f"*{written}" for n in ("q", "k")}
+            pointers |= {f"{n}_out_ptr": f"*{written}" for n in ("q", "k")}
             sizes_of = (
                 "q_heads",
                 "k_heads",
