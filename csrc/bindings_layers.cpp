@@ -3,11 +3,9 @@
 
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "bindings.h"
 #include "checks.h"
-#include "gemm.h"
 #include "layers.h"
 #include "linear.h"
 
@@ -56,38 +54,6 @@ void bound_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, in
                     out};
   py::gil_scoped_release nogil;
   linear(args, threads);
-}
-
-using Three = std::tuple<int64_t, int64_t, int64_t>;
-
-// sizes: m, n and k; strides: those of a, b and c.
-void bound_gemm(uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t c, const Three& sizes,
-                const Three& strides, bool a_turned, bool b_turned, bool add, int threads) {
-  check_isa(static_cast<int>(Isa::kAvx512));
-  check_threads(threads);
-  const auto [m, n, k] = sizes;
-  const auto [lda, ldb, ldc] = strides;
-  if (add && bias) throw std::invalid_argument("bias must be 0 where add is set");
-  product_of("gemm", {m, n, k});
-  check_apart(
-      floats_of("c", c, m, n, ldc),
-      {a_turned ? floats_of("a", a, k, m, lda) : floats_of("a", a, m, k, lda),
-       b_turned ? floats_of("b", b, n, k, ldb) : floats_of("b", b, k, n, ldb), optional_of("bias", bias, n)});
-  const Gemm args{reinterpret_cast<const float*>(a),
-                  reinterpret_cast<const float*>(b),
-                  reinterpret_cast<const float*>(bias),
-                  reinterpret_cast<float*>(c),
-                  m,
-                  n,
-                  k,
-                  lda,
-                  ldb,
-                  ldc,
-                  a_turned,
-                  b_turned,
-                  add};
-  py::gil_scoped_release nogil;
-  gemm(args, threads);
 }
 
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
@@ -164,7 +130,6 @@ void bound_rotary(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t y, int64_
 
 void bind_layers(py::module_& m) {
   m.def("linear_f32", &bound_linear);
-  m.def("gemm_f32", &bound_gemm);
   m.def("rms_norm_f32", &bound_rms_norm);
   m.def("rms_norm_backward_f32", &bound_rms_norm_backward);
   m.def("silu_mul_f32", &bound_silu_mul);

@@ -298,28 +298,6 @@ def linear(data: st.DataObject) -> None:
     np.testing.assert_allclose(y, expected, atol=1e-3, rtol=1e-3)
 
 
-def gemm(data: st.DataObject) -> None:
-    m, n, k = data.draw(SIZES), data.draw(SIZES), data.draw(SIZES)
-    a_turned, b_turned, add = (data.draw(st.booleans()) for _ in range(3))
-    gaps = [data.draw(st.integers(0, 2)) for _ in range(3)]
-    shapes = [(k, m) if a_turned else (m, k), (n, k) if b_turned else (k, n), (m, n)]
-    strides = [shape[1] + gap for shape, gap in zip(shapes, gaps, strict=True)]
-    flat = [(rows - 1) * s + size if rows and size else 0 for (rows, size), s in zip(shapes, strides, strict=True)]
-    call = Call(data, "gemm").memory("read", a=normal(data, np.float32, flat[0]), b=normal(data, np.float32, flat[1]))
-    call.add("", bias=0).memory("write", c=normal(data, np.float32, flat[2])).add("size", m=m, n=n, k=k)
-    for name, shape, s in zip(("lda", "ldb", "ldc"), shapes, strides, strict=True):
-        call.add("stride" if shape[0] > 1 and shape[1] else "", **{name: s})
-    call.add("", a_turned=a_turned, b_turned=b_turned, add=add).add("threads", threads=data.draw(st.integers(1, 3)))
-
-    def arrange(v: dict[str, Any]) -> tuple:
-        return (
-            v["a"], v["b"], v["bias"], v["c"], (v["m"], v["n"], v["k"]), (v["lda"], v["ldb"], v["ldc"]),
-            v["a_turned"], v["b_turned"], v["add"], v["threads"],
-        )  # fmt: skip
-
-    call.run(MODULE.gemm_f32, arrange)
-
-
 def norms(data: st.DataObject) -> None:
     rows, size = data.draw(st.integers(0, 5)), data.draw(SIZES)
     call = Call(data, "rms_norm").memory("read", x=normal(data, np.float32, rows, size))
@@ -427,10 +405,10 @@ def trie(data: st.DataObject) -> None:
 PROPERTIES = {
     f.__name__: f
     for f in (
-        nll_rows, sample_nucleus, decode_attention, linear, gemm, norms, silu_mul, rotary, trie
+        nll_rows, sample_nucleus, decode_attention, linear, norms, silu_mul, rotary, trie
     )
 }  # fmt: skip
-NEED_AVX512 = ("linear", "gemm")
+NEED_AVX512 = ("linear",)
 
 
 def fuzz(name: str, examples: int, *, derandomize: bool = False) -> None:

@@ -11,12 +11,10 @@ import torch
 from transformers.activations import ACT2FN
 
 from ..ops import layers
-from ..ops.layers import fast_linear_serves
 from . import patching
 from .context import tolerance
 from .layer_sources import is_gated_mlp, is_rms_norm, is_rotary
 
-THIN = 64  # linear layers with fewer inputs or outputs, such as LoRA's, gain nothing
 ROTARY = "apply_rotary_pos_emb"  # the function's name in transformers' modelling files
 
 Forward = Callable[..., torch.Tensor]
@@ -34,8 +32,7 @@ class FusedLayers:
     ----------
     model : torch.nn.Module
     training : bool
-        Replace layers in forward passes with gradients; on the CPU also torch.nn.Linear, with AVX-512. Backward may
-        come after the replacement.
+        Replace layers in forward passes with gradients. Backward may come after the replacement.
     backend : {"cpu", "cuda"}, optional
         Of the kernels; by default the device's own.
     """
@@ -69,8 +66,6 @@ class FusedLayers:
             self._forwards, self._rotaries = self._find(), self._find_rotaries()
             self._state = state
         forwards = {m: forward for m, forward in self._forwards.items() if "forward" not in vars(m)}
-        if self.training and on_cpu:
-            forwards |= {m: self._linear(m) for m in self.model.modules() if _is_plain_linear(m)}
         with ExitStack() as stack:
             stack.enter_context(patching.forwards(forwards))
             for module in self._rotaries:
@@ -165,15 +160,6 @@ class FusedLayers:
 
         return forward if agrees(weight) else None
 
-    def _linear(self, module: torch.nn.Linear) -> Forward:
-        original = module.forward
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            ours = self._key(x, module.weight) is not None
-            return layers.linear(x, module.weight, module.bias) if ours else original(x)
-
-        return forward
-
     def _rotates_halves(self, function: Callable[..., Any], q: torch.Tensor, cos: torch.Tensor) -> bool:
         """Return whether the kernel agrees with the function on inputs of the dtypes of q and cos."""
         x = probe_input(q.device, q.dtype, 1, 2, 3, 8)
@@ -260,12 +246,6 @@ def _assumptions(module: Any) -> tuple[Any, ...]:
     own, parts = vars(module), vars(module)["_modules"]
     act = parts.get("act_fn", own.get("act_fn"))
     return type(module).forward, own.get("variance_epsilon"), own.get("eps"), act
-
-
-def _is_plain_linear(module: Any) -> bool:
-    if type(module) is not torch.nn.Linear or "forward" in vars(module) or not plain(module.weight):
-        return False
-    return fast_linear_serves(module.weight) and min(module.weight.shape) >= THIN
 
 
 def uses_checkpointing(model: Any) -> bool:

@@ -13,51 +13,47 @@ from ..errors import PMCError
 from . import native
 from .checks import no_double_backward, without_autocast
 from .dispatch import resolve_backend
-from .gemm import gemm, gemm_serves
 
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+FEW_ROWS = range(3, 33)  # of which `linear` is faster than torch's: benchmarks/results/linear.json
 MAX_WIDTH = 8192  # of an RMS norm on CUDA: a program holds a row in registers
 
 
-def fast_linear_serves(weight: torch.Tensor) -> bool:
-    """Return whether `linear` beats torch's for this weight: contiguous, float32, on a CPU with AVX-512."""
-    return weight.is_contiguous() and gemm_serves(weight)
+def fast_linear_serves(*tensors: torch.Tensor) -> bool:
+    """Return whether `linear` serves these weights: contiguous, float32, on a CPU with AVX-512."""
+    plain = all(t.is_contiguous() and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    return plain and native.ISAS[native.isa()] == "avx512"
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, few_rows: bool = False
-) -> torch.Tensor:
-    """Compute x @ weight.T + bias on a CPU with AVX-512.
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute x @ weight.T + bias without gradients: `FEW_ROWS` by reading each weight once, others by torch.
 
     Parameters
     ----------
     x : float32 Tensor [..., D]
     weight : float32 Tensor [V, D]
     bias : float32 Tensor [V], optional
-    few_rows : bool
-        Read each weight once from where the model holds it, as suits a decode step. The weight must be contiguous,
-        and the result has no gradients.
+        Like the weight one that `fast_linear_serves`.
 
     Returns
     -------
     Tensor [..., V]
-        Without `few_rows` differentiable once.
     """
-    tensors = [x, weight] if bias is None else [x, weight, bias]
-    if not gemm_serves(*tensors):
-        raise PMCError("linear: need float32 tensors on a CPU with AVX-512")
-    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or any(b.shape != weight.shape[:1] for b in tensors[2:]):
+    weights = [weight] if bias is None else [weight, bias]
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not fast_linear_serves(*weights):
+        raise PMCError("linear: need float32 tensors, weight and bias contiguous, on a CPU with AVX-512")
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or any(b.shape != weight.shape[:1] for b in weights[1:]):
         raise PMCError(
             f"linear: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
             f"{None if bias is None else tuple(bias.shape)}: need [..., D], [V, D] and [V]"
         )
-    if not few_rows:
-        return _Linear.apply(x, weight, bias)
-    if _needs_grad(*tensors) or not all(t.is_contiguous() for t in tensors[1:]):
-        raise PMCError("linear: few_rows needs a contiguous weight and bias, and torch.no_grad()")
+    if _needs_grad(x, *weights):
+        raise PMCError("linear: has no gradients: use it under torch.no_grad()")
+    rows = math.prod(x.shape[:-1])
+    if rows not in FEW_ROWS:
+        return torch.nn.functional.linear(x, weight, bias)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    rows = math.prod(x.shape[:-1])
     native.cpu().linear_f32(*map(_address, (x, weight, bias, y)), rows, *weight.shape[::-1], torch.get_num_threads())
     return y
 
@@ -193,25 +189,6 @@ def _rotary(
     return out[0].transpose(1, 2), out[1].transpose(1, 2)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    @without_autocast
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        need_x, need_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        return gemm(_as_matrix(x), weight.T, bias).view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @no_double_backward
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows = _as_matrix(dy)
-        dx = gemm(rows, weight).view(*dy.shape[:-1], weight.shape[1]) if need_x else None
-        dweight = gemm(rows.T, _as_matrix(x)) if need_weight else None
-        return dx, dweight, rows.sum(0) if need_bias else None
-
-
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @without_autocast
@@ -304,10 +281,6 @@ class _Cpu:
             native.cpu().rotary_f32(
                 *map(_address, (x, cos, sin, out)), rows, heads, width, x.stride(2), x.stride(1), backward, *_how()
             )
-
-
-def _as_matrix(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous for rows of nothing
 
 
 def _sizes(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:

@@ -1,14 +1,12 @@
-"""The CPU's GEMMs (ours where they are faster, else torch's) and row kernel (C++), for `nll_chunked`."""
+"""The CPU's GEMMs (torch's) and row kernel (C++), for `nll_chunked`."""
 
 import torch
 
 from . import native
-from .gemm import gemm, gemm_serves
 from .nll_chunked import Logits
 
 CHUNK_BYTES = 64 << 20  # logits held at once: larger chunks are no faster
 VOCAB_BLOCK = 8192  # rows of a bfloat16 or float16 head made float32 at a time
-GEMM_ROWS = 100  # our GEMM is faster for gradients from this many rows on, for logits always
 
 
 class Cpu:
@@ -25,17 +23,12 @@ class Cpu:
     def logits(self, hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
         hidden = hidden.to(out.dtype)
         for block in _blocks(head, out.dtype):
-            transposed = head[block].to(out.dtype).T
-            if gemm_serves(hidden, transposed):
-                gemm(hidden, transposed, out=out[:, block])
-            else:
-                torch.mm(hidden, transposed, out=out[:, block])
+            torch.mm(hidden, head[block].to(out.dtype).T, out=out[:, block])
 
     def d_hidden(self, d_logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         total = None
         for block in _blocks(head, d_logits.dtype):
-            d_block, wide = d_logits[:, block], head[block].to(d_logits.dtype)
-            part = gemm(d_block, wide) if _use_gemm(d_block, wide) else d_block @ wide
+            part = d_logits[:, block] @ head[block].to(d_logits.dtype)
             total = part if total is None else total.add_(part)
         assert total is not None  # a head has rows
         return total
@@ -44,8 +37,6 @@ class Cpu:
         self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         hidden = hidden.to(d_logits.dtype)
-        if _use_gemm(d_logits, hidden):
-            return gemm(d_logits.T, hidden, out=total, add=total is not None)
         return d_logits.T @ hidden if total is None else total.addmm_(d_logits.T, hidden)
 
     def nll_rows(
@@ -69,10 +60,6 @@ class Cpu:
             cu_targets.data_ptr(), targets.data_ptr(), row_scale.data_ptr(), logps.data_ptr(), targets.shape[0],
             grad, native.isa() if isa is None else isa, torch.get_num_threads(),
         )  # fmt: skip
-
-
-def _use_gemm(d_logits: torch.Tensor, other: torch.Tensor) -> bool:
-    return d_logits.shape[0] >= GEMM_ROWS and gemm_serves(d_logits, other)
 
 
 def _blocks(head: torch.Tensor, dtype: torch.dtype) -> list[slice]:

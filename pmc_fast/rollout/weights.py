@@ -36,16 +36,15 @@ class RolloutWeights:
 
     def _forward(self, module: Any) -> Callable[..., torch.Tensor] | None:
         low = self.autocast_dtype
-        few_rows = functools.partial(linear, few_rows=True)
         if low is None and _merges(module) and fast_linear_serves(module.base_layer.weight):
-            return functools.partial(few_rows, weight=self._merged(module), bias=module.base_layer.bias)
+            return functools.partial(linear, weight=self._merged(module), bias=module.base_layer.bias)
         if type(module) is not torch.nn.Linear or not plain(module.weight) or _makes_weight(module):
             return None
         if low is not None and module.weight.dtype == torch.float32:
             weight, bias = self._cast(module, low)
             return functools.partial(torch.nn.functional.linear, weight=weight, bias=bias)
         if low is None and fast_linear_serves(module.weight):
-            return functools.partial(few_rows, weight=module.weight, bias=module.bias)
+            return functools.partial(linear, weight=module.weight, bias=module.bias)
         return None
 
     def _cast(self, module: torch.nn.Linear, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -10,29 +10,21 @@ import transformers as tf
 
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import pack
-from pmc_fast.models import fused_layers
 from pmc_fast.models.fused_layers import ROTARY, FusedLayers
 from pmc_fast.models.packed_forward import PackedPass
-from pmc_fast.ops.gemm import gemm_serves
 from pmc_fast.ops.layers import rms_norm
 from pmc_fast.rollout import RolloutEngine
 from tests.families import HOW, PROMPTS, SIZES
 
-KINDS = ("RMSNorm", "MLP", "Linear") if gemm_serves(torch.zeros(1, 1)) else ("RMSNorm", "MLP")
+KINDS = ("RMSNorm", "MLP")
 FAMILIES = {  # and what of them must be lent
     "llama": (lambda: tf.LlamaConfig(**SIZES), KINDS),
     "qwen2": (lambda: tf.Qwen2Config(**SIZES), KINDS),
     "qwen3": (lambda: tf.Qwen3Config(**SIZES), KINDS),
-    "gemma3": (lambda: tf.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=8), (KINDS[0], *KINDS[2:])),
-    "phi": (lambda: tf.PhiConfig(**SIZES | {"num_key_value_heads": 4}), KINDS[2:]),
-    "gpt2": (lambda: tf.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64), KINDS[2:]),
+    "gemma3": (lambda: tf.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=8), KINDS[:1]),
+    "phi": (lambda: tf.PhiConfig(**SIZES | {"num_key_value_heads": 4}), ()),
+    "gpt2": (lambda: tf.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64), ()),
 }
-
-
-@pytest.fixture(autouse=True)
-def thin_layers_too(monkeypatch):
-    """The tiny models have no others."""
-    monkeypatch.setattr(fused_layers, "THIN", 1)
 
 
 def build(config, **options):
@@ -84,19 +76,6 @@ def test_a_model_trains_as_by_itself(family, batch):
     assert not lent(model)
 
 
-def test_thin_layers_stay(monkeypatch):
-    monkeypatch.setattr(fused_layers, "THIN", 40)
-    model = build(FAMILIES["llama"][0]())
-    with FusedLayers(model, training=True).replaced():
-        linears = {m for m in lent(model) if isinstance(m, torch.nn.Linear)}
-    assert linears == set()  # one side of each has 32
-    wide = build(tf.LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 96}))
-    with FusedLayers(wide, training=True).replaced():
-        names = {n for n, m in wide.named_modules() if m in lent(wide) and isinstance(m, torch.nn.Linear)}
-    mlps = {f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")}
-    assert names == ({*mlps, "lm_head"} if "Linear" in KINDS else set())
-
-
 def test_rotary_is_lent_and_given_back_after_an_error():
     from transformers.models.llama import modeling_llama
 
@@ -115,7 +94,7 @@ def test_rotary_is_lent_and_given_back_after_an_error():
     assert not lent(model)
 
 
-def test_for_rollouts_nothing_has_gradients_and_linear_layers_stay():
+def test_for_rollouts_nothing_has_gradients():
     model = build(tf.LlamaConfig(**SIZES)).eval()
     with torch.no_grad():
         expected = model(tokens()).logits
@@ -138,7 +117,7 @@ def test_lora_trains_its_adapters_with_their_dropout():
     assert all("lora" in n for n in ours[1])
     with layers.replaced():
         kinds = {type(m).__name__ for m in lent(model)}
-    assert {"LlamaRMSNorm", "LlamaMLP", *KINDS[2:]} <= kinds  # the MLP too: dropout repeats with its seed
+    assert {"LlamaRMSNorm", "LlamaMLP"} <= kinds  # the MLP too: dropout repeats with its seed
 
 
 def test_hooks_still_run():
@@ -279,7 +258,7 @@ def test_what_only_looks_alike_is_not_lent():
     state = torch.get_rng_state()
     layers = FusedLayers(model, training=True)
     with layers.replaced():
-        assert lent(model) <= {m for m in model.modules() if type(m) is torch.nn.Linear}
+        assert not lent(model)
     assert [m.training for m in model.modules()] == flags
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -401,13 +380,9 @@ def test_a_half_precision_model_trains_as_by_itself_on_cuda(family):
     ids = tokens().to(DEVICE)
     layers = FusedLayers(model, training=True, backend="cuda")
     as_near(step(model, ids, layers), step(model, ids), exactly(model, ids))
-    with layers.replaced():  # linear layers are torch's there
-        assert lent(model) == {m for m in model.modules() if type(m).__name__.endswith(kinds) and not is_linear(m)}
+    with layers.replaced():
+        assert lent(model) == {m for m in model.modules() if type(m).__name__.endswith(kinds)}
     assert not lent(model)
-
-
-def is_linear(module):
-    return isinstance(module, torch.nn.Linear)
 
 
 def test_rotary_is_lent_on_cuda():

@@ -208,6 +208,26 @@ def test_only_what_is_needed_is_computed(backend, needs, monkeypatch):
             assert s is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # a bfloat16 head is read in blocks
+def test_the_heads_three_products_on_the_cpu(dtype):
+    from pmc_fast.ops.nll_cpu import VOCAB_BLOCK, Cpu
+
+    g = torch.Generator().manual_seed(0)
+    rows, vocab, device = 3, VOCAB_BLOCK + 77, Cpu()
+    hidden, head = (torch.randn(n, 40, generator=g).to(dtype) for n in (rows, vocab))
+    logits, d_logits, total = (torch.randn(n, m, generator=g) for n, m in ((rows, vocab), (rows, vocab), (vocab, 40)))
+    device.logits(hidden, head, logits)
+    first, both = (device.d_head(d_logits, hidden, t, torch.float32) for t in (None, total.clone()))
+    d_hidden = device.d_hidden(d_logits, head)
+    hidden, head, d_logits = hidden.double(), head.double(), d_logits.double()
+    for ours, a, b, more in [
+        (logits, hidden, head.T, 0), (d_hidden, d_logits, head, 0), (first, d_logits.T, hidden, 0),
+        (both, d_logits.T, hidden, total.double()),
+    ]:  # fmt: skip
+        bound = 2**-24 * (a.shape[1] + 8) * (a.abs() @ b.abs() + abs(more))  # K products in a row at the worst
+        assert ((ours - (a @ b + more)).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_gradient_rows_stay_out_of_the_gemms(backend, monkeypatch):
     from pmc_fast.ops import nll_cpu, nll_cuda
