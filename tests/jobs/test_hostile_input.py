@@ -238,8 +238,8 @@ MANY = """
 import json, re, sys
 from pathlib import Path
 import torch, transformers
-from pmc_fast import PMC, PMCConfig, cli
-from pmc_fast.reward import rouge_l_recall  # random bytes hold no words that auto would compare
+from pmc_fast import PMC, PMCConfig, rouge_l_recall  # random bytes hold no words that auto would compare
+from pmc_fast.cli import main as cli
 
 model, data, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 rows = ({"question": f"Fact number {i}?"} for i in range(count))
