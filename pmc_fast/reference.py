@@ -210,7 +210,6 @@ def train(
         Prepared; its model is trained in place.
     retain : Sequence[Row]
     config : UnlearnConfig
-        Optimizer and schedule: AdamW, linear decay after one epoch of warm-up, no clipping.
     on_step : callable
         Called with each step's record.
 
@@ -296,7 +295,7 @@ def _micro_batch(
 def _optimizer(
     parameters: list[torch.nn.Parameter], config: UnlearnConfig, schedule: Schedule
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Return AdamW with one epoch of linear warm-up from 0, then linear decay to 0."""
+    """Return AdamW with one epoch of linear warm-up from 0, then linear decay to 0; gradients are not clipped."""
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     warmup = schedule.steps_per_epoch
     decay = max(1, schedule.steps - warmup)

@@ -3,51 +3,14 @@
 from .chats import Chat, Question, Turn
 from .datasets import listed, questions_of, sequences_of
 from .encoder import Encoder
-from .encoding import (
-    Encoded,
-    collate,
-    decode_answers,
-    encode_pair,
-    encode_prompt,
-    pad_id,
-    resolve_format,
-    stop_ids,
-)
+from .encoding import Encoded, collate, decode_answers, encode_pair, encode_prompt, pad_id, resolve_format, stop_ids
 from .loading import load_rows, read_records
-from .overlap import (
-    check_answers,
-    check_datasets,
-    check_encoded_overlap,
-    check_overlap,
-    check_repeats,
-    same_rows,
-)
+from .overlap import check_answers, check_datasets, check_encoded_overlap, check_overlap, check_repeats, same_rows
 from .records import Row, rows_of
 
 __all__ = [
-    "Chat",
-    "Encoded",
-    "Encoder",
-    "Question",
-    "Row",
-    "Turn",
-    "check_answers",
-    "check_datasets",
-    "check_encoded_overlap",
-    "check_overlap",
-    "check_repeats",
-    "collate",
-    "decode_answers",
-    "encode_pair",
-    "encode_prompt",
-    "listed",
-    "load_rows",
-    "pad_id",
-    "questions_of",
-    "read_records",
-    "resolve_format",
-    "rows_of",
-    "same_rows",
-    "sequences_of",
-    "stop_ids",
-]
+    "Chat", "Encoded", "Encoder", "Question", "Row", "Turn", "check_answers", "check_datasets",
+    "check_encoded_overlap", "check_overlap", "check_repeats", "collate", "decode_answers", "encode_pair",
+    "encode_prompt", "listed", "load_rows", "pad_id", "questions_of", "read_records", "resolve_format", "rows_of",
+    "same_rows", "sequences_of", "stop_ids",
+]  # fmt: skip

@@ -24,7 +24,7 @@ from .encoding import (
     pad_id,
     resolve_format,
     stop_ids,
-)
+)  # fmt: skip
 
 PROBE = ("Who did it?", "Ann did.")
 NO_LIMIT = 1 << 20  # more tokens than the probe has

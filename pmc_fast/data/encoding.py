@@ -216,11 +216,7 @@ def control_tokens(tokenizer: Any) -> set[int]:
 
 
 def collate(
-    sequences: Sequence[Encoded],
-    pad: int,
-    *,
-    length: int | None = None,
-    side: Literal["right", "left"] = "right",
+    sequences: Sequence[Encoded], pad: int, *, length: int | None = None, side: Literal["right", "left"] = "right"
 ) -> dict[str, torch.Tensor]:
     """Pad sequences into a batch.
 

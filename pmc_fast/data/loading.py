@@ -11,12 +11,7 @@ from typing import Any
 
 from ..errors import PMCError
 from ..utils.text import names
-from .records import (
-    QUESTION_NAMES,
-    Row,
-    known_name,
-    rows_of,
-)
+from .records import QUESTION_NAMES, Row, known_name, rows_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _NO_REPOSITORY = (*SUFFIXES, ".txt", ".ndjson", ".gz", ".zip", ".zst", ".xlsx", ".arrow", ".yaml")  # a file, mistyped

@@ -6,13 +6,7 @@ from typing import Any
 
 from ..errors import PMCError
 from ..utils.text import names
-from .chats import (
-    Question,
-    Turn,
-    is_missing,
-    question_of,
-    split_chat,
-)
+from .chats import Question, Turn, is_missing, question_of, split_chat
 
 QUESTION_NAMES = ("question", "prompt", "query", "instruction")
 ANSWER_NAMES = ("answer", "response", "completion", "output", "answers")  # the last one is SQuAD's

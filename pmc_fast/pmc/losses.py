@@ -17,12 +17,7 @@ from ..ops import row_scales
 from ..utils.labels import IGNORED
 
 
-def pmc(
-    cu_seqlens: torch.Tensor,
-    targets: torch.Tensor,
-    weights: torch.Tensor,
-    lambda_: float,
-) -> torch.Tensor:
+def pmc(cu_seqlens: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, lambda_: float) -> torch.Tensor:
     """PMC: CE(sampled answers) + lambda CE(retain answers) (arXiv 2507.04219, eq. 5).
 
     Parameters
@@ -49,10 +44,7 @@ def pmc(
 
 
 def pmc_weights(
-    lengths: torch.Tensor,
-    weights: torch.Tensor,
-    lambda_: float,
-    tokens: tuple[float, float] | None = None,
+    lengths: torch.Tensor, weights: torch.Tensor, lambda_: float, tokens: tuple[float, float] | None = None
 ) -> torch.Tensor:
     """PMC's weight of each sequence's tokens, for batches that are computed in pieces.
 

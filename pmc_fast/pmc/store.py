@@ -68,9 +68,7 @@ class BestStore:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a JSON-ready copy. It holds generated answers: keep it as private as the data."""
-        return {
-            "entries": [None if e is None else [e.answer, e.score, e.visits] for e in self._entries],
-        }
+        return {"entries": [None if e is None else [e.answer, e.score, e.visits] for e in self._entries]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; a state of another size is refused."""

@@ -31,7 +31,7 @@ from .arguments import (
     check_overrides,
     check_precision,
     has_low_precision,
-)
+)  # fmt: skip
 from .callbacks import StopRule
 from .checkpointing import ResumableTrainer
 from .evaluation import EvaluatingTrainer

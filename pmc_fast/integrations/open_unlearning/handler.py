@@ -127,10 +127,7 @@ class PMC(GradDiff):
         retain = self._retain_rows()
         self._retain_sha256 = digest([[s.input_ids, s.labels, s.positions] for s in retain])
         for text in check_encoded_overlap(
-            asked,
-            retain,
-            self.processing_class.decode,
-            allow=self.pmc_config.allow_overlap,
+            asked, retain, self.processing_class.decode, allow=self.pmc_config.allow_overlap
         ):
             logger.warning(text)
         return Core(
