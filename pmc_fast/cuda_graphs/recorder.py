@@ -13,15 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PMCError
 
-HOST_SYNCS = {
-    "_local_scalar_dense",
-    "is_nonzero",
-    "nonzero",
-    "masked_select",
-    "equal",
-    "unique2",
-    "unique_consecutive",
-}
+SYNCS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique2", "unique_consecutive"}
 SIMPLE = frozenset((type(None), bool, int, float, str))
 
 # run around a module's forward, but not in a replay
@@ -47,7 +39,7 @@ def syncs_with_host(func: Any, args: Any) -> bool:
     """Return whether a torch operation waits for a number from the device, such as the size of a masked selection."""
     overload = func.overloadpacket
     masks = args[1] if overload in (torch.ops.aten.index, torch.ops.aten.index_put) else []
-    return overload._qualified_op_name.split("::")[1] in HOST_SYNCS or any(
+    return overload._qualified_op_name.split("::")[1] in SYNCS or any(
         m is not None and m.dtype in (torch.bool, torch.uint8) for m in masks
     )
 
