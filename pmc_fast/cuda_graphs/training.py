@@ -167,6 +167,8 @@ class PassGraphs:
         size = min(fitting, key=lambda size: size.tokens, default=own.rounded())
         graph = self.cache.get(size, lambda recorder: self._capture(recorder, compute, size, pack, row_scale, call))
         if graph is None:
+            if not self.cache.captured():
+                self._gradients = None  # frees their memory if the only capture failed
             return None
         assert self._gradients is not None
         graph.load(pack, row_scale)

@@ -367,6 +367,7 @@ def test_a_replay_that_computes_something_else_is_not_used(what, monkeypatch):
     with pytest.warns(UserWarning, match=r"LlamaForCausalLM: .*its replay does not compute what the pass computes"):
         packed(*made)[0].backward()
     same(gradients(model), plainly(model, made))
+    assert packed.graphs._gradients is None  # as large as the model
 
 
 @pytest.mark.usefixtures("on_cpu")
