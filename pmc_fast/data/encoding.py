@@ -36,6 +36,11 @@ class Encoded:
     positions: list[int] | None = None  # ascending, where they are not 0, 1, ...: tokens between were left out
     cut: int = field(default=0, compare=False)  # tokens beyond max_length, which are not here
 
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens before the first label."""
+        return next((t for t, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
+
 
 def resolve_format(tokenizer: Any, prompt_format: str) -> PromptFormat:
     """Return the prompt format that "auto" stands for: chat if the tokenizer has a template."""

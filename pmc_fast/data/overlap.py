@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import PMCError
-from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
 from ..utils.words import count_words
 from .chats import Chat, Question, asked
@@ -163,10 +162,9 @@ def check_encoded_overlap(
     sizes = sorted({len(prompt) for prompt in rows})
     found: dict[int, list[int]] = {}
     for number, s in enumerate(kept, start=1):
-        begin = next((i for i, label in enumerate(s.labels) if label != IGNORED), len(s.labels))
         for size in sizes:
             same = rows.get(tuple(s.input_ids[:size]))
-            if same and decode(s.input_ids[size:begin]).strip() in ("", ANSWER_TAG.strip()):
+            if same and decode(s.input_ids[size : s.prompt_length]).strip() in ("", ANSWER_TAG.strip()):
                 found[number] = same
     gone = sorted({n for same in found.values() for n in same})
     return _judge(name, list(found), "forget_dataset", gone, allow)

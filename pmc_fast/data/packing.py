@@ -228,7 +228,7 @@ def _shared_length(group: Sequence[Encoded]) -> int:
     """Return how many tokens a group's sequences begin with alike, none of them a target; 0 for one alone."""
     if len(group) < 2:
         return 0
-    limit = min(next(t for t, label in enumerate(s.labels) if label != IGNORED) for s in group)
+    limit = min(s.prompt_length for s in group)
     columns = zip(*(zip(s.input_ids[:limit], _positions(s), strict=False) for s in group), strict=True)
     return next((t for t, column in enumerate(columns) if len(set(column)) > 1), limit)
 

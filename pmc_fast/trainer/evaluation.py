@@ -85,7 +85,7 @@ class EvaluatingTrainer(Trainer):
         """Return the mean recall of sequences with a prompt, which is what precedes the first label."""
         prompts, positions, truths = [], [], []
         for s in sequences:
-            begin = next(t for t, label in enumerate(s.labels) if label != IGNORED)
+            begin = s.prompt_length
             end = next((t for t, label in enumerate(s.labels) if t > begin and label == IGNORED), len(s.labels))
             if begin:
                 prompts.append(s.input_ids[:begin])

@@ -295,8 +295,8 @@ def _prompts(batch: Mapping[str, torch.Tensor], where: str) -> list[Encoded]:
     """Return the tokens before the first label of each row of a padded batch."""
     prompts = []
     for s in unpad(batch):
-        end = next((t for t, label in enumerate(s.labels) if label != IGNORED), 0)
-        if not end:
+        end = s.prompt_length
+        if not 0 < end < len(s.labels):
             raise PMCError(f"{where} has no prompt before an answer: PMC takes questions with answers")
         positions = None if s.positions is None or s.positions[:end] == list(range(end)) else s.positions[:end]
         prompts.append(Encoded(s.input_ids[:end], s.labels[:end], positions))
