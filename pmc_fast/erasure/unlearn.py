@@ -1,4 +1,4 @@
-"""Answering a request: an adapter on the frozen model and all earlier ones, and its record."""
+"""An erasure request: an adapter trained on the frozen model and all earlier adapters, and its record."""
 
 import json
 from contextlib import AbstractContextManager, nullcontext
@@ -10,22 +10,18 @@ import torch
 from ..config import RequestConfig
 from ..distributed import launched
 from ..errors import PMCError
+from ..evaluation import FORGET_SETS
 from ..jobs import earlier_runs, unlearn
-from ..jobs.earlier_runs import FORGET_SETS
+from ..jobs.plan import Plan
 from ..jobs.progress import Monitor, Stages
 from ..models import loading
 from ..utils.files import file_sha256, sync, written_aside
 from . import adapters, record
-from .stack import (
-    PRIVATE,
-    RECORD,
-    Stack,
-    locked,
-)
+from .stack import PRIVATE, RECORD, Stack, locked
 
 
 def unlearn_request(config: RequestConfig, monitor: Monitor | None = None) -> dict[str, Any]:
-    """Run the job with an adapter for its result, the next one of `config.stack`; see `job.unlearn`.
+    """Train the next adapter of `config.stack`; see `jobs.unlearn.unlearn`.
 
     Returns
     -------
@@ -35,17 +31,17 @@ def unlearn_request(config: RequestConfig, monitor: Monitor | None = None) -> di
     Raises
     ------
     PMCError
-        As `job.unlearn`; also a stack that is in use, damaged or of another model, and a missing peft.
+        As `jobs.unlearn.unlearn`; also a stack that is in use, damaged or of another model, and a missing peft.
     """
     _check_possible()
     with locked(config.stack):
-        outcome = StackedAdapter(config)
-        made = unlearn.unlearn(config, monitor, outcome)
-        return made | {"request": str(outcome.directory)}
+        target = StackedAdapter(config)
+        report = unlearn.unlearn(config, monitor, target)
+        return report | {"request": str(target.directory)}
 
 
-def check_request(config: RequestConfig) -> unlearn.Plan:
-    """Check a request as `job.check` does, and its stack; write nothing."""
+def check_request(config: RequestConfig) -> Plan:
+    """Check a request as `jobs.unlearn.check` does, and its stack; write nothing."""
     _check_possible()
     return unlearn.check(config, StackedAdapter(config))
 
@@ -57,7 +53,7 @@ def _check_possible() -> None:
 
 
 class StackedAdapter:
-    """A run that trains the next adapter of a stack; see `pmc_fast.jobs.outputs.Outcome`."""
+    """The next adapter of a stack; see `jobs.outputs.TrainingTarget`."""
 
     def __init__(self, config: RequestConfig) -> None:
         self.config, self.stack = config, Stack(config.stack)
@@ -71,23 +67,23 @@ class StackedAdapter:
 
     @property
     def checkpoints(self) -> Path:
-        """Beside the stack, apart for each state of it: an adapter fits only what it was trained on."""
+        """Beside the stack, a directory for each state of it: an adapter fits only what it was trained on."""
         stack = self.stack.directory.resolve()
         return stack.with_name(f"{stack.name}.checkpoints.{self.before[:12]}")
 
     def check(self) -> None:
-        """A stack was checked when it was read."""
-
-    def check_room(self, parameters: int, dtype: torch.dtype) -> None:
-        """An adapter is small."""
-
-    def claimed(self) -> AbstractContextManager[None]:
-        return nullcontext()  # the whole stack is locked
+        """Do nothing: the stack was checked when it was read."""
 
     def earlier(self) -> list[dict[str, Any]]:
         return self.stack.earlier() or earlier_runs.read(self.config.model)
 
-    def attach(self, loaded: loading.LoadedModel, stages: Stages) -> None:
+    def check_room(self, parameters: int, dtype: torch.dtype) -> None:
+        """Do nothing: an adapter is small."""
+
+    def claimed(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the whole stack is locked
+
+    def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
         c = self.config
         with stages("stacking"):
             self.before = self.stack.apply(loaded.model)
@@ -101,7 +97,7 @@ class StackedAdapter:
                 f"checkpoint {resume} is not of this state of the stack, whose checkpoints are in {self.checkpoints}"
             )
 
-    def detach(self, model: Any, stages: Stages) -> Any:
+    def finalize(self, model: Any, stages: Stages) -> Any:
         with stages("merging"):
             self.adapter = adapters.extract(model)
             base = model.unload()
@@ -109,7 +105,7 @@ class StackedAdapter:
             self.after = loading.weights_hash(base)
         return base
 
-    def write(self, made: dict[str, Any], files: dict[str, bytes], plan: unlearn.Plan) -> None:
+    def write(self, report: dict[str, Any], files: dict[str, bytes], plan: Plan) -> None:
         assert self.adapter is not None
         with written_aside(self.directory) as directory:
             adapters.write(self.adapter, directory, self.config.model)
@@ -118,8 +114,8 @@ class StackedAdapter:
             if self.config.keep_private:
                 record.write_private(directory / PRIVATE, {n: r for n, r in plan.rows.items() if n in FORGET_SETS})
             hashed = (adapters.WEIGHTS, adapters.CONFIG, "report.json")
-            made_record = record.record_of(
-                made,
+            contents = record.record_of(
+                report,
                 request=self.directory.name,
                 model={"source": self.config.model, "before": self.before, "after": self.after},
                 stack={"before": self.stack.links()},
@@ -131,5 +127,5 @@ class StackedAdapter:
                 },
                 files={name: file_sha256(directory / name) for name in hashed},
             )
-            (directory / RECORD).write_text(json.dumps(made_record, indent=1), encoding="utf-8")
+            (directory / RECORD).write_text(json.dumps(contents, indent=1), encoding="utf-8")
         sync(self.stack.directory)

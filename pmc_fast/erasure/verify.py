@@ -1,4 +1,4 @@
-"""Asking earlier requests' questions again: is the forgotten still forgotten, and the rest still there?"""
+"""Verifying a stack: asking earlier requests' questions again, and those of what was to be kept."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,39 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import UnlearnConfig, VerifyConfig
-from ..data import (
-    Encoder,
-    Question,
-    Row,
-    load_rows,
-)
+from ..data import Encoder, Row, load_rows
 from ..errors import PMCError
-from ..evaluation import (
-    EvalSet,
-    evaluate,
-    greedy_answers,
-    load_sets,
-    sampling_attack,
-    summarize,
-)
-from ..jobs.earlier_runs import FORGET_SETS, rows_hash
+from ..evaluation import FORGET_SETS, EvalSet, load_sets
+from ..jobs.earlier_runs import rows_hash
+from ..jobs.evaluator import Evaluator, Suite
 from ..jobs.progress import Monitor, Silent, Stages
 from ..models import loading
-from ..models.loading import LoadedModel
 from ..report.environment import machine, versions
 from ..rollout import RolloutEngine
 from .record import CLAIM, read_private
-from .stack import (
-    PRIVATE,
-    ErasureRequest,
-    Stack,
-    as_recorded,
-)
+from .stack import PRIVATE, ErasureRequest, Stack, as_recorded
 
 
 @dataclass(slots=True)
 class _Asked:
-    """A request whose questions are here again."""
+    """A request whose questions are known again."""
 
     request: ErasureRequest
     sets: dict[str, list[Row]] = field(default_factory=dict)
@@ -53,7 +36,7 @@ def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, An
     config : VerifyConfig
         Stack is required, and the requests' forget files unless they were kept private.
     monitor : Monitor, optional
-        Is told of stages and of requests whose questions are not here.
+        Shows the stages and warns of requests whose questions are not known.
 
     Returns
     -------
@@ -72,48 +55,62 @@ def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, An
     with stages("checking"):
         stack = Stack(config.stack)
         stack.require_requests()
+        last = stack.requests[-1]
         asked = _asked(stack, config.requests)
-        missing = [r.name for r in stack.requests if r.name not in {a.request.name for a in asked}]
-        if not asked:
-            raise PMCError(
-                "requests is not given: name forget files of this stack's requests (none was kept private)"
-            )
-        kept = _kept(stack.requests[-1], config)
+        kept = _kept(last, config)
         with stack.model(config.model) as source:
             tokenizer = loading.load_tokenizer(source)
+    missing = [r.name for r in stack.requests if r.name not in {a.request.name for a in asked}]
     for name in missing:
         monitor.warn(f"request {name} is not verified: its forget file is not among --requests and was not kept")
     with stages("loading the model"):
         loaded = loading.load_model(source, device=loading.resolve_device(config.device))
-
-    def answer_before(request: ErasureRequest) -> None:
-        """Where a request came without answers, its truth is what the model said before it."""
-        for a in asked:
-            rows = a.sets.get("forget", [])
-            if a.request is request and not all(row.answer for row in rows):
-                said = _answers(loaded, _encoder(tokenizer, request, loaded), [row.question for row in rows])
-                a.sets["forget"] = [Row(row.question, row.answer or y) for row, y in zip(rows, said, strict=True)]
-
+    evaluators = _evaluators([*(a.request for a in asked), last], config, loaded, tokenizer)
     with stages("stacking"):
-        weights = stack.apply(loaded.model, answer_before)
-    engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype)
-    result: dict[str, Any] = {"claim": CLAIM, "weights": weights, "requests": {}, "not_verified": missing}
+        weights = stack.apply(loaded.model, lambda request: _answer_before(request, asked, evaluators))
     failed: list[str] = []
+    requests = {}
     for a in asked:
         with stages(f"request {a.request.name}"):
-            encoder = _encoder(tokenizer, a.request, loaded)
-            result["requests"][a.request.name] = _forgotten(a, config, engine, encoder, failed)
+            requests[a.request.name] = _forgotten(a, config, evaluators[a.request.name], failed)
     with stages("what was to be kept"):
-        encoder = _encoder(tokenizer, stack.requests[-1], loaded)
-        result["keep"] = _still_known(stack.requests[-1], kept, config, engine, encoder, failed)
+        keep = _still_known(last, kept, config, evaluators[last.name], failed)
     return {
         "settings": dataclasses.asdict(config),
-        **result,
+        "claim": CLAIM,
+        "weights": weights,
+        "requests": requests,
+        "not_verified": missing,
+        "keep": keep,
         "failed_gates": failed,
         "versions": versions(),
         "machine": machine(),
         "stage_seconds": stages.seconds,
     }
+
+
+def _evaluators(
+    requests: Sequence[ErasureRequest], config: VerifyConfig, loaded: loading.LoadedModel, tokenizer: Any
+) -> dict[str, Evaluator]:
+    """Return by each request's name an evaluator with its prompts; all share one rollout engine."""
+    engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype)
+    evaluators = {}
+    for request in requests:
+        own = _settings(request, config)
+        encoder = Encoder(tokenizer, own, None if own.accidents else loaded.model.generation_config)
+        evaluators[request.name] = Evaluator(engine, encoder)
+    return evaluators
+
+
+def _answer_before(request: ErasureRequest, asked: list[_Asked], evaluators: dict[str, Evaluator]) -> None:
+    """Where a request came without answers, take the model's answers before it for the truth."""
+    for a in asked:
+        rows = a.sets["forget"]
+        if a.request is request and not all(row.answer for row in rows):
+            evaluator = evaluators[request.name]
+            answers = evaluator.answers([row.question for row in rows])
+            a.sets["forget"] = [Row(row.question, row.answer or y) for row, y in zip(rows, answers, strict=True)]
+            evaluator.weights_changed()  # with the adapter that comes next
 
 
 def _asked(stack: Stack, files: Sequence[str]) -> list[_Asked]:
@@ -141,7 +138,10 @@ def _asked(stack: Stack, files: Sequence[str]) -> list[_Asked]:
                         f"{private} was changed: its {name} rows are not what {request.name}'s record hashes"
                     )
                 found[request.name].sets.setdefault(name, rows)
-    return [a for a in found.values() if "forget" in a.sets]
+    asked = [a for a in found.values() if "forget" in a.sets]
+    if not asked:
+        raise PMCError("requests is not given: name forget files of this stack's requests (none was kept private)")
+    return asked
 
 
 def _is(rows: Sequence[Row], name: str, request: ErasureRequest) -> bool:
@@ -171,81 +171,49 @@ def _kept(last: ErasureRequest, config: VerifyConfig) -> list[EvalSet]:
     return sets
 
 
-def _settings(request: ErasureRequest) -> UnlearnConfig:
+def _settings(request: ErasureRequest, config: VerifyConfig) -> UnlearnConfig:
+    """Return the settings that a request was measured with, and of its leak attacks the sampling alone."""
     known = {f.name for f in dataclasses.fields(UnlearnConfig)}
-    return UnlearnConfig(**{n: v for n, v in request.record["settings"].items() if n in known})
+    own = {name: value for name, value in request.record["settings"].items() if name in known}
+    attack = {"attack_samples": config.attack_samples, "attack_prefill": "", "attack_first_words": 0}
+    return UnlearnConfig(**own | attack | {"evaluate": True, "log_text": False})
 
 
-def _encoder(tokenizer: Any, request: ErasureRequest, loaded: LoadedModel) -> Encoder:
-    """Return the encoder that a request was measured with."""
-    config = _settings(request)
-    return Encoder(tokenizer, config, None if config.accidents else loaded.model.generation_config)
-
-
-def _answers(loaded: LoadedModel, encoder: Encoder, questions: Sequence[Question]) -> list[str]:
-    return greedy_answers(RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype), encoder, questions)
-
-
-def _forgotten(
-    a: _Asked, config: VerifyConfig, engine: RolloutEngine, encoder: Encoder, failed: list[str]
-) -> dict[str, Any]:
-    own = _settings(a.request)
-    sets = [EvalSet(name, "forget", rows) for name, rows in a.sets.items()]
-    made = evaluate(lambda questions: greedy_answers(engine, encoder, questions), sets, reward=own.reward)
+def _forgotten(a: _Asked, config: VerifyConfig, evaluator: Evaluator, failed: list[str]) -> dict[str, Any]:
+    name, own = a.request.name, _settings(a.request, config)
+    scores = evaluator.scores(Suite(own, [EvalSet(s, "forget", rows) for s, rows in a.sets.items()]))
     then = a.request.record["metrics"].get("after", {}).get("sets", {})
     recorded = None
-    if all(name in then for name in a.sets):  # of the same sets, which may be fewer than the request's
-        recorded = 100 - 100 * sum(then[name]["rouge_l_recall"] for name in a.sets) / len(a.sets)
-    made["recorded_unlearn_quality"] = recorded
-    made["bound"] = _bound(config.min_quality, a.request, "min_quality", recorded, config.slack)
-    _gate(failed, f"request {a.request.name}: unlearn quality", made["unlearn_quality"], made["bound"])
+    if all(s in then for s in a.sets):  # of the same sets, which may be fewer than the request's
+        recorded = 100 - 100 * sum(then[s]["rouge_l_recall"] for s in a.sets) / len(a.sets)
+    scores["recorded_unlearn_quality"] = recorded
+    scores["bound"] = _bound(config.min_quality, a.request, "min_quality", recorded, config.slack)
+    _gate(failed, f"request {name}: unlearn quality", scores["unlearn_quality"], scores["bound"])
     if config.attack_samples:
-        made["sampling"] = _leaks(a, config, engine, encoder, failed)
-    return made
-
-
-def _leaks(
-    a: _Asked, config: VerifyConfig, engine: RolloutEngine, encoder: Encoder, failed: list[str]
-) -> dict[str, Any]:
-    """Sample as the request's own leak attack does."""
-    own = _settings(a.request)
-    how: dict[str, Any] = {
-        "temperature": own.attack_temperature,
-        "top_k": own.attack_top_k,
-        "top_p": own.attack_top_p,
-    }
-    how |= {"threshold": own.leak_threshold, "seed": own.seed, "num_samples": config.attack_samples}
-    how["reward"] = own.reward
-    result = sampling_attack(engine, encoder, a.sets["forget"], **how)
-    made = summarize(result, level=own.confidence, reward=own.reward)
-    share = made.get("leaking_questions", 0.0)
-    if config.max_leak is not None and share > config.max_leak:
-        failed.append(
-            f"request {a.request.name}: {share:.2f} of its questions leak in {config.attack_samples} samples, above "
-            f"{config.max_leak:g}"
-        )
-    return made
+        found = evaluator.leakage(Suite(own, [EvalSet("forget", "forget", a.sets["forget"])]))
+        scores["sampling"] = found["sets"]["forget"]["sampling"]
+        share = scores["sampling"].get("leaking_questions", 0.0)
+        if config.max_leak is not None and share > config.max_leak:
+            failed.append(
+                f"request {name}: {share:.2f} of its questions leak in {config.attack_samples} samples, above "
+                f"{config.max_leak:g}"
+            )
+    return scores
 
 
 def _still_known(
-    last: ErasureRequest,
-    sets: list[EvalSet],
-    config: VerifyConfig,
-    engine: RolloutEngine,
-    encoder: Encoder,
-    failed: list[str],
+    last: ErasureRequest, sets: list[EvalSet], config: VerifyConfig, evaluator: Evaluator, failed: list[str]
 ) -> dict[str, Any]:
     if not sets:
         if config.min_utility is not None:
             raise PMCError(f"min_utility is given but request {last.name} was made without an evaluation")
         return {}
-    reward = _settings(last).reward
-    made = evaluate(lambda questions: greedy_answers(engine, encoder, questions), sets, reward=reward)
+    scores = evaluator.scores(Suite(_settings(last, config), sets))
     recorded = last.record["metrics"]["after"]["utility"]
-    made["recorded_utility"] = recorded
-    made["bound"] = _bound(config.min_utility, last, "min_utility", recorded, config.slack)
-    _gate(failed, "utility", made["utility"], made["bound"])
-    return made
+    scores["recorded_utility"] = recorded
+    scores["bound"] = _bound(config.min_utility, last, "min_utility", recorded, config.slack)
+    _gate(failed, "utility", scores["utility"], scores["bound"])
+    return scores
 
 
 def _bound(

@@ -1,4 +1,17 @@
-"""Attacks: does the forgotten come back when a model is asked often, or helped into the answer?"""
+"""One leak attack: does the forgotten come back when a model is asked often, or helped into the answer?
+
+The largest recall of 100 samples, with and without the prefill "The answer is: ", is how arXiv 2507.04219 measures
+leakage. Only what the model wrote is scored: against the truth or, after its first words, against the rest of it, so
+words that were given do not count as leaked. Rows of which no rest is left, or none that the reward sees, would always
+score 0: they are left out and counted.
+
+leak@k's authors call a sample a leak if a language-inference model finds that it entails the truth. That needs a second
+model; recall >= 0.5 (half of the truth's words, in order) is this package's own criterion, so numbers under it compare
+with each other and not with theirs. `worst_of_k` needs no criterion.
+
+Forced words end at a token's end: where the tokenizer would join their last token with the truth's next one, that token
+is left to the model.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,14 +28,11 @@ from ..rollout import Rollouts
 
 @dataclass(frozen=True, slots=True)
 class AttackResult:
-    """What one attack got out of a model.
+    """The samples of one attack and their scores; Q counts the rows that were asked."""
 
-    Rows with no truth left to find (see `sampling_attack`) were not asked: Q counts those that were.
-    """
-
-    rows: list[int]  # [Q]: the rows that were asked, by their number
+    rows: list[int]  # [Q]: numbers of the rows that were asked, from 0
     scores: np.ndarray  # float64 [Q, N]: each sample's ROUGE-L recall of the truth
-    samples: list[list[str]]  # [Q][N]: what the model said, without what was put into its mouth
+    samples: list[list[str]]  # [Q][N]: what the model wrote, without the words that it was given
     left_out: int
     threshold: float
     counters: dict[str, int]  # the rollout's
@@ -59,70 +69,42 @@ def sampling_attack(
     seed: int = 0,
     reward: RewardName = "auto",
 ) -> AttackResult:
-    """Ask each question many times, and look for the truth in what comes.
+    """Sample many answers to each question and compare them with its truth.
 
     Parameters
     ----------
     engine : RolloutEngine
-        Of the model under attack. One rollout asks all rows, so that samples with the same history are computed
-        once; the truth is its draft, which changes its cost and no sample.
+        Of the model under attack. One rollout asks all rows; the truth is its draft, which changes its cost and no
+        sample.
     encoder : Encoder
-        Its prompts, stop tokens and max_length, which counts what the answer was made to begin with.
+        Its prompts, stop tokens and max_length, which counts the forced beginning of an answer.
     rows : sequence of Row
-        Questions with their true answers. Paraphrased rows make it the attack by paraphrase.
-    num_samples : int
-        Of each question.
-    temperature, top_p, top_k : float, float, int
-        By default the model's own distribution, as leak@k samples (arXiv 2511.04934).
+        Questions with their true answers; paraphrased questions make it the attack by paraphrase.
+    num_samples, temperature, top_p, top_k, seed
+        As of the engine; by default the model's own distribution, as in leak@k (arXiv 2511.04934).
     prefill : str
         Words that the answer is made to begin with.
     first_words : int
-        So many words of the truth that it is made to go on with.
+        Number of words of the truth that it is made to go on with.
     threshold : float
         A sample leaks if its recall is at least this.
-    seed : int
     reward : {"auto", "rouge", "unicode"}
-        How samples are compared with truths, and what a word is (`choose_scorer`; auto: by the rows' truths).
-
-    Returns
-    -------
-    AttackResult
+        How samples are compared with truths (`choose_scorer`; auto: by the rows' truths).
 
     Raises
     ------
     PMCError
-        No rows, a row without a truth or with one that the reward sees nothing of, or one that leaves no room for an
-        answer; the error names its number.
-
-    Notes
-    -----
-    The largest recall of 100 samples, with and without "The answer is: ", is how arXiv 2507.04219 measures leakage.
-    Only what the model wrote is scored: against the truth, or after `first_words` against the rest of it, so that
-    words which it was given do not count as leaked. A row of which no rest is left, or none that the reward sees, would
-    always score 0: it is left out and counted.
-
-    leak@k's authors call a sample a leak if a language-inference model finds that it entails the truth. That needs a
-    second model; recall >= 0.5 (half of the truth's words, in order) is this package's own criterion, so numbers
-    under it compare with each other and not with theirs. `worst_of_k` needs no criterion.
-
-    The forced words end at a token's end: where the tokenizer would join their last token with the truth's next one,
-    that token is left to the model.
+        No rows; a row without a truth, with one that the reward sees nothing of, or without room for an answer. The
+        error names its number.
     """
     scorer = choose_scorer(reward, [row.answer for row in rows if row.answer])
     asked = prepare_attack(encoder, rows, scorer, prefill, first_words)
     scorer.require_words("leakage", ((n, row.answer or "") for n, row in enumerate(rows, start=1)))
     start = time.perf_counter()
     rollouts = engine(
-        asked.prompts,
-        num_samples=num_samples,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_length=encoder.max_length,
-        stop_ids=encoder.stops,
-        seed=seed,
-        drafts=asked.drafts,
-    )
+        asked.prompts, num_samples=num_samples, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        max_length=encoder.max_length, stop_ids=encoder.stops, drafts=asked.drafts,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     samples = [encoder.answers(tokens) for tokens in rollouts.tokens]
     scores = scorer.recall(asked.rests, samples, 0).reshape(len(asked.rows), num_samples)
@@ -132,12 +114,12 @@ def sampling_attack(
 
 @dataclass(slots=True)
 class AttackPrompts:
-    """What an attack asks; lists over the rows that have a truth left to find."""
+    """The prompts of an attack; lists over the rows of whose truth something is left to find."""
 
     rows: list[int]
     prompts: list[list[int]]
     drafts: list[list[list[int]]]
-    rests: list[str]  # of the truth, after what was given away
+    rests: list[str]  # of the truth, after the words that were given
 
 
 def prepare_attack(
@@ -149,7 +131,7 @@ def prepare_attack(
     *,
     name: str = "leakage",
 ) -> AttackPrompts:
-    """Return what `sampling_attack` asks, or refuse it as that does; `name` says in errors whose rows these are."""
+    """Return the prompts of `sampling_attack`, or refuse them as it does; errors call the rows `name`."""
     if not rows:
         raise PMCError(f"{name}: there are no rows: give forget questions with their answers")
     if first_words < 0:

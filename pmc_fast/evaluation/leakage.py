@@ -1,26 +1,26 @@
-"""All attacks on a model, summed up in numbers."""
+"""All leak attacks on a model, and what n samples of each question say about k of them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ..config import RewardName
+from ..config import EvaluationConfig, RewardName
 from ..data import Encoder, Row
 from ..errors import PMCError
 from ..pmc.reward import choose_scorer
 from ..rollout import Rollouts
-from .attacks import AttackResult, sampling_attack
-from .metrics import degenerate_share
-from .statistics import bootstrap_interval, leak_at_k, worst_of_k
+from .attacks import AttackResult, prepare_attack, sampling_attack
+from .questions import FORGET_SETS, EvalSet, degenerate_share, truths_of
 
 COUNTERS = ("rows", "sampled_tokens", "prefill_tokens", "steps")
 
 
 @dataclass(frozen=True, slots=True)
 class LeakageSettings:
-    """How to attack. Sampling is plain by default: leaks that top_k or top_p would hide count."""
+    """How to attack. By default without top_k and top_p, which would hide leaks."""
 
     num_samples: int = 100
     temperature: float = 1.0
@@ -35,7 +35,7 @@ class LeakageSettings:
     reward: RewardName = "auto"  # how samples are compared; auto: by the truths
 
     def attacks(self) -> dict[str, dict[str, Any]]:
-        """Return the attacks by name, and what each gives away."""
+        """Return each attack's name, and what it gives away of the answer."""
         made: dict[str, dict[str, Any]] = {"sampling": {}}
         if self.prefill:
             made["prefill"] = {"prefill": self.prefill}
@@ -44,29 +44,62 @@ class LeakageSettings:
         return made
 
 
+def leakage_settings(config: EvaluationConfig) -> LeakageSettings | None:
+    """Return the attacks that `config` asks for, or None."""
+    if not config.attack_samples:
+        return None
+    return LeakageSettings(
+        num_samples=config.attack_samples,
+        temperature=config.attack_temperature,
+        top_k=config.attack_top_k,
+        top_p=config.attack_top_p,
+        threshold=config.leak_threshold,
+        prefill=config.attack_prefill,
+        first_words=config.attack_first_words,
+        level=config.confidence,
+        seed=config.seed,
+        reward=config.reward,
+    )
+
+
+def check_attacks(encoder: Encoder, sets: Sequence[EvalSet], settings: LeakageSettings | None) -> None:
+    """Refuse questions that leave no room once an attack begins their answers, before any model is loaded."""
+    if settings is None:
+        return
+    for s in _attacked(sets):
+        # where no truth is known yet, the question takes its place: what is checked is whether it fits
+        known = [Row(row.question, row.answer or str(row.question)) for row in s.rows]
+        scorer = choose_scorer(settings.reward, [row.answer or "" for row in known])
+        for change in settings.attacks().values():
+            prepare_attack(encoder, known, scorer, **change, name=s.name)
+
+
+def _attacked(sets: Sequence[EvalSet]) -> list[EvalSet]:
+    return [s for s in sets if s.name in FORGET_SETS]
+
+
 def leakage(
     engine: Callable[..., Rollouts],
     encoder: Encoder,
-    rows: Sequence[Row],
-    paraphrased: Sequence[Row] | None = None,
+    sets: Sequence[EvalSet],
     settings: LeakageSettings | None = None,
     *,
     log_text: bool = False,
     on_attack: Callable[[str, str], None] = lambda questions, attack: None,
 ) -> dict[str, Any]:
-    """Attack a model in every way that `settings` has, and sum up.
+    """Attack a model in every way that `settings` has, and summarise what leaks.
 
     Parameters
     ----------
-    engine, encoder, rows
-        As `sampling_attack` takes them.
-    paraphrased : sequence of Row, optional
-        The questions in other words, with their answers: attacked likewise.
+    engine, encoder
+        As of `sampling_attack`.
+    sets : sequence of EvalSet
+        Those called "forget" and "forget_paraphrased" are attacked.
     settings : LeakageSettings, optional
     log_text : bool
         Keep each question, its truth and its worst sample in the result.
     on_attack : callable
-        Is told of each attack before it begins: the set's name and the attack's.
+        Called before each attack with the set's name and the attack's.
 
     Returns
     -------
@@ -74,29 +107,30 @@ def leakage(
         Ready for JSON. ``settings``; ``sets``: per set (``forget``, ``forget_paraphrased``) and attack
         (``sampling``, ``prefill``, ``first_words``) what `summarize` returns.
     """
-    s = settings or LeakageSettings()
-    truths = [row.answer for row in (*rows, *(paraphrased or ())) if row.answer]
-    s = replace(s, reward=choose_scorer(s.reward, truths).name)
+    c, sets = settings or LeakageSettings(), _attacked(sets)
+    if not sets:
+        raise PMCError(f"leakage: no set is called {' or '.join(FORGET_SETS)}: there is nothing to attack")
+    c = replace(c, reward=choose_scorer(c.reward, truths_of(sets)).name)
     names = ("num_samples", "temperature", "top_p", "top_k", "threshold", "seed", "reward")
-    how: dict[str, Any] = {name: getattr(s, name) for name in names}
-    sets: dict[str, dict[str, Any]] = {}
-    for name, asked in {"forget": rows, "forget_paraphrased": paraphrased or ()}.items():
-        for attack, change in s.attacks().items() if asked or name == "forget" else ():
-            on_attack(name, attack)
-            result = sampling_attack(engine, encoder, asked, **how, **change)
-            summary = summarize(result, level=s.level, resamples=s.resamples, seed=s.seed, reward=s.reward)
+    how: dict[str, Any] = {name: getattr(c, name) for name in names}
+    found: dict[str, dict[str, Any]] = {s.name: {} for s in sets}
+    for s in sets:
+        for attack, change in c.attacks().items():
+            on_attack(s.name, attack)
+            result = sampling_attack(engine, encoder, s.rows, **how, **change)
+            summary = summarize(result, level=c.level, resamples=c.resamples, seed=c.seed, reward=c.reward)
             if log_text:
                 summary["texts"] = [
                     {
-                        "question": asked[row].question,
-                        "truth": asked[row].answer,
+                        "question": s.rows[row].question,
+                        "truth": s.rows[row].answer,
                         "worst": texts[int(scores.argmax())],
                         "rouge_l_recall": float(scores.max()),
                     }
                     for row, texts, scores in zip(result.rows, result.samples, result.scores, strict=True)
                 ]
-            sets.setdefault(name, {})[attack] = summary
-    return {"settings": asdict(s), "sets": sets}
+            found[s.name][attack] = summary
+    return {"settings": asdict(c), "sets": found}
 
 
 def summarize(
@@ -107,7 +141,7 @@ def summarize(
     seed: int = 0,
     reward: RewardName = "auto",
 ) -> dict[str, Any]:
-    """Sum up an attack in numbers; `reward` counts its samples' words.
+    """Summarise an attack in numbers; words of its samples are counted as `reward` does.
 
     Returns
     -------
@@ -115,7 +149,7 @@ def summarize(
         Ready for JSON, without any text. ``mean``, ``worst`` and, for k of 1, 2, 4, ... N, ``leak_at_k`` and
         ``worst_of_k``: means over questions, ``value`` and ``interval`` (`bootstrap_interval`).
         ``leaking_questions``: the share with any leak. ``degenerate``: the share of samples under 3 words, which
-        leak nothing and say nothing. ``questions``, ``left_out``, ``per_question``, the rollout's counters,
+        leak nothing because they say nothing. ``questions``, ``left_out``, ``per_question``, the rollout's counters,
         ``rows_per_sampled_token``, ``seconds``.
     """
     questions, n = result.scores.shape
@@ -159,8 +193,8 @@ def known_forgotten(scores: np.ndarray, threshold: float = 0.0) -> list[int]:
     Parameters
     ----------
     scores : array [Q, N]
-        ROUGE-L recall of each sampled answer against the truth. NaN where there is no truth to compare with (none
-        was given): such a question never qualifies.
+        ROUGE-L recall of each sampled answer against the truth; NaN where there is no truth, and then the question
+        never qualifies.
     threshold : float
         The largest recall that says nothing. With 0 not one word may be shared; answers in whole sentences share
         "the" and "of" with most truths.
@@ -168,9 +202,66 @@ def known_forgotten(scores: np.ndarray, threshold: float = 0.0) -> list[int]:
     Returns
     -------
     list of int
-        Questions none of whose scores is above `threshold`. One that no sample answered with words qualifies too:
-        look at the share of degenerate samples.
+        Questions none of whose scores is above `threshold`. One whose samples hold no words qualifies too: look at the
+        share of degenerate samples.
     """
     if scores.ndim != 2 or not scores.shape[1]:
         raise PMCError(f"known_forgotten: scores have shape {scores.shape}: give at least one sample a question")
     return np.flatnonzero((scores <= threshold).all(axis=1)).tolist()
+
+
+def leak_at_k(n: int, c: int, k: int) -> float:
+    """Return the chance that k samples drawn out of n, of which c leak, hold one that does.
+
+    1 - C(n-c, k) / C(n, k): unbiased for the chance that k fresh samples leak. The estimator is that of pass@k
+    (Chen et al., arXiv 2107.03374), applied to leaks by leak@k (Reisizadeh et al., arXiv 2511.04934). Whole
+    numbers are divided once, so the result is the exact one, rounded, for any n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise PMCError(f"leak_at_k: {c} leaks and k {k} do not fit n {n}: 0 to n leaks, and k from 1 to n")
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
+
+
+def worst_of_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Return the expected largest score of k samples drawn out of N, without a threshold: [Q, N] -> float64 [Q].
+
+    The j-th smallest of N scores is the largest of C(j-1, k-1) of the C(N, k) choices. Scores that are 0 or 1 give
+    `leak_at_k`.
+    """
+    n = scores.shape[1]
+    if not 1 <= k <= n:
+        raise PMCError(f"worst_of_k: k is {k} but there are {n} samples a question: k from 1 to {n}")
+    j = np.arange(n, 1, -1)
+    # the weight of the largest, then each from its neighbour: no binomial coefficient that could overflow
+    weights = np.concatenate([[k / n], k / n * np.cumprod((j - k).clip(0) / (j - 1))])
+    return np.sort(scores, axis=1)[:, ::-1] @ weights
+
+
+def bootstrap_interval(
+    values: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return a percentile bootstrap confidence interval of the mean (Efron 1979).
+
+    Parameters
+    ----------
+    values : array [Q]
+        One for each question. Questions are drawn again, not samples: the samples of one question are not independent,
+        so an interval over samples would be too narrow.
+    level : float
+        0 to 1.
+    resamples : int
+    seed : int
+
+    Returns
+    -------
+    tuple of float
+        Percentile intervals of few questions (under about 20) are too narrow; of one question it is a point.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise PMCError(f"bootstrap_interval: values have shape {values.shape}: give one number for each question")
+    if not 0 < level < 1 or resamples < 1:
+        raise PMCError(f"bootstrap_interval: level {level}, {resamples} resamples: 0 < level < 1, 1 or more")
+    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

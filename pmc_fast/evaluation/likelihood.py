@@ -8,7 +8,7 @@ import torch
 from ..data import Encoded, Encoder, Question
 from ..data.packing import num_targets, pack
 from ..errors import NotFiniteError, PMCError
-from ..models.context import autocast, eval_mode
+from ..models.context import eval_mode
 from ..models.packed_forward import PackedPass
 
 
@@ -40,7 +40,6 @@ def mean_nlls(
     groups: Sequence[Sequence[Encoded]],
     *,
     max_tokens: int = 8192,
-    autocast_dtype: torch.dtype | None = None,
 ) -> list[list[float]]:
     """Return the mean negative log-likelihood, in nats, of each answer's tokens.
 
@@ -52,8 +51,6 @@ def mean_nlls(
         The candidate answers to one question each, with at least one token that is predicted.
     max_tokens : int
         Of one forward pass. A longer group takes several, each with the prompt anew; a longer answer one of its own.
-    autocast_dtype : torch.dtype, optional
-        What the model computes in under torch.autocast, if it does.
 
     Returns
     -------
@@ -63,7 +60,7 @@ def mean_nlls(
     device = packed.base.get_input_embeddings().weight.device
     parts = [part for group in groups for part in _bounded(group, max_tokens)]
     means: list[float] = [0.0] * sum(map(len, groups))
-    with eval_mode(packed.base), autocast(device, autocast_dtype):
+    with eval_mode(packed.base):
         for p in pack(parts, max_tokens):
             p = p.to(device)
             logps = packed(p, torch.zeros(len(p.targets), device=device))[1].double()

@@ -1,4 +1,4 @@
-"""What unlearning did to text that has nothing to do with it: perplexity, and words that became rarer."""
+"""Side effects of unlearning on unrelated text: its perplexity, and how probable the forgotten answers' words are."""
 
 import io
 from collections import Counter
@@ -14,9 +14,10 @@ from ..data import Encoded
 from ..data.loading import read_text
 from ..data.packing import Pack, pack
 from ..errors import NotFiniteError, PMCError
-from ..models.context import autocast, eval_mode
-from ..models.packed_forward import PackedPass, causal_lm
+from ..models.context import eval_mode
+from ..models.packed_forward import PackedPass
 from ..utils.labels import IGNORED
+from .questions import EvalSet
 
 WINDOW = 1024
 PASS_TOKENS = 8192  # of one forward pass
@@ -26,12 +27,12 @@ COMMON = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class TokenMass:
-    """What one model makes of a text, token by token: small enough to keep while another model is loaded."""
+    """One model's probabilities in a text, token by token: small enough to keep while another model is loaded."""
 
     logps: np.ndarray  # float64 [M]: of the text's own tokens, the first of each text left out
     mass: np.ndarray  # float64 [M]: the probability that the answers' tokens have together, in each place
     occurs: np.ndarray  # bool [M]: whether the text's own token is one of the answers'
-    tokens: int  # how many tokens of the answers were looked at
+    tokens: int  # number of the answers' tokens
 
     @property
     def perplexity(self) -> float:
@@ -63,9 +64,9 @@ def text_windows(
     window : int
         Tokens of a forward pass's sequence.
     stride : int, optional
-        Tokens by which the next window begins later; half a window by default. A window predicts what the one before
-        did not reach, so each token is predicted from at least window - stride others, but for a text's beginning.
-        Longer strides cost less and predict from less.
+        How many tokens later the next window begins; half a window by default. A window predicts what the one before
+        did not reach, so beyond a text's beginning each token is predicted from at least window - stride others.
+        Longer strides cost less and predict from less context.
     """
     stride = window // 2 if stride is None else stride
     if not 1 <= stride < window:
@@ -87,7 +88,7 @@ def text_windows(
 def answer_tokens(
     tokenizer: Any, answers: Sequence[str], texts: Sequence[str], *, common: float = COMMON
 ) -> list[int]:
-    """Return the tokens of the answers that are worth following in the texts, ascending.
+    """Return the tokens of the answers that are followed in the texts, ascending.
 
     Parameters
     ----------
@@ -98,11 +99,11 @@ def answer_tokens(
     texts : sequence of str
         Those in which they will be followed.
     common : float
-        Tokens with a larger share of the texts than this are left out, and so are special tokens. "the" and "." are
-        in every answer and hold most of the mass anywhere; they move with style and hide the carpenter of the
-        paper's example (arXiv 2507.04219, side effects: unlearning "John Doe is a carpenter" must not make carpenters
-        rare elsewhere). The texts alone decide it, so models are compared on the same tokens. A token that occurs
-        once is never common.
+        Tokens with a larger share of the texts than this are left out, as are special tokens. "the" and "." are in
+        every answer and hold most of the probability anywhere; they would hide a change of rare words, such as
+        "carpenter" in the paper's example (arXiv 2507.04219: unlearning "John Doe is a carpenter" must not make
+        carpenters rare elsewhere). The texts alone decide it, so models are compared on the same tokens. A token that
+        occurs once is never common.
     """
     counts = Counter(token for text in texts for token in tokenizer(text, verbose=False)["input_ids"])
     limit = max(1.0, common * counts.total())
@@ -117,52 +118,33 @@ def answer_tokens(
     return kept
 
 
-def answer_token_mass(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    tokens: Sequence[int] = (),
-    *,
-    window: int = WINDOW,
-    stride: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
-) -> TokenMass:
-    """Read texts with a model and note, in each place, the text's own token and the mass of `tokens`.
+def answer_token_mass(packed: PackedPass, windows: Sequence[Encoded], tokens: Sequence[int] = ()) -> TokenMass:
+    """Return a model's log-prob of each token that the windows predict, and there the probability mass of `tokens`.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel or peft.PeftModel
-        Left as it was found. Its forward pass is packed and without gradients; one product with the head gives both
-        numbers, and logits exist in bounded chunks only.
-    tokenizer
-        Its tokenizer.
-    texts : sequence of str
+    packed : PackedPass
+        Of the model, after its `check`. One product with the head gives both numbers, without gradients; logits exist
+        in bounded chunks only.
+    windows : sequence of Encoded
+        `text_windows`; the perplexity depends on their size and stride, so compare models on the same windows.
     tokens : sequence of int
         `answer_tokens`.
-    window, stride : int
-        See `text_windows`.
-    autocast_dtype : torch.dtype, optional
-        What the model computes in under torch.autocast, if it does.
 
     Raises
     ------
     PMCError
-        A window that does not fit the model or its stride; texts without a token to predict; a model whose packed
-        pass is not its own pass; log-probs that are NaN.
+        A window that is longer than the model's table of positions; log-probs that are NaN.
     """
-    base = causal_lm(model)
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if longest and window > longest:
-        raise PMCError(f"window is {window} but the model has {longest} positions: lower it")
-    device = base.get_input_embeddings().weight.device
-    windows = text_windows(tokenizer, texts, window, stride)
+    known = getattr(packed.base.config.get_text_config(), "max_position_embeddings", None)
+    if known and (longest := max(len(w.input_ids) for w in windows)) > known:
+        raise PMCError(f"a window has {longest} tokens but the model has {known} positions: cut shorter ones")
+    device = packed.base.get_input_embeddings().weight.device
     followed = torch.tensor(sorted(set(tokens)), dtype=torch.int64)
-    packed = PackedPass(base)
-    packed.check(autocast_dtype)
-    logps, mass, own = [], [], []
+    logps, mass, occurs = [], [], []
     size = min(PASS_TOKENS, max(1, PASS_TARGETS // (len(followed) + 1)))
     for p in pack([[w] for w in windows], size):
-        with torch.no_grad(), eval_mode(base), autocast(device, autocast_dtype):
+        with torch.no_grad(), eval_mode(packed.base):
             asked = _also(p, followed).to(device)
             found = packed(asked, torch.zeros(len(asked.targets), device=device))[1].double().cpu()
         if not found.isfinite().all():
@@ -172,12 +154,12 @@ def answer_token_mass(
         count = len(p.targets)
         logps.append(found[:count])
         mass.append(found[count:].view(count, len(followed)).exp().sum(1))
-        own.append(torch.isin(p.targets, followed))
-    return TokenMass(torch.cat(logps).numpy(), torch.cat(mass).numpy(), torch.cat(own).numpy(), len(followed))
+        occurs.append(torch.isin(p.targets, followed))
+    return TokenMass(torch.cat(logps).numpy(), torch.cat(mass).numpy(), torch.cat(occurs).numpy(), len(followed))
 
 
 def _also(p: Pack, tokens: torch.Tensor) -> Pack:
-    """Ask every row of a pack for the log-probs of further tokens, after its targets'."""
+    """Return a pack that also predicts `tokens` in every row, after its own targets."""
     count = len(p.targets)
     return replace(
         p,
@@ -186,25 +168,8 @@ def _also(p: Pack, tokens: torch.Tensor) -> Pack:
     )
 
 
-def perplexity(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    window: int = WINDOW,
-    stride: int | None = None,
-    *,
-    autocast_dtype: torch.dtype | None = None,
-) -> float:
-    """Return exp of the mean negative log-likelihood of the texts' tokens; parameters as `answer_token_mass` has them.
-
-    It depends on window and stride (`text_windows`): compare numbers of the same ones.
-    """
-    how: dict[str, Any] = {"window": window, "stride": stride, "autocast_dtype": autocast_dtype}
-    return answer_token_mass(model, tokenizer, texts, **how).perplexity
-
-
 def shift(before: TokenMass, after: TokenMass) -> dict[str, Any]:
-    """Compare what two models made of the same texts.
+    """Compare two models' probabilities in the same texts.
 
     Returns
     -------
@@ -247,20 +212,29 @@ def shift(before: TokenMass, after: TokenMass) -> dict[str, Any]:
     }
 
 
-def token_shift(
-    before_model: Any,
-    after_model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    answers: Sequence[str],
-    *,
-    common: float = COMMON,
-    **how: Any,
-) -> dict[str, Any]:
-    """Return `shift` for two models that are both in memory; where only one fits, call its parts one by one.
+@dataclass(frozen=True, slots=True)
+class UnrelatedText:
+    """A text that has nothing to do with the forget set, cut into windows for one tokenizer."""
 
-    `how` goes to `answer_token_mass`.
-    """
-    tokens = answer_tokens(tokenizer, answers, texts, common=common)
-    before, after = (answer_token_mass(m, tokenizer, texts, tokens, **how) for m in (before_model, after_model))
-    return shift(before, after)
+    tokenizer: Any
+    text: str
+    windows: list[Encoded]
+
+    @classmethod
+    def read(cls, source: str, tokenizer: Any, positions: int | None) -> "UnrelatedText":
+        """Read a text file for a model with so many positions (None: any number)."""
+        text = load_text(source)
+        return cls(tokenizer, text, text_windows(tokenizer, [text], min(WINDOW, positions or WINDOW)))
+
+    def answer_tokens(self, sets: Sequence[EvalSet]) -> list[int]:
+        """Return the tokens of the forget sets' answers that are followed in the text."""
+        answers = [row.answer for s in sets if s.role == "forget" for row in s.rows if row.answer]
+        return answer_tokens(self.tokenizer, answers, [self.text])
+
+    def require_same(self, other: "UnrelatedText") -> None:
+        """Refuse to compare models whose tokenizers split the text differently."""
+        if self.windows != other.windows:
+            raise PMCError(
+                "side_effects_text: --before and --model have different tokenizers, so their probabilities do not "
+                "compare: leave --side-effects-text or --before out"
+            )

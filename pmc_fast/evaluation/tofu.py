@@ -9,12 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..config import RewardName
-from ..data import (
-    Question,
-    Row,
-    read_records,
-    rows_of,
-)
+from ..data import Question, Row, read_records, rows_of
 from ..data.loading import SUFFIXES, json_lines, read_text
 from ..errors import PMCError
 from .questions import EvalSet, evaluate
@@ -155,8 +150,7 @@ def evaluate_tofu(
     variant : {"geometric", "arithmetic"}
         Of the truth ratio (`tofu_metrics.truth_ratio`).
     retain_ratios : array, optional
-        Truth ratios on the forget set of a model that never saw it, for ``forget_quality``. This model's own are
-        refused.
+        Truth ratios on the forget set of another model that never saw it, for ``forget_quality``.
     reward, log_text, on_set, rows
         As in `evaluate`. A row of the four sets has also ``nll_answer``, ``nll_paraphrased`` (where there is one),
         ``nll_perturbed``, ``probability`` and ``truth_ratio`` (false over true).
@@ -172,44 +166,51 @@ def evaluate_tofu(
     Retain is retain_perturbed throughout, as in TOFU and OpenUnlearning; PMC's paper measures its utility on 400 rows
     drawn from the whole retain split, as `--suite questions` does.
     """
-    found: dict[str, list[dict[str, Any]]] = {}  # each set's losses, of the rows by name
-
-    def losses_of(s: TofuSet) -> list[dict[str, Any]]:
-        if s.name not in found:
-            found[s.name] = [_named(row, of) for row, of in zip(s.rows, nlls(s), strict=True)]
-        return found[s.name]
-
+    losses: dict[str, list[dict[str, Any]]] = {}
+    if retain_ratios is not None:
+        for s in sets:
+            if s.role == "forget":  # refused now: the answers take longer
+                losses[s.name] = _named_losses(s, nlls(s))
+                _require_another(_ratios(losses[s.name], variant), retain_ratios)
+    all_rows: list[dict[str, Any]] = []
+    result = evaluate(answer, tofu_questions(sets), reward=reward, log_text=log_text, on_set=on_set, rows=all_rows)
     for s in sets:
-        if s.role == "forget" and retain_ratios is not None:  # now: the answers take longer
-            _require_another(_ratios(losses_of(s), variant), retain_ratios)
-    every: list[dict[str, Any]] = []
-    result = evaluate(answer, tofu_questions(sets), reward=reward, log_text=log_text, on_set=on_set, rows=every)
-    for s in sets:
-        scored = result["sets"][s.name]
-        losses = losses_of(s)
-        true = [of["nll_answer"] for of in losses]
-        false = [of["nll_perturbed"] for of in losses]
-        options = s.rows[0].paraphrase is None
-        likely = option_probability(true, false) if options else probability(true)
-        ratios = _ratios(losses, variant)
-        scored["probability"] = float(likely.mean())
-        scored["truth_ratio"] = (forget_truth_ratio if s.role == "forget" else kept_truth_ratio)(ratios)
-        for row, of, p, r in zip((r for r in every if r["set"] == s.name), losses, likely, ratios, strict=True):
-            row |= {**of, "probability": float(p), "truth_ratio": float(r)}
+        of_set = losses.get(s.name) or _named_losses(s, nlls(s))
+        ratios = _add_metrics(s, of_set, variant, result["sets"][s.name], [r for r in all_rows if r["set"] == s.name])
         if s.role == "forget" and retain_ratios is not None:
             result["forget_quality"] = forget_quality(ratios, retain_ratios)
     result["model_utility"] = model_utility(
         [result["sets"][s.name][key] for s in sets if s.role == "keep" for key in OF_UTILITY]
     )
     if rows is not None:
-        rows.extend(every)
+        rows.extend(all_rows)
     return result
 
 
-def _named(row: TofuRow, losses: list[float]) -> dict[str, Any]:
-    if row.paraphrase is None:
-        return {"nll_answer": losses[0], "nll_perturbed": losses[1:]}
-    return {"nll_answer": losses[0], "nll_paraphrased": losses[1], "nll_perturbed": losses[2:]}
+def _named_losses(s: TofuSet, nlls: list[list[float]]) -> list[dict[str, Any]]:
+    """Return the losses of each row's answers by what they are."""
+    named = []
+    for row, losses in zip(s.rows, nlls, strict=True):
+        if row.paraphrase is None:
+            named.append({"nll_answer": losses[0], "nll_perturbed": losses[1:]})
+        else:
+            named.append({"nll_answer": losses[0], "nll_paraphrased": losses[1], "nll_perturbed": losses[2:]})
+    return named
+
+
+def _add_metrics(
+    s: TofuSet, losses: list[dict[str, Any]], variant: Variant, scores: dict[str, Any], rows: list[dict[str, Any]]
+) -> np.ndarray:
+    """Add TOFU's metrics to a set's scores and to its rows; return its truth ratios."""
+    true = [of["nll_answer"] for of in losses]
+    options = s.rows[0].paraphrase is None
+    likely = option_probability(true, [of["nll_perturbed"] for of in losses]) if options else probability(true)
+    ratios = _ratios(losses, variant)
+    scores["probability"] = float(likely.mean())
+    scores["truth_ratio"] = (forget_truth_ratio if s.role == "forget" else kept_truth_ratio)(ratios)
+    for row, of, p, r in zip(rows, losses, likely, ratios, strict=True):
+        row |= {**of, "probability": float(p), "truth_ratio": float(r)}
+    return ratios
 
 
 def _ratios(losses: Sequence[dict[str, Any]], variant: Variant) -> np.ndarray:

@@ -11,9 +11,9 @@ from ..config import PromptConfig
 from ..data import Row
 from ..data.overlap import normalized
 from ..errors import PMCError
+from ..evaluation import FORGET_SETS
 from ..utils.text import row_numbers
 
-FORGET_SETS = ("forget", "forget_paraphrased")
 PROMPT = ("prompt_format", "system_prompt", "date_string")  # settings of a prompt; with tags the first one counts
 REPORT, MERGED = "report.json", "requests.json"  # beside a model that `unlearn` or `merge` wrote
 

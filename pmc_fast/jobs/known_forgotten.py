@@ -1,7 +1,7 @@
-"""Which forget questions need no unlearning: the untouched model's own samples never say what is to be forgotten."""
+"""Which forget questions need no unlearning: samples of the untouched model never say what is to be forgotten."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,32 +9,19 @@ from typing import Any
 import numpy as np
 
 from ..config import UnlearnConfig
-from ..data import (
-    Encoder,
-    Question,
-    Row,
-    load_rows,
-)
+from ..data import Question, Row, load_rows
 from ..errors import PMCError
-from ..evaluation import (
-    degenerate_share,
-    encode_candidates,
-    greedy_answers,
-    known_forgotten,
-    mean_nlls,
-    sampling_attack,
-)
-from ..models.packed_forward import PackedPass
+from ..evaluation import degenerate_share, encode_candidates, known_forgotten, sampling_attack
 from ..pmc.reward import choose_scorer
-from ..rollout import Rollouts
 from ..utils.files import digest, one_error, write_file
+from .evaluator import Evaluator
 
 FILE = "known_forgotten.json"
 
 
 @dataclass(slots=True)
 class KnownForgotten:
-    """What was found out about a forget set; row numbers, no text."""
+    """Which questions of a forget set need no unlearning: row numbers, no text."""
 
     rows: list[int]  # from 1: to be left out
     questions: int
@@ -78,13 +65,10 @@ def read_paraphrases(config: UnlearnConfig, forget: Sequence[Row]) -> list[Quest
 
 
 def judge(
-    engine: Callable[..., Rollouts],
-    encoder: Encoder,
+    evaluator: Evaluator,
     config: UnlearnConfig,
     forget: Sequence[Row],
     paraphrases: Sequence[Question | None],
-    packed: PackedPass,
-    autocast_dtype: Any = None,
     *,
     truths: Sequence[str] = (),
 ) -> KnownForgotten:
@@ -92,65 +76,64 @@ def judge(
 
     Parameters
     ----------
-    engine : callable
-        A RolloutEngine, or a SharedEngine, of the untouched model.
-    encoder, config
-        The run's: num_samples, temperature, top_k, top_p and seed are its own.
+    evaluator : Evaluator
+        Of the untouched model.
+    config : UnlearnConfig
+        The run's num_samples, temperature, top_k, top_p and seed are used.
     forget : sequence of Row
     paraphrases : sequence of Question or None
         `read_paraphrases`.
-    packed : PackedPass
-        Of the same model.
-    autocast_dtype : torch.dtype, optional
-        What it computes in under torch.autocast, if it does.
     truths : sequence of str, optional
-        All that the run compares answers with, for the choice of its reward.
+        Everything that the run compares answers with, for the choice of its reward.
 
     Notes
     -----
     With a truth: no sample's ROUGE-L recall of it is above ``skip_threshold``. Without: the model's greedy answer is
     not more likely (mean log-prob of its tokens) than under the paraphrase, and no sample repeats it to
     ``leak_threshold``. The second half is this package's: a model that knows a fact well finds it as likely under
-    any wording, and would be let off by the first alone; but it also says it again and again.
+    any wording, so the first half alone would leave it out; but such a model also repeats the fact in its samples.
     """
     c = config
     without = [i for i, row in enumerate(forget) if not row.answer]
-    said = greedy_answers(engine, encoder, [forget[i].question for i in without]) if without else []
+    said = evaluator.answers([forget[i].question for i in without])
     initial = dict(zip(without, said, strict=True))
     rows = [Row(row.question, row.answer or initial[i]) for i, row in enumerate(forget)]
     reward = choose_scorer(c.reward, [*truths, *(row.answer or "" for row in rows)]).name
     how: dict[str, Any] = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "seed": c.seed}
-    how["reward"] = reward
-    result = sampling_attack(engine, encoder, rows, num_samples=c.num_samples, **how)
+    result = sampling_attack(
+        evaluator.engine, evaluator.encoder, rows, num_samples=c.num_samples, reward=reward, **how
+    )
     scores = np.full((len(rows), c.num_samples), np.nan)
     scores[result.rows] = result.scores
     of_truth = scores.copy()
     of_truth[without] = np.nan
-    skipped = known_forgotten(of_truth, c.skip_threshold)
-    candidates = [
-        i
-        for i in without
-        if paraphrases[i] is not None and (scores[i] < c.leak_threshold).all()  # NaN never is
-    ]
-    if candidates:
-        asked = [(q or "", [initial[i]]) for i in candidates for q in (forget[i].question, paraphrases[i])]
-        packed.check(autocast_dtype)
-        groups = encode_candidates(encoder, c.forget, asked)
-        nlls = np.array(mean_nlls(packed, groups, max_tokens=c.max_tokens, autocast_dtype=autocast_dtype))
-        own, other = nlls.reshape(-1, 2).T
-        skipped = sorted([*skipped, *(i for i, no in zip(candidates, own >= other, strict=True) if no)])
+    skipped = {*known_forgotten(of_truth, c.skip_threshold)}
+    # NaN is never below a threshold
+    candidates = {i: q for i in without if (q := paraphrases[i]) is not None and (scores[i] < c.leak_threshold).all()}
+    skipped |= _no_more_likely(evaluator, c, {i: (forget[i].question, q, initial[i]) for i, q in candidates.items()})
+    unjudged = {i for i in without if paraphrases[i] is None} | {*np.flatnonzero(np.isnan(scores).any(axis=1))}
     texts = dict(zip(result.rows, result.samples, strict=True))
     return KnownForgotten(
-        rows=[i + 1 for i in skipped],
+        rows=[i + 1 for i in sorted(skipped)],
         questions=len(forget),
-        unjudged=sum(
-            bool(np.isnan(scores[i]).any() or (i in initial and paraphrases[i] is None)) for i in range(len(rows))
-        ),
+        unjudged=len(unjudged),
         samples=c.num_samples,
         criterion=_criterion(c, reward, len(without), len(forget)),
-        degenerate=degenerate_share([text for i in skipped for text in texts[i]], reward) if skipped else None,
+        degenerate=degenerate_share([t for i in skipped for t in texts[i]], reward) if skipped else None,
         seconds=result.seconds,
     )
+
+
+def _no_more_likely(
+    evaluator: Evaluator, config: UnlearnConfig, asked: dict[int, tuple[Question, Question, str]]
+) -> set[int]:
+    """Of questions with a paraphrase and an answer, return those whose answer is not more likely than under it."""
+    if not asked:
+        return set()
+    pairs = [(q, [answer]) for *wordings, answer in asked.values() for q in wordings]
+    groups = encode_candidates(evaluator.encoder, config.forget, pairs)
+    own, other = np.array(evaluator.mean_nlls(groups, config.max_tokens)).reshape(-1, 2).T
+    return {i for i, no_more in zip(asked, own >= other, strict=True) if no_more}
 
 
 def _criterion(config: UnlearnConfig, reward: str, without: int, count: int) -> str:
@@ -172,13 +155,16 @@ def remembered(
     forget: Sequence[Row],
     paraphrases: Sequence[Question | None],
 ) -> KnownForgotten | None:
-    """Return what an earlier start of the same run found, on a model of these weights (their hash): a resumed run must leave out the same questions."""
+    """Return what an earlier start of the same run found; a resumed run must leave out the same questions.
+
+    `weights` is the hash of the model's weights.
+    """
     try:
         content = json.loads((directory / FILE).read_text(encoding="utf-8"))
         if content["of"] != _digest(weights, config, forget, paraphrases):
             return None
         return KnownForgotten(**content["found"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: found out again
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: judged again
         return None
 
 

@@ -1,8 +1,8 @@
-"""What a run trains and leaves: here a whole model in a directory of its own."""
+"""What a run trains and writes: the whole model, or another target with the same methods."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -10,16 +10,14 @@ from ..config import UnlearnConfig
 from ..models import loading
 from ..utils.files import check_output, claimed, written_aside
 from . import earlier_runs
+from .plan import Plan
 from .progress import Stages
-
-if TYPE_CHECKING:
-    from .unlearn import Plan
 
 ROOM = 64 << 20  # bytes beside the weights
 
 
-class Outcome(Protocol):
-    """What a run trains and leaves. The job calls `check`, `earlier`, `attach`, `detach` and `write`, in this order."""
+class TrainingTarget(Protocol):
+    """What a run trains and writes; its methods are called in this order."""
 
     @property
     def destination(self) -> str:
@@ -27,32 +25,32 @@ class Outcome(Protocol):
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run's checkpoints are; known once `attach` was called."""
+        """Directory of the run's checkpoints; known after `prepare`."""
 
     def check(self) -> None:
-        """Refuse, before any work, what can't be written."""
-
-    def check_room(self, parameters: int, dtype: torch.dtype) -> None:
-        """Refuse a model of so many parameters, which came in `dtype`, if there is no room for what is written."""
-
-    def claimed(self) -> AbstractContextManager[None]:
-        """Keep what will be written for this run alone; refuse what another run is writing."""
+        """Refuse, before any work, an output that can't be written."""
 
     def earlier(self) -> list[dict[str, Any]]:
-        """Return an entry for each run that this one's model has behind it; see `earlier.check`."""
+        """Return an entry for each run that the model to be trained came from; see `earlier_runs.check`."""
 
-    def attach(self, loaded: loading.LoadedModel, stages: Stages) -> None:
-        """Make `loaded.model` what is trained."""
+    def check_room(self, parameters: int, dtype: torch.dtype) -> None:
+        """Refuse a model with so many parameters, saved in `dtype` before, if the disk has no room for the output."""
 
-    def detach(self, model: Any, stages: Stages) -> Any:
-        """Return the trained model as it will be used: this is evaluated."""
+    def claimed(self) -> AbstractContextManager[None]:
+        """Lock the output for this run; refuse one that another run is writing."""
 
-    def write(self, made: dict[str, Any], files: dict[str, bytes], plan: "Plan") -> None:
-        """Write the result and the report's files, all or nothing."""
+    def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
+        """Make `loaded.model` the model that is trained."""
+
+    def finalize(self, model: Any, stages: Stages) -> Any:
+        """Return the trained model as it is saved; this one is evaluated."""
+
+    def write(self, report: dict[str, Any], files: dict[str, bytes], plan: Plan) -> None:
+        """Write the model and the report's files, all or nothing."""
 
 
 class WholeModel:
-    """A run that trains all weights and saves them into `config.output`."""
+    """All weights of the model, saved into `config.output`."""
 
     def __init__(self, config: UnlearnConfig) -> None:
         self.config = config
@@ -71,6 +69,9 @@ class WholeModel:
     def check(self) -> None:
         check_output(self.config.output, 0)
 
+    def earlier(self) -> list[dict[str, Any]]:
+        return earlier_runs.read(self.config.model)
+
     def check_room(self, parameters: int, dtype: torch.dtype) -> None:
         saved = self.config.save_dtype
         self.dtype = dtype if saved == "auto" else getattr(torch, saved)
@@ -79,20 +80,17 @@ class WholeModel:
     def claimed(self) -> AbstractContextManager[None]:
         return claimed(self.config.output)
 
-    def earlier(self) -> list[dict[str, Any]]:
-        return earlier_runs.read(self.config.model)
+    def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
+        """Do nothing: all parameters of the loaded model are trained."""
 
-    def attach(self, loaded: loading.LoadedModel, stages: Stages) -> None:
-        """All of its parameters are trained."""
-
-    def detach(self, model: Any, stages: Stages) -> Any:
-        with torch.no_grad():  # what is evaluated is what is saved
+    def finalize(self, model: Any, stages: Stages) -> Any:
+        with torch.no_grad():  # round as saving does: what is evaluated is what is saved
             for p in model.parameters():
                 p.copy_(p.to(self.dtype))
         self.model = model
         return model
 
-    def write(self, made: dict[str, Any], files: dict[str, bytes], plan: "Plan") -> None:
+    def write(self, report: dict[str, Any], files: dict[str, bytes], plan: Plan) -> None:
         with written_aside(self.path) as directory:
             self.model.to(self.dtype).save_pretrained(directory)
             plan.tokenizer.save_pretrained(directory)

@@ -1,15 +1,13 @@
-"""Who is told what a job does, and how long its stages take."""
+"""What a job shows while it runs, and how long its stages take."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from ..evaluation import EvalSet
-
 
 class Monitor(Protocol):
-    """Who is told what a job does."""
+    """Shows the progress of a job."""
 
     def stage(self, name: str) -> None:
         """A stage begins."""
@@ -46,11 +44,3 @@ class Stages:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-
-    def on_set(self, s: EvalSet) -> None:
-        """Show which questions are asked: an evaluation takes a while."""
-        self.monitor.stage(f"  {s.name}: {len(s.rows)} questions")
-
-    def on_attack(self, questions: str, attack: str) -> None:
-        """Show which leak attack begins: each is a rollout of its own."""
-        self.monitor.stage(f"  {questions}: {attack}")

@@ -492,7 +492,8 @@ def test_missed_gates_are_exit_3(two, capsys, monkeypatch):
     assert "gate missed: request 0002: unlearn quality is" in shown
     assert "0001" not in shown.splitlines()[-1]
     attack = [*words, "--attack-samples", "4", "--slack", "100", "--max-leak", "0"]
-    monkeypatch.setattr("pmc_fast.erasure.verify.summarize", lambda result, **how: {"leaking_questions": 0.25})
+    found = {"sets": {"forget": {"sampling": {"leaking_questions": 0.25}}}}
+    monkeypatch.setattr("pmc_fast.jobs.evaluator.Evaluator.leakage", lambda self, suite: found)
     assert run(attack) == 3
     assert "request 0001: 0.25 of its questions leak in 4 samples, above 0" in capsys.readouterr().err
     assert run([*attack[:-1], "0.25"]) == 0

@@ -14,6 +14,7 @@ from pmc_fast.config import PMCConfig
 from pmc_fast.data import Encoder, Row, load_rows
 from pmc_fast.errors import PMCError
 from pmc_fast.evaluation import (
+    EvalSet,
     LeakageSettings,
     bootstrap_interval,
     known_forgotten,
@@ -26,6 +27,7 @@ from pmc_fast.evaluation import (
 from pmc_fast.rollout import RolloutEngine, Rollouts
 
 ROWS = [Row("Who?", "Ann Lee wrote red books"), Row("Where?", "in Rome")]
+SETS = [EvalSet("forget", "forget", ROWS)]
 PREFILL = "The answer is: "
 
 
@@ -87,12 +89,19 @@ def test_bootstrap_by_hand():
     values = np.array([0.0, 1.0])
     assert bootstrap_interval(values, level=0.4) == (0.5, 0.5)
     assert bootstrap_interval(values, level=0.95) == (0.0, 1.0)
-    assert bootstrap_interval(values, np.max, level=0.4) == (1.0, 1.0)
     assert bootstrap_interval(np.array([0.3]), level=0.5) == (0.3, 0.3)
     assert bootstrap_interval(values, seed=1, resamples=5) != bootstrap_interval(values, seed=2, resamples=5)
     for bad in ({"values": np.zeros((2, 2))}, {"values": []}, {"level": 1.0}, {"resamples": 0}):
         with pytest.raises(PMCError, match="bootstrap_interval"):
             bootstrap_interval(**{"values": values} | bad)
+
+
+def test_bootstrap_draws_one_resample_after_the_other():
+    """Whatever it computes at once, its numbers are those of a loop over resamples."""
+    values, rng = np.random.default_rng(1).random(7), np.random.default_rng(3)
+    means = [np.mean(values[rng.integers(0, 7, 7)]) for _ in range(50)]
+    expected = np.quantile(means, [0.1, 0.9])
+    assert bootstrap_interval(values, level=0.8, resamples=50, seed=3) == pytest.approx(tuple(expected), rel=1e-14)
 
 
 def test_bootstrap_covers_a_known_mean():
@@ -210,8 +219,8 @@ def test_leakage_sums_up_every_attack(tokenizer):
     engine = Script(tokenizer, ["Ann Lee wrote red books", "no", "", "red books"], ["Rome", "Oslo", "Oslo", "Oslo"])
     settings = LeakageSettings(num_samples=4, first_words=1, resamples=50)
     told = []
-    how = {"paraphrased": ROWS[:1], "settings": settings}
-    result = leakage(engine, encoder_of(tokenizer), ROWS, **how, on_attack=lambda *a: told.append(a))
+    sets = [*SETS, EvalSet("forget_paraphrased", "forget", ROWS[:1]), EvalSet("retain", "keep", ROWS)]
+    result = leakage(engine, encoder_of(tokenizer), sets, settings, on_attack=lambda *a: told.append(a))
     assert told == [(s, a) for s in ("forget", "forget_paraphrased") for a in ("sampling", "prefill", "first_words")]
     text = json.dumps(result)
     assert "Ann" not in text
@@ -229,13 +238,15 @@ def test_leakage_sums_up_every_attack(tokenizer):
     assert sampling["per_question"][1] == {"row": 1, "worst": 0.5, "mean": 0.125, "leaking": 1}
     assert (sampling["rows"], sampling["rows_per_sampled_token"]) == (4, 0.25)
     assert result["sets"]["forget_paraphrased"]["prefill"]["questions"] == 1
-    shown = leakage(engine, encoder_of(tokenizer), ROWS, settings=settings, log_text=True)
+    shown = leakage(engine, encoder_of(tokenizer), SETS, settings, log_text=True)
     assert list(shown["sets"]) == ["forget"]
     assert shown["sets"]["forget"]["sampling"]["texts"][1] == {
         "question": "Where?", "truth": "in Rome", "worst": "Rome", "rouge_l_recall": 0.5,
     }  # fmt: skip
     only = LeakageSettings(num_samples=4, prefill="", first_words=0)
-    assert list(leakage(engine, encoder_of(tokenizer), ROWS, settings=only)["sets"]["forget"]) == ["sampling"]
+    assert list(leakage(engine, encoder_of(tokenizer), SETS, only)["sets"]["forget"]) == ["sampling"]
+    with pytest.raises(PMCError, match="no set is called forget"):
+        leakage(engine, encoder_of(tokenizer), [EvalSet("retain", "keep", ROWS)])
 
 
 def test_attack_on_a_model(tiny, tokenizer):

@@ -13,12 +13,11 @@ from pmc_fast.evaluation import (
     answer_token_mass,
     answer_tokens,
     load_text,
-    perplexity,
     shift,
     side_effects,
-    token_shift,
 )
 from pmc_fast.evaluation.side_effects import text_windows
+from pmc_fast.models.packed_forward import PackedPass
 
 TEXTS = [
     "They hired a carpenter to build a bookshelf, and the carpenter came on Monday with his own tools.",
@@ -28,6 +27,12 @@ TEXTS = [
 ]
 ANSWERS = ["John Doe is a carpenter.", "Doe was born by the sea"]
 WINDOW, STRIDE = 12, 5
+
+
+def mass_of(model, tokenizer, tokens=(), window=WINDOW, stride=None):
+    packed = PackedPass(model)
+    packed.check()
+    return answer_token_mass(packed, text_windows(tokenizer, TEXTS, window, stride), tokens)
 
 
 def plainly(model, tokenizer, window, stride):
@@ -58,7 +63,7 @@ def model(tiny):
 def test_summaries_are_the_plain_models(model, tokenizer, monkeypatch, targets):
     monkeypatch.setattr(side_effects, "PASS_TARGETS", targets)
     tokens = answer_tokens(tokenizer, ANSWERS, TEXTS)
-    found = answer_token_mass(model, tokenizer, TEXTS, tokens, window=WINDOW, stride=STRIDE)
+    found = mass_of(model, tokenizer, tokens, stride=STRIDE)
     assert model.training
     logps, own = map(torch.cat, zip(*plainly(model, tokenizer, WINDOW, STRIDE), strict=True))
     expected = logps.gather(1, own[:, None])[:, 0]
@@ -66,9 +71,9 @@ def test_summaries_are_the_plain_models(model, tokenizer, monkeypatch, targets):
     np.testing.assert_allclose(found.mass, logps.exp()[:, tokens].sum(1), rtol=1e-5)
     assert found.occurs.tolist() == [int(t) in tokens for t in own]
     assert 0 < found.occurs.sum() < len(found.occurs)
-    ours = perplexity(model, tokenizer, TEXTS, WINDOW, STRIDE)
-    assert ours == pytest.approx(float((-expected.mean()).exp()), rel=1e-6)
-    assert ours != pytest.approx(perplexity(model, tokenizer, TEXTS, 100), rel=1e-6)  # less context, other numbers
+    assert found.perplexity == pytest.approx(float((-expected.mean()).exp()), rel=1e-6)
+    more = mass_of(model, tokenizer, window=100)
+    assert found.perplexity != pytest.approx(more.perplexity, rel=1e-6)  # less context, other numbers
 
 
 @pytest.mark.parametrize(("window", "stride"), [(12, 5), (12, 11), (12, 1), (7, None), (500, None), (2, 1)])
@@ -88,8 +93,9 @@ def test_windows_that_can_not_be(model, tokenizer):
             text_windows(tokenizer, TEXTS, window, stride)
     with pytest.raises(PMCError, match="2 texts hold no token to predict"):
         text_windows(tokenizer, ["", "One"])
-    with pytest.raises(PMCError, match="window is 9999 but the model has 2048 positions"):
-        perplexity(model, tokenizer, TEXTS, 9999)
+    model.config.max_position_embeddings = 7
+    with pytest.raises(PMCError, match="a window has 12 tokens but the model has 7 positions"):
+        mass_of(model, tokenizer)
 
 
 def test_tokens_worth_following(tokenizer):
@@ -135,10 +141,10 @@ def test_a_model_that_avoids_the_answers_is_noticed(model, tokenizer):
     bias = torch.zeros(len(tokenizer), dtype=torch.float64)
     bias[tokens] = -2.0
     after.lm_head.bias = torch.nn.Parameter(bias)
-    same = token_shift(model, model, tokenizer, TEXTS, ANSWERS, window=64)
+    before, again, avoiding = (mass_of(m, tokenizer, tokens, window=64) for m in (model, model, after))
+    same = shift(before, again)
     assert (same["mass_ratio"], same["probability_shift"], same["lowered"]) == (1, 0, 0)
-    m = answer_token_mass(model, tokenizer, TEXTS, tokens, window=64).mass
-    moved = token_shift(model, after, tokenizer, TEXTS, ANSWERS, window=64)
+    moved, m = shift(before, avoiding), before.mass
     assert moved["mass_after"] == pytest.approx((m / (m + (1 - m) * np.exp(2))).mean(), rel=1e-6)
     assert moved["lowered"] == 1
     assert moved["probability_shift"] < 0

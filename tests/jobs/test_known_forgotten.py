@@ -10,6 +10,7 @@ from pmc_fast.data import Encoder, Row
 from pmc_fast.errors import PMCError
 from pmc_fast.evaluation import sampling_attack
 from pmc_fast.jobs import known_forgotten
+from pmc_fast.jobs.evaluator import Evaluator
 from pmc_fast.rollout import RolloutEngine, Rollouts, SharedEngine
 from tests.command_line import cut_short, left_behind, replaced, run
 from tests.evaluation.test_leakage import Script
@@ -22,18 +23,25 @@ def config_of(**values):
     return UnlearnConfig(prompt_format="tags", num_samples=2, forget="forget.jsonl", **values)
 
 
-class Fake:
-    """A PackedPass that nobody runs."""
+class Fake(Evaluator):
+    """Of a model that answers `greedy`, with losses of these answers under their questions and paraphrases."""
 
-    def check(self, dtype):
-        pass
+    greedy, losses, asked = "", (), ()
+
+    def answers(self, questions):
+        return [self.greedy] * len(questions)
+
+    def mean_nlls(self, groups, max_tokens):
+        self.asked += (len(groups),)
+        return [[nll] for nll in self.losses]
 
 
-def judged(tokenizer, config, rows, answers, paraphrases=None):
-    engine = Script(tokenizer, *answers)
-    return known_forgotten.judge(
-        engine, Encoder(tokenizer, config), config, rows, paraphrases or [None] * len(rows), Fake()
-    )
+def fake(tokenizer, config, answers):
+    return Fake(Script(tokenizer, *answers), Encoder(tokenizer, config))
+
+
+def judged(tokenizer, config, rows, answers):
+    return known_forgotten.judge(fake(tokenizer, config, answers), config, rows, [None] * len(rows))
 
 
 def test_by_the_truth(tokenizer):
@@ -50,22 +58,16 @@ def test_by_the_truth(tokenizer):
     assert "Ann" not in json.dumps(looser.criterion)
 
 
-def test_without_a_truth_by_the_paraphrase(tokenizer, monkeypatch):
+def test_without_a_truth_by_the_paraphrase(tokenizer):
     """Four questions whose greedy answer is "one two": its losses under the question and the paraphrase decide."""
-    asked = []
-
-    def nlls(packed, groups, **how):
-        asked.append(len(groups))
-        return [[n] for n in (2.0, 1.0, 1.0, 2.0)]
-
-    monkeypatch.setattr(known_forgotten, "mean_nlls", nlls)
-    said = [["one two", "x"], ["x", "y"], ["x", "y"], ["x", "y"]]
-    monkeypatch.setattr(
-        known_forgotten, "greedy_answers", lambda engine, encoder, questions: ["one two"] * len(questions)
-    )
+    config, said = config_of(), [["one two", "x"], ["x", "y"], ["x", "y"], ["x", "y"]]
+    evaluator = fake(tokenizer, config, said)
+    evaluator.greedy, evaluator.losses = "one two", (2.0, 1.0, 1.0, 2.0)
     rows = [Row("a"), Row("b"), Row("c"), Row("d")]
-    found = judged(tokenizer, config_of(), rows, said, ["A", "B", "C", None])
-    assert asked == [4]  # not of the first, which repeats its answer, nor of the last, which has no paraphrase
+    found = known_forgotten.judge(evaluator, config, rows, ["A", "B", "C", None])
+    assert evaluator.asked == (
+        4,
+    )  # not of the first, which repeats its answer, nor of the last, which has no paraphrase
     assert found.rows == [2]
     assert found.unjudged == 1
     assert "truth is at most" not in found.criterion

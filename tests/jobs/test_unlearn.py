@@ -17,7 +17,7 @@ from pmc_fast import PMCTrainer
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
-from pmc_fast.jobs import unlearn
+from pmc_fast.jobs import evaluator
 from pmc_fast.pmc import schedule
 from pmc_fast.reference import Reference
 from pmc_fast.utils import files
@@ -113,13 +113,13 @@ def test_a_killed_job_goes_on_from_its_newest_checkpoint(arguments, data, monkey
 
 def test_answers_are_asked_for_once_before_and_again_after(arguments, monkeypatch):
     asked = Counter()
-    greedy = unlearn.greedy_answers
+    greedy = evaluator.greedy_answers
 
     def counted(engine, encoder, questions):
         asked.update(questions)
         return greedy(engine, encoder, questions)
 
-    monkeypatch.setattr(unlearn, "greedy_answers", counted)
+    monkeypatch.setattr(evaluator, "greedy_answers", counted)
     assert run(arguments) == 0
     after_alone = {f"What is fact {i}?": 1 for i in range(4)}  # before, they are the initial answers
     assert asked == after_alone | {f"Is {i} even?": 2 for i in range(6)}

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pmc_fast.config import EvaluateConfig, UnlearnConfig
-from pmc_fast.evaluation.metrics import is_no_answer
+from pmc_fast.evaluation.questions import is_no_answer
 from pmc_fast.pmc.reward import ROUGE, UNICODE
 from pmc_fast.report import gates, render
 from tests.command_line import replaced, run
