@@ -1,4 +1,4 @@
-"""How likely a model finds given answers: all candidate answers to a question share its prompt's computation."""
+"""Mean losses of given answers: the candidate answers to a question share the computation of its prompt."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,7 +75,7 @@ def mean_nlls(
 
 
 def _bounded(group: Sequence[Encoded], max_tokens: int) -> Iterator[list[Encoded]]:
-    """Cut a group where its sequences, their prompt counted once, would exceed a pass."""
+    """Split a group into parts that fit one pass, their prompt counted once."""
     part: list[Encoded] = []
     size = 0
     for s in group:

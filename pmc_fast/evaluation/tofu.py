@@ -1,4 +1,4 @@
-"""The TOFU benchmark on a model: its four sets read, answered and scored (arXiv 2401.06121)."""
+"""The TOFU benchmark (arXiv 2401.06121): reading its four sets and scoring a model on them."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -115,7 +115,7 @@ def _file(source: str, name: str) -> str:
 
 
 def tofu_questions(sets: Sequence[TofuSet]) -> list[EvalSet]:
-    """Return what is asked: the four sets, and the forget questions in other words for PMC's unlearn quality."""
+    """Return the four sets, and the paraphrased forget questions for PMC's unlearn quality, as sets to evaluate."""
     asked = []
     for s in sets:
         asked.append(EvalSet(s.name, s.role, [Row(r.question, r.answer) for r in s.rows]))

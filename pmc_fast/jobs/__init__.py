@@ -1,1 +1,1 @@
-"""A run from its settings to what it writes: unlearning, evaluation."""
+"""Runs, from their settings to the files that they write: unlearning and evaluation."""

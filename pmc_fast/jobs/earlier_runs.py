@@ -1,4 +1,4 @@
-"""What earlier runs made a model forget, as salted hashes, and rows of a new run that would bring it back."""
+"""What earlier runs made a model forget, as salted hashes, and rows of a new run that would teach it again."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ REPORT, MERGED = "report.json", "requests.json"  # beside a model that `unlearn`
 
 
 def rows_hash(rows: Iterable[Row], salt: str) -> str:
-    """Return a hash of questions and answers in their order, whatever file they come in.
+    """Return a hash of questions and answers in their order, whatever file they come from.
 
-    The salt keeps records of the same data from being matched with each other, and lists of hashes made elsewhere from
-    being tried on them; it does not hide rows from someone who guesses them.
+    With a salt, records of the same data can't be matched with each other or with lists of hashes made in advance. It
+    does not hide rows from someone who guesses them.
     """
     content = json.dumps([[row.question, row.answer] for row in rows], ensure_ascii=False)
     return hashlib.sha256(f"{salt}\0{content}".encode()).hexdigest()
@@ -39,7 +39,7 @@ def hashes_of(sets: Mapping[str, Sequence[Row]], salt: str) -> dict[str, Any]:
 
 
 def data_of(sets: Mapping[str, Sequence[Row]], earlier: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Return what is written down of a run's data: hashes, no text.
+    """Return the record of a run's data: hashes, no text.
 
     Returns
     -------
@@ -55,12 +55,12 @@ def data_of(sets: Mapping[str, Sequence[Row]], earlier: Sequence[Mapping[str, An
 
 
 def entry(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of a run's data what the runs after it compare with; ``forgotten`` is None in records of old."""
+    """Return the part of a run's data that later runs compare with; ``forgotten`` is None in old records."""
     return {"name": name, "salt": data["salt"], "forgotten": data.get("forgotten")}
 
 
 def read(model: str) -> list[dict[str, Any]]:
-    """Return an entry for each run that a local model came from, the first one first, as the files beside it say."""
+    """Return an entry for each run that a local model came from, oldest first, from the files beside it."""
     found = []
     for file, name in ((REPORT, f"the run that made {model}"), (MERGED, "")):
         try:
@@ -75,7 +75,7 @@ def read(model: str) -> list[dict[str, Any]]:
 
 
 def check_prompts(model: str, settings: PromptConfig) -> list[str]:
-    """Return a warning if questions are put in other prompts than in the run that made a model.
+    """Return a warning if questions are put in other prompts than in the run that wrote a model.
 
     Parameters
     ----------
@@ -102,9 +102,10 @@ def check(
     *,
     allow: bool,
 ) -> list[str]:
-    """Refuse rows that an earlier run forgot; return warnings: where `allow` is set, and of what can't be checked.
+    """Refuse rows that an earlier run made the model forget, or with `allow` return warnings of them.
 
-    `forget` and `retain` are each a source's name, for errors, and its rows.
+    `forget` and `retain` are each a source's name, for errors, and its rows. Runs that can't be compared with are
+    warned of, too.
     """
     found, warnings = [], []
     for run in earlier:

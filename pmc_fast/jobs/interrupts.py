@@ -1,4 +1,4 @@
-"""Runs that are cut short: a checkpoint on SIGTERM, which batch systems and containers send, and what is left."""
+"""Interrupted runs: a checkpoint on SIGTERM, which batch systems and containers send, and what stays on disk."""
 
 import signal
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from ..errors import Terminated
 
 
 class CheckpointOnSigterm(TrainerCallback):
-    """While it is entered SIGTERM has a checkpoint written after the step that is under way; then Terminated is raised.
+    """A context in which SIGTERM writes a checkpoint after the current step and then raises Terminated.
 
-    A second SIGTERM raises it at once.
+    A second SIGTERM raises Terminated at once.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
@@ -41,7 +41,7 @@ class CheckpointOnSigterm(TrainerCallback):
 
 
 def what_is_left(output: str, checkpoints: Path) -> str:
-    """Say what an interrupted run leaves."""
+    """Return a sentence that names what an interrupted run leaves on disk."""
     kept = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
     if not kept:
         return "nothing was written"
