@@ -11,6 +11,9 @@ from ..models.fused_layers import plain
 from ..models.patching import is_bare
 from ..ops.layers import fast_linear_serves, linear
 
+# in fewer bits W + scaling B A would round away what the first steps of training add to B A
+MERGED = (torch.float32, torch.float64)
+
 
 class RolloutWeights:
     """The weights that a model's linear layers read during a rollout.
@@ -36,8 +39,11 @@ class RolloutWeights:
 
     def _forward(self, module: Any) -> Callable[..., torch.Tensor] | None:
         low = self.autocast_dtype
-        if low is None and _merges(module) and fast_linear_serves(module.base_layer.weight):
-            return functools.partial(linear, weight=self._merged(module), bias=module.base_layer.bias)
+        if low is None and _merges(module) and module.base_layer.weight.dtype in MERGED:
+            weight, bias = self._merged(module), module.base_layer.bias
+            # a layer without gradients, on any device: few rows by our kernel where it serves
+            call = linear if fast_linear_serves(weight) else torch.nn.functional.linear
+            return functools.partial(call, weight=weight, bias=bias)
         if type(module) is not torch.nn.Linear or not plain(module.weight) or _makes_weight(module):
             return None
         if low is not None and module.weight.dtype == torch.float32:

@@ -10,7 +10,6 @@ import transformers as tf
 
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import sample_nucleus
-from pmc_fast.ops.layers import fast_linear_serves
 from pmc_fast.rollout import RolloutEngine, rollout
 from pmc_fast.rollout.model_runner import ATTENTION, attention
 from tests.families import FAMILIES, HOW, PROMPTS, REFUSED, build
@@ -228,13 +227,18 @@ def test_lora_adapters_are_sampled_from():
     assert adapted == rollout(lora.merge_and_unload(), PROMPTS, **HOW).tokens
 
 
-@pytest.mark.skipif(
-    not fast_linear_serves(torch.zeros(64, 64)), reason="copies are made where our layers run: AVX-512"
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, torch.float32) for kind in ("one", "two", "dora", "off", "merged")),
+        ("two", torch.float64),
+        ("one", torch.bfloat16),
+    ],
 )
-@pytest.mark.parametrize("kind", ["one", "two", "dora", "off", "merged"])
-def test_plain_lora_is_merged_into_a_copy_that_follows_it(kind):
+def test_plain_lora_is_merged_into_a_copy_that_follows_it(kind, dtype):
+    """In bfloat16 a merged copy would round away small adapters: PEFT's own products stay."""
     peft = pytest.importorskip("peft")
-    model = build(FAMILIES["llama"](), torch.float32)
+    model = build(FAMILIES["llama"](), dtype)
     names = {"q_proj": 4, "up_proj": 2}
     config = peft.LoraConfig(
         r=2, rank_pattern=names, target_modules=list(names), init_lora_weights=False, use_dora=kind == "dora"
@@ -252,7 +256,7 @@ def test_plain_lora_is_merged_into_a_copy_that_follows_it(kind):
     how = HOW | {"num_samples": 3}
     for _ in range(2):
         made = engine(PROMPTS, **how)
-        merged = kind in ("one", "two")
+        merged = kind in ("one", "two") and dtype != torch.bfloat16
         targets = [m.base_layer.weight for n, m in lora.named_modules() if n.endswith(tuple(names))]
         assert made.counters["copy_bytes"] == merged * sum(w.nbytes for w in targets)
         for prompt, samples, logps in zip(PROMPTS, made.tokens, made.logps, strict=True):
@@ -260,7 +264,8 @@ def test_plain_lora_is_merged_into_a_copy_that_follows_it(kind):
                 with torch.no_grad():
                     logits = lora(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
                 expected = logits.log_softmax(-1)[range(len(tokens)), tokens]
-                torch.testing.assert_close(torch.as_tensor(own).float(), expected, rtol=1e-4, atol=1e-4)
+                bound = 0.05 if dtype == torch.bfloat16 else 1e-4
+                torch.testing.assert_close(torch.as_tensor(own).to(dtype), expected, rtol=bound, atol=bound)
         for name, p in lora.named_parameters():
             torch.testing.assert_close(p, weights[name], rtol=0, atol=0)
             if "lora_B" in name:  # training moves it
