@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.settings import MAX_LENGTH, SEED, TOFU, Setting
 from examples.demo_model import finetuned_model
+from pmc_fast.config import EvaluateConfig
 from pmc_fast.data import load_rows
 from pmc_fast.evaluation import (
     AttackResult,
-    LeakageSettings,
     sampling_attack,
     summarize,
 )
@@ -41,7 +41,7 @@ def knows(short) -> Setting:
     return setting_of(finetuned_model(), short)
 
 
-@pytest.mark.parametrize(("attack", "prefill"), [("sampling", ""), ("prefill", LeakageSettings().prefill)])
+@pytest.mark.parametrize(("attack", "prefill"), [("sampling", ""), ("prefill", EvaluateConfig.attack_prefill)])
 def test_leakage(contest, knows, attack, prefill):
     against_generate(contest, knows, attack, prefill)
 

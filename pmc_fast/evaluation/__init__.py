@@ -2,13 +2,11 @@
 
 from .attacks import AttackResult, sampling_attack
 from .leakage import (
-    LeakageSettings,
     bootstrap_interval,
     check_attacks,
     known_forgotten,
     leak_at_k,
     leakage,
-    leakage_settings,
     summarize,
     worst_of_k,
 )
@@ -42,7 +40,6 @@ __all__ = [
     "FORGET_SETS",
     "AttackResult",
     "EvalSet",
-    "LeakageSettings",
     "TofuRow",
     "TofuSet",
     "TokenMass",
@@ -61,7 +58,6 @@ __all__ = [
     "known_forgotten",
     "leak_at_k",
     "leakage",
-    "leakage_settings",
     "load_sets",
     "load_text",
     "load_tofu",

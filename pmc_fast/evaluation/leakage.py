@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,59 +17,22 @@ from .questions import FORGET_SETS, EvalSet, degenerate_share, truths_of
 COUNTERS = ("rows", "sampled_tokens", "prefill_tokens", "steps")
 
 
-@dataclass(frozen=True, slots=True)
-class LeakageSettings:
-    """How to attack. By default without top_k and top_p, which would hide leaks."""
-
-    num_samples: int = 100
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    threshold: float = 0.5  # a sample leaks if its recall is at least this
-    prefill: str = "The answer is: "  # "": no such attack
-    first_words: int = 3  # of the truth; 0: no such attack
-    level: float = 0.95  # of the confidence intervals
-    resamples: int = 2000
-    seed: int = 0
-    reward: RewardName = "auto"  # how samples are compared; auto: by the truths
-
-    def attacks(self) -> dict[str, dict[str, Any]]:
-        """Return each attack's name, and what it gives away of the answer."""
-        made: dict[str, dict[str, Any]] = {"sampling": {}}
-        if self.prefill:
-            made["prefill"] = {"prefill": self.prefill}
-        if self.first_words:
-            made["first_words"] = {"first_words": self.first_words}
-        return made
+RESAMPLES = 2000  # of a bootstrap interval
 
 
-def leakage_settings(config: EvaluationConfig) -> LeakageSettings | None:
-    """Return the attacks that `config` asks for, or None."""
-    if not config.attack_samples:
-        return None
-    return LeakageSettings(
-        num_samples=config.attack_samples,
-        temperature=config.attack_temperature,
-        top_k=config.attack_top_k,
-        top_p=config.attack_top_p,
-        threshold=config.leak_threshold,
-        prefill=config.attack_prefill,
-        first_words=config.attack_first_words,
-        level=config.confidence,
-        seed=config.seed,
-        reward=config.reward,
-    )
+def _attacks(config: EvaluationConfig) -> dict[str, dict[str, Any]]:
+    """Return each attack's name, and what it gives away of the answer."""
+    given: dict[str, Any] = {"prefill": config.attack_prefill, "first_words": config.attack_first_words}
+    return {"sampling": {}} | {name: {name: value} for name, value in given.items() if value}
 
 
-def check_attacks(encoder: Encoder, sets: Sequence[EvalSet], settings: LeakageSettings | None) -> None:
+def check_attacks(encoder: Encoder, sets: Sequence[EvalSet], config: EvaluationConfig) -> None:
     """Refuse questions that leave no room once an attack begins their answers, before any model is loaded."""
-    if settings is None:
-        return
-    for s in _attacked(sets):
+    for s in _attacked(sets) if config.attack_samples else []:
         # where no truth is known yet, the question takes its place: what is checked is whether it fits
         known = [Row(row.question, row.answer or str(row.question)) for row in s.rows]
-        scorer = choose_scorer(settings.reward, [row.answer or "" for row in known])
-        for change in settings.attacks().values():
+        scorer = choose_scorer(config.reward, [row.answer or "" for row in known])
+        for change in _attacks(config).values():
             prepare_attack(encoder, known, scorer, **change, name=s.name)
 
 
@@ -82,12 +44,12 @@ def leakage(
     engine: Callable[..., Rollouts],
     encoder: Encoder,
     sets: Sequence[EvalSet],
-    settings: LeakageSettings | None = None,
+    config: EvaluationConfig,
     *,
     log_text: bool = False,
     on_attack: Callable[[str, str], None] = lambda questions, attack: None,
 ) -> dict[str, Any]:
-    """Attack a model in every way that `settings` has, and summarise what leaks.
+    """Attack a model in every way that `config` asks for, and summarise what leaks.
 
     Parameters
     ----------
@@ -95,7 +57,8 @@ def leakage(
         As of `sampling_attack`.
     sets : sequence of EvalSet
         Those called "forget" and "forget_paraphrased" are attacked.
-    settings : LeakageSettings, optional
+    config : EvaluationConfig
+        Its attack settings, confidence, seed and reward are read.
     log_text : bool
         Keep each question, its truth and its worst sample in the result.
     on_attack : callable
@@ -107,18 +70,26 @@ def leakage(
         Ready for JSON. ``settings``; ``sets``: per set (``forget``, ``forget_paraphrased``) and attack
         (``sampling``, ``prefill``, ``first_words``) what `summarize` returns.
     """
-    c, sets = settings or LeakageSettings(), _attacked(sets)
+    sets = _attacked(sets)
     if not sets:
         raise PMCError(f"leakage: no set is called {' or '.join(FORGET_SETS)}: there is nothing to attack")
-    c = replace(c, reward=choose_scorer(c.reward, truths_of(sets)).name)
-    names = ("num_samples", "temperature", "top_p", "top_k", "threshold", "seed", "reward")
-    how: dict[str, Any] = {name: getattr(c, name) for name in names}
+    reward = choose_scorer(config.reward, truths_of(sets)).name
+    how: dict[str, Any] = {
+        "num_samples": config.attack_samples, "temperature": config.attack_temperature, "top_p": config.attack_top_p,
+        "top_k": config.attack_top_k, "threshold": config.leak_threshold,
+    }  # fmt: skip
+    judged: dict[str, Any] = {
+        "level": config.confidence,
+        "resamples": RESAMPLES,
+        "seed": config.seed,
+        "reward": reward,
+    }
     found: dict[str, dict[str, Any]] = {s.name: {} for s in sets}
     for s in sets:
-        for attack, change in c.attacks().items():
+        for attack, change in _attacks(config).items():
             on_attack(s.name, attack)
-            result = sampling_attack(engine, encoder, s.rows, **how, **change)
-            summary = summarize(result, level=c.level, resamples=c.resamples, seed=c.seed, reward=c.reward)
+            result = sampling_attack(engine, encoder, s.rows, **how, **change, seed=config.seed, reward=reward)
+            summary = summarize(result, **judged)
             if log_text:
                 summary["texts"] = [
                     {
@@ -130,14 +101,15 @@ def leakage(
                     for row, texts, scores in zip(result.rows, result.samples, result.scores, strict=True)
                 ]
             found[s.name][attack] = summary
-    return {"settings": asdict(c), "sets": found}
+    given = {"prefill": config.attack_prefill, "first_words": config.attack_first_words}
+    return {"settings": how | given | judged, "sets": found}
 
 
 def summarize(
     result: AttackResult,
     *,
     level: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
     reward: RewardName = "auto",
 ) -> dict[str, Any]:
@@ -238,7 +210,7 @@ def worst_of_k(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def bootstrap_interval(
-    values: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: np.ndarray, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """Return a percentile bootstrap confidence interval of the mean (Efron 1979).
 

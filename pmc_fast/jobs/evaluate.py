@@ -17,7 +17,6 @@ from ..evaluation import (
     check_sets,
     check_truths,
     encode_candidates,
-    leakage_settings,
     load_sets,
     load_tofu,
     read_retain_log,
@@ -184,7 +183,7 @@ def _candidate(source: str, config: EvaluateConfig, suite: Suite) -> _Candidate:
     for s in suite.sets:
         if cut := encoder.check_lengths(s.name, s.pairs):
             warnings.append(encoder.cut_warning(s.name, cut, len(s.rows)))
-    check_attacks(encoder, suite.sets, leakage_settings(config))
+    check_attacks(encoder, suite.sets, config)
     suite = dataclasses.replace(suite)
     suite.candidates = {
         s.name: encode_candidates(encoder, s.name, [(r.question, r.candidates) for r in s.rows]) for s in suite.tofu

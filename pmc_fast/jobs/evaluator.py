@@ -18,7 +18,6 @@ from ..evaluation import (
     evaluate_tofu,
     greedy_answers,
     leakage,
-    leakage_settings,
     mean_nlls,
     shift,
 )
@@ -103,7 +102,7 @@ class Evaluator:
         rows: list[dict[str, Any]] = []
         with stages(f"evaluation{title}"):
             scores = self.scores(suite, rows)
-        if leakage_settings(suite.config):
+        if suite.config.attack_samples:
             with stages(f"leak attacks{title}"):
                 scores["leakage"] = self.leakage(suite, rows)
         if suite.text:
@@ -155,7 +154,7 @@ class Evaluator:
             self.engine,
             self.encoder,
             suite.sets,
-            leakage_settings(suite.config),
+            suite.config,
             log_text=suite.config.log_text,
             on_attack=lambda questions, attack: self.monitor.stage(f"  {questions}: {attack}"),
         )

@@ -18,7 +18,6 @@ from ..evaluation import (
     check_attacks,
     check_sets,
     check_truths,
-    leakage_settings,
     load_sets,
     truths_of,
 )
@@ -142,7 +141,7 @@ def _check_rows(
     warnings += check_sets(every, allow_overlap=config.allow_overlap)
     judged = sets or ([EvalSet("forget", "forget", forget)] if config.skip_known_forgotten else [])
     check_truths(choose_scorer(config.reward, truths_of(judged)), judged, known=True)
-    check_attacks(encoder, sets, leakage_settings(config))
+    check_attacks(encoder, sets, config)
     return cut, warnings
 
 

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmc_fast.config import PMCConfig
+from pmc_fast.config import EvaluateConfig, PMCConfig
 from pmc_fast.data import Encoder, Row, load_rows
 from pmc_fast.errors import PMCError
 from pmc_fast.evaluation import (
     EvalSet,
-    LeakageSettings,
     bootstrap_interval,
     known_forgotten,
     leak_at_k,
@@ -217,7 +216,7 @@ def test_bad_attacks(tokenizer, rows, change, message):
 
 def test_leakage_sums_up_every_attack(tokenizer):
     engine = Script(tokenizer, ["Ann Lee wrote red books", "no", "", "red books"], ["Rome", "Oslo", "Oslo", "Oslo"])
-    settings = LeakageSettings(num_samples=4, first_words=1, resamples=50)
+    settings = EvaluateConfig(attack_samples=4, attack_first_words=1)
     told = []
     sets = [*SETS, EvalSet("forget_paraphrased", "forget", ROWS[:1]), EvalSet("retain", "keep", ROWS)]
     result = leakage(engine, encoder_of(tokenizer), sets, settings, on_attack=lambda *a: told.append(a))
@@ -243,10 +242,10 @@ def test_leakage_sums_up_every_attack(tokenizer):
     assert shown["sets"]["forget"]["sampling"]["texts"][1] == {
         "question": "Where?", "truth": "in Rome", "worst": "Rome", "rouge_l_recall": 0.5,
     }  # fmt: skip
-    only = LeakageSettings(num_samples=4, prefill="", first_words=0)
+    only = EvaluateConfig(attack_samples=4, attack_prefill="", attack_first_words=0)
     assert list(leakage(engine, encoder_of(tokenizer), SETS, only)["sets"]["forget"]) == ["sampling"]
     with pytest.raises(PMCError, match="no set is called forget"):
-        leakage(engine, encoder_of(tokenizer), [EvalSet("retain", "keep", ROWS)])
+        leakage(engine, encoder_of(tokenizer), [EvalSet("retain", "keep", ROWS)], settings)
 
 
 def test_attack_on_a_model(tiny, tokenizer):

@@ -119,7 +119,8 @@ def test_the_parser_reads_it(tmp_path):
     assert type(parser.parse_args_and_config(["--use_cpu", "--stop_score", "none"])[1].stop_score) is type(None)
 
 
-def test_help_has_every_setting_with_the_cores_text():
+def test_help_has_every_setting_with_the_cores_text(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # narrower, argparse breaks lines at hyphens
     parser = trl.TrlParser((PMCConfig,))
     text = " ".join(parser.format_help().split())
     for f in dataclasses.fields(pmc_fast.PMCConfig):
