@@ -127,7 +127,7 @@ def pack(groups: Sequence[Sequence[Encoded]], max_tokens: int, *, share_from: in
     if max_tokens < 1:
         raise PMCError(f"max_tokens is {max_tokens}: it must be at least 1")
     if share_from and all(len(group) == 1 for group in groups):
-        return _pack_common([s for [s] in groups], max_tokens, share_from)
+        groups = _with_common_prefix([s for [s] in groups], max_tokens, share_from)
     packs, builder = [], _Builder()
     number = 0
     for group in groups:
@@ -146,27 +146,21 @@ def pack(groups: Sequence[Sequence[Encoded]], max_tokens: int, *, share_from: in
     return packs
 
 
-def _pack_common(sequences: Sequence[Encoded], max_tokens: int, share_from: int) -> list[Pack]:
-    """Pack sequences, each pack with one copy of what all of them begin with, if that is long enough."""
-    numbered = [(i, s) for i, s in enumerate(sequences) if num_targets(s)]
-    shared = _shared_length([s for _, s in numbered])
+def _with_common_prefix(sequences: Sequence[Encoded], max_tokens: int, share_from: int) -> list[list[Encoded]]:
+    """Return sequences in groups that fill a pack each, or each alone where what all begin with is short."""
+    shared = _shared_length([s for s in sequences if num_targets(s)])
     if shared < share_from:
-        return pack([[s] for s in sequences], max_tokens)
-    packs: list[list[tuple[int, Encoded]]] = []
+        return [[s] for s in sequences]
+    groups: list[list[Encoded]] = []
     room = 0
-    for number, s in numbered:
-        size = _used(s) - shared
-        if not packs or size > room:
-            packs.append([])
+    for s in sequences:
+        size = _used(s) - shared if num_targets(s) else 0
+        if not groups or size > room:
+            groups.append([])
             room = max_tokens - shared
-        packs[-1].append((number, s))
+        groups[-1].append(s)
         room -= size
-    made = []
-    for members in packs:
-        builder = _Builder()
-        builder.add(members, shared if len(members) > 1 else 0)
-        made.append(builder.build())
-    return made
+    return groups
 
 
 class _Builder:

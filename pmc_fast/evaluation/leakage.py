@@ -20,10 +20,14 @@ COUNTERS = ("rows", "sampled_tokens", "prefill_tokens", "steps")
 RESAMPLES = 2000  # of a bootstrap interval
 
 
+def _given(config: EvaluationConfig) -> dict[str, Any]:
+    """Return what each attack but plain sampling begins an answer with, by the attack's name; empty values are none."""
+    return {"prefill": config.attack_prefill, "first_words": config.attack_first_words}
+
+
 def _attacks(config: EvaluationConfig) -> dict[str, dict[str, Any]]:
-    """Return each attack's name, and what it gives away of the answer."""
-    given: dict[str, Any] = {"prefill": config.attack_prefill, "first_words": config.attack_first_words}
-    return {"sampling": {}} | {name: {name: value} for name, value in given.items() if value}
+    """Return each attack's name and its argument of `sampling_attack`."""
+    return {"sampling": {}} | {name: {name: value} for name, value in _given(config).items() if value}
 
 
 def check_attacks(encoder: Encoder, sets: Sequence[EvalSet], config: EvaluationConfig) -> None:
@@ -101,8 +105,7 @@ def leakage(
                     for row, texts, scores in zip(result.rows, result.samples, result.scores, strict=True)
                 ]
             found[s.name][attack] = summary
-    given = {"prefill": config.attack_prefill, "first_words": config.attack_first_words}
-    return {"settings": how | given | judged, "sets": found}
+    return {"settings": how | _given(config) | judged, "sets": found}
 
 
 def summarize(

@@ -95,7 +95,6 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]]) -> Pl
 
     `earlier` has an entry for each run that the model came from; see `earlier_runs.check`.
     """
-    require_inputs(config)
     check_optimizer_name(config.optimizer)
     forget = load_rows(config.forget)
     retain = load_rows(config.retain, answers=True)
