@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmc_fast.cuda_graphs.gradients import Gradients
-from pmc_fast.cuda_graphs.training import PassGraphs, Size, pad
+from pmc_fast.cuda_graphs.padding import Size, pad
+from pmc_fast.cuda_graphs.training import PassGraphs
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import num_targets, pack
 from pmc_fast.errors import PMCError
