@@ -1,11 +1,12 @@
 """Causal attention over sequences laid end to end, each isolated, and its entry in transformers' interface.
 
 ``sdpa`` calls torch's scaled_dot_product_attention sequence by sequence: any device, dtype, softcap and dropout.
-``varlen`` is one call of torch's variable-length kernel and ``flash_attn`` one of the flash-attn package, both on
-CUDA in half precision. The device and dtype choose; ``backend=`` overrides it.
+``varlen`` is one call of torch's variable-length kernel, ``flash_attn`` and ``flash_attn_3`` one of the package of that
+name, all on CUDA in half precision. Device, dtype and head size choose; ``backend=`` overrides it.
 """
 
 import functools
+import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -20,8 +21,15 @@ from ..errors import PMCError
 from . import patching
 
 ATTENTION = "pmc_fast_packed"
-BACKENDS = ("sdpa", "varlen", "flash_attn")
+BACKENDS = ("sdpa", "varlen", "flash_attn", "flash_attn_3")
+PACKAGES = {"flash_attn": ("flash_attn", "pip install flash-attn"),
+            "flash_attn_3": ("flash_attn_interface", "python setup.py install, in hopper/ of flash-attention's repository")}  # fmt: skip
 HALF = (torch.bfloat16, torch.float16)
+FLASH_KEYWORDS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal",
+                  "window_size", "softcap", "deterministic")  # fmt: skip
+LARGEST_HEAD = (
+    256  # of the CUDA kernels, whose head sizes are multiples of 8; FlashAttention-3's deterministic backward: 192
+)
 
 
 def packed_attention(
@@ -55,9 +63,10 @@ def packed_attention(
         A token sees itself and the window - 1 tokens before it.
     dropout : float
         Of attention weights.
-    backend : {"sdpa", "varlen", "flash_attn"}, optional
-        By default, for half precision on CUDA, flash_attn if it is installed, else varlen without softcap and dropout;
-        otherwise sdpa.
+    backend : {"sdpa", "varlen", "flash_attn", "flash_attn_3"}, optional
+        By default, for half precision on CUDA: flash_attn_3 on sm_90 without dropout, else flash_attn, each if it is
+        installed, else varlen without softcap and dropout. Otherwise, and for head sizes that these kernels do not
+        have, sdpa.
 
     Returns
     -------
@@ -75,18 +84,10 @@ def packed_attention(
     cu_q, cu_k = segments.cu_seqlens(q.device)
     longest = segments.longest
     left = -1 if window is None else window - 1
-    if chosen == "flash_attn":
-        flash_attn = _flash_attn()
-        if flash_attn is None:
-            raise PMCError(
-                "packed_attention: backend is 'flash_attn' but it is not installed: pip install flash-attn"
-            )
-        made = flash_attn(
-            q, k, v, cu_q, cu_k, *longest, dropout_p=dropout, softmax_scale=scale, causal=True,
-            window_size=(left, -1 if window is None else 0), softcap=softcap or 0.0,
-        )  # fmt: skip
-    else:
+    if chosen == "varlen":
         made = _varlen(_varlen_attn(), q, k, v, cu_q, cu_k, longest, scale, left)
+    else:
+        made = _flash(chosen, q, k, v, cu_q, cu_k, longest, scale, left, softcap, dropout)
     return made[..., :size]
 
 
@@ -95,12 +96,19 @@ def _resolve(backend: str | None, q: torch.Tensor, softcap: float | None, dropou
         raise PMCError(f"packed_attention: backend is {backend!r}: use one of {', '.join(BACKENDS)}")
     plain = not softcap and not dropout
     if backend is None:
-        half = q.device.type == "cuda" and q.dtype in HALF
-        if half and _flash_attn() is not None:
+        size = q.shape[-1]
+        if q.device.type != "cuda" or q.dtype not in HALF or size > LARGEST_HEAD or size % 8:
+            return "sdpa"
+        ordered = not torch.are_deterministic_algorithms_enabled() or size <= 192
+        if not dropout and ordered and _on_hopper(q.device) and _flash_attn("flash_attn_3") is not None:
+            return "flash_attn_3"
+        if _flash_attn("flash_attn") is not None:
             return "flash_attn"
-        return "varlen" if half and plain else "sdpa"
+        return "varlen" if plain else "sdpa"
     if backend == "varlen" and not plain:
         raise PMCError("packed_attention: backend 'varlen' has no softcap and no dropout: use sdpa or flash_attn")
+    if backend == "flash_attn_3" and dropout:
+        raise PMCError("packed_attention: backend 'flash_attn_3' has no dropout: use sdpa or flash_attn")
     return backend
 
 
@@ -182,7 +190,7 @@ def _varlen(
     left: int,
 ) -> torch.Tensor:
     """Call torch's varlen_attn, whose keywords differ between releases."""
-    knows = inspect.signature(function).parameters
+    knows = _parameters(function)
     how: dict[str, Any] = {}
     if "scale" in knows:
         how["scale"] = scale
@@ -202,13 +210,50 @@ def _varlen(
     return function(q, k, v, cu_q, cu_k, *longest, **how)
 
 
+def _flash(
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    longest: tuple[int, int],
+    scale: float,
+    left: int,
+    softcap: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Call a flash-attn package's function, by keywords: their order differs between releases of version 3."""
+    function = _flash_attn(backend)
+    if function is None:
+        raise PMCError(
+            f"packed_attention: backend is {backend!r}, but it is not installed, or too old: {PACKAGES[backend][1]}"
+        )
+    window, ordered = (left, -1 if left < 0 else 0), torch.are_deterministic_algorithms_enabled()
+    how = dict(zip(FLASH_KEYWORDS, (cu_q, cu_k, *longest, scale, True, window, softcap or 0.0, ordered), strict=True))
+    made = function(q, k, v, **how, **({"dropout_p": dropout} if dropout else {}))
+    return made[0] if isinstance(made, tuple) else made  # before 2025-08, version 3 returned the logsumexp too
+
+
+@functools.cache  # asked in every layer
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 @functools.cache
-def _flash_attn() -> Callable[..., Any] | None:
+def _flash_attn(backend: str) -> Callable[..., Any] | None:
+    """Return a package's function, or None without it or if it can't be called so: early releases of both differ."""
     try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
+        function: Callable[..., Any] = importlib.import_module(PACKAGES[backend][0]).flash_attn_varlen_func
+        inspect.signature(function).bind(*"qkv", **dict.fromkeys(FLASH_KEYWORDS))
+    except (ImportError, AttributeError, TypeError):
         return None
-    return flash_attn_varlen_func
+    return function
+
+
+@functools.cache
+def _on_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache

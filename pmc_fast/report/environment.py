@@ -9,7 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("pmc_fast", "torch", "triton", "transformers", "tokenizers", "numpy", "flash_attn", "datasets", "peft")
+PACKAGES = (
+    "pmc_fast", "torch", "triton", "transformers", "tokenizers", "numpy", "flash_attn", "flash_attn_3", "datasets", "peft"
+)  # fmt: skip
 
 
 def versions() -> dict[str, str | None]:

@@ -1,6 +1,7 @@
 """Packing and packed attention: every token where it belongs, sequences isolated, kernels interchangeable."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,20 +234,132 @@ def flash_attn(
     return standing_in(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size[0])
 
 
+def flash_attn_3(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+    softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
+    attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+    return_attn_probs=False,
+):  # fmt: skip
+    assert causal
+    assert not softcap
+    assert seqused_q is seqused_k is None
+    assert (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max())) == (max_seqlen_q, max_seqlen_k)
+    return standing_in(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size[0])
+
+
+def flash_attn_3_early(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, softmax_scale=None,
+    causal=False, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), sink_token_length=0,
+    softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+):  # fmt: skip
+    raise AssertionError("needs seqused_q and seqused_k, so it is not called")
+
+
+def flash_attn_3_of_2025(*args, **how):
+    made = flash_attn_3(*args, **how)
+    return made, made.new_zeros(made.shape[1], len(made), dtype=torch.float32)
+
+
+VARLEN = {
+    "torch 2.10": ("varlen", torch_2_10),
+    "torch 2.11": ("varlen", torch_2_11),
+    "torch 2.12": ("varlen", torch_2_12),
+    "flash_attn": ("flash_attn", flash_attn),
+    "flash_attn_3": ("flash_attn_3", flash_attn_3),
+    "flash_attn_3, with logsumexp": ("flash_attn_3", flash_attn_3_of_2025),
+}
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("function", [torch_2_10, torch_2_11, torch_2_12, flash_attn])
-def test_varlen_calls_are_the_same_attention(monkeypatch, function, window, kv_heads):
+@pytest.mark.parametrize("name", VARLEN)
+def test_varlen_calls_are_the_same_attention(monkeypatch, name, window, kv_heads):
     """No GPU needed: the kernels' signatures with torch's attention behind them."""
     segments, *qkv = inputs(kv_heads)
-    backend = "flash_attn" if function is flash_attn else "varlen"
-    monkeypatch.setattr(op, "_flash_attn" if function is flash_attn else "_varlen_attn", lambda: function)
+    backend, function = VARLEN[name]
+    if backend == "varlen":
+        monkeypatch.setattr(op, "_varlen_attn", lambda: function)
+    else:
+        monkeypatch.setattr(op, "_flash_attn", {backend: function}.get)
     call = lambda: op.packed_attention(*qkv, segments, scale=0.4, window=window, backend=backend)  # noqa: E731
     if function is torch_2_10 and window:
         with pytest.raises(PMCError, match="no sliding window in varlen_attn: update it"):
             call()
         return
     agree(call(), op.packed_attention(*qkv, segments, scale=0.4, window=window, backend="sdpa"), qkv)
+
+
+def test_signatures_are_read_once(monkeypatch):
+    import inspect
+
+    segments, *qkv = inputs(2)
+    asked, real = [], inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda f: (asked.append(f), real(f))[1])
+    monkeypatch.setattr(op, "_varlen_attn", lambda: torch_2_12)
+    op._parameters.cache_clear()
+    for _ in range(3):
+        op.packed_attention(*qkv, segments, scale=0.4, backend="varlen")
+    assert asked == [torch_2_12]
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Return what `import` finds, by name; nothing at first."""
+    found = {}
+
+    def imported(name):
+        if name not in found:
+            raise ImportError(name)
+        return SimpleNamespace(flash_attn_varlen_func=found[name])
+
+    monkeypatch.setattr(op.importlib, "import_module", imported)
+    op._flash_attn.cache_clear()
+    yield found
+    op._flash_attn.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("installed", "chip", "how", "chosen"),
+    [
+        ("23", (9, 0), {}, "flash_attn_3"),
+        ("23", (9, 0), {"softcap": 2.0}, "flash_attn_3"),
+        ("23", (9, 0), {"dropout": 0.1}, "flash_attn"),
+        ("23", (8, 0), {}, "flash_attn"),
+        ("23", (10, 0), {}, "flash_attn"),
+        ("23", (9, 0), {"size": 264}, "sdpa"),
+        ("23", (9, 0), {"size": 36}, "sdpa"),
+        ("23", (9, 0), {"dtype": torch.float32}, "sdpa"),
+        ("23", (9, 0), {"ordered": True}, "flash_attn_3"),
+        ("23", (9, 0), {"ordered": True, "size": 256}, "flash_attn"),
+        ("3", (9, 0), {"dropout": 0.1}, "sdpa"),
+        ("3", (8, 0), {}, "varlen"),
+        ("early", (9, 0), {}, "varlen"),
+        ("2", (9, 0), {}, "flash_attn"),
+        ("", (9, 0), {}, "varlen"),
+        ("", (9, 0), {"softcap": 2.0}, "sdpa"),
+    ],
+)
+def test_the_card_and_what_is_installed_choose(monkeypatch, packages, installed, chip, how, chosen):
+    of = {"2": ("flash_attn", flash_attn), "3": ("flash_attn_interface", flash_attn_3)}
+    packages.update(
+        [("flash_attn_interface", flash_attn_3_early)] if installed == "early" else map(of.get, installed)
+    )
+    monkeypatch.setattr(op, "_on_hopper", lambda device: chip == (9, 0))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: how.get("ordered", False))
+    q = SimpleNamespace(  # as much of a tensor on CUDA as is asked
+        device=torch.device("cuda"), dtype=how.get("dtype", torch.bfloat16), shape=(7, 4, how.get("size", 128))
+    )
+    assert op._resolve(None, q, how.get("softcap"), how.get("dropout", 0.0)) == chosen
+
+
+def test_what_is_asked_for_and_missing_is_named(packages):
+    segments, *qkv = inputs(2)
+    packages["flash_attn_interface"] = flash_attn_3_early
+    for name in ("flash_attn", "flash_attn_3"):
+        with pytest.raises(PMCError, match=f"backend is '{name}', but it is not installed, or too old: p"):
+            op.packed_attention(*qkv, segments, scale=0.4, backend=name)
+    with pytest.raises(PMCError, match="'flash_attn_3' has no dropout"):
+        op.packed_attention(*qkv, segments, scale=0.4, backend="flash_attn_3", dropout=0.1)
 
 
 def test_this_torchs_varlen_has_a_signature_that_is_known():
