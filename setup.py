@@ -23,6 +23,7 @@ CUDA_ONLY = "csrc/bindings_cuda.cpp"
 # A100, RTX 40 and L4, H100, B200, RTX 50; later chips compile the last one's PTX when they first load it
 CHIPS = tuple(int(chip) for chip in os.environ.get("PMC_FAST_CHIPS", "80,89,90,100,120").split(","))
 NO_NVCC = "nvcc not found: install the CUDA toolkit, or set CUDA_HOME or NVCC"
+ROCM = "nvcc not found, but ROCm's hipcc: ROCm is not supported (inline PTX, nvcc)"
 WANTED = os.environ.get("PMC_FAST_CUDA", "")
 
 
@@ -31,6 +32,11 @@ def find_nvcc() -> str | None:
         return shutil.which(os.environ["NVCC"])
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     return shutil.which(home / "bin/nvcc") or shutil.which("nvcc")
+
+
+def why_no_nvcc() -> str:
+    home = Path(os.environ.get("ROCM_HOME", "/opt/rocm"))
+    return ROCM if shutil.which("hipcc") or shutil.which(home / "bin/hipcc") else NO_NVCC
 
 
 def nvcc_command(nvcc: str, sources: list[str], target: str) -> list[str]:
@@ -58,7 +64,7 @@ class BuildExt(build_ext):
                 "(apt-get install g++) or set CXX, then run pip again"
             )
         if WANTED == "1" and find_nvcc() is None:  # before the minute that the rest takes
-            self._fail(NO_NVCC)
+            self._fail(why_no_nvcc())
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -79,7 +85,7 @@ class BuildExt(build_ext):
         nvcc = find_nvcc()
         if WANTED == "0" or nvcc is None:
             target.unlink(missing_ok=True)  # of an earlier build
-            return "PMC_FAST_CUDA=0" if WANTED == "0" else NO_NVCC
+            return "PMC_FAST_CUDA=0" if WANTED == "0" else why_no_nvcc()
         if not self.force and not newer_group([*ext.sources, *ext.depends, "setup.py"], str(target)):
             return None
         target.parent.mkdir(parents=True, exist_ok=True)

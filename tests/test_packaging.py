@@ -166,14 +166,23 @@ def test_without_a_compiler_the_build_names_gxx(tmp_path):
     assert "install g++" in done.stderr.strip().splitlines()[-1]
 
 
-def test_with_the_cuda_module_wanted_and_no_nvcc_the_build_fails_and_says_so(tmp_path):
+@pytest.mark.parametrize(
+    ("rocm", "why"),
+    [
+        (False, "nvcc not found: install the CUDA toolkit, or set CUDA_HOME or NVCC"),
+        (True, "nvcc not found, but ROCm's hipcc: ROCm is not supported (inline PTX, nvcc)"),
+    ],
+)
+def test_with_the_cuda_module_wanted_and_no_nvcc_the_build_fails_and_says_so(tmp_path, rocm, why):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/hipcc").touch(mode=0o755 if rocm else 0o644)
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
-        cwd=ROOT, env=os.environ | {"PMC_FAST_CUDA": "1", "NVCC": "no-such-compiler"}, capture_output=True, text=True,
+        cwd=ROOT, env=os.environ | {"PMC_FAST_CUDA": "1", "NVCC": "no-such-compiler", "ROCM_HOME": str(tmp_path)}, capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "nvcc not found" in done.stderr.strip().splitlines()[-1]
+    assert done.stderr.strip().splitlines()[-1].endswith(why)
 
 
 def test_the_cuda_module_is_not_loaded_before_it_is_needed():

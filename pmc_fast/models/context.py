@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import PMCError
+from ..ops.dispatch import why_refused
 
 
 def autocast(
@@ -18,7 +19,7 @@ def autocast(
 
 
 def check_placement(model: Any) -> None:
-    """Refuse weights that can't be read where they are: quantised by torch, offloaded, or spread over devices."""
+    """Refuse weights that can't be read where they are: quantised by torch, offloaded, spread, or on other devices."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao."):
             raise PMCError(
@@ -26,12 +27,14 @@ def check_placement(model: Any) -> None:
                 "model as it was before"
             )
     devices = {p.device for p in model.parameters()}
-    if unknown := sorted({d.type for d in devices} - {"cpu", "cuda"}):
-        offloaded = " (offloaded, or without weights)" if unknown == ["meta"] else ""
+    if any(d.type == "meta" for d in devices):
         raise PMCError(
-            f"{type(model).__name__} has parameters on {', '.join(unknown)}{offloaded}: load it without device_map, as "
-            "a whole on cpu or cuda"
+            f"{type(model).__name__} has parameters on meta (offloaded, or without weights): load it without device_map, "
+            "as a whole on cpu or cuda"
         )
+    for device in devices:
+        if why := why_refused(device):
+            raise PMCError(f"{type(model).__name__} is on {device}: {why}")
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise PMCError(f"{type(model).__name__} is spread over {names}: load it without device_map, on one of them")

@@ -12,6 +12,7 @@ import safetensors
 import torch
 
 from ..errors import PMCError
+from ..ops.dispatch import why_refused
 from . import context
 
 
@@ -30,15 +31,16 @@ class LoadedModel:
 
 def resolve_device(name: str) -> torch.device:
     """Return the device of a name. "auto" is cuda if there is a GPU, each local process's own, else cpu."""
-    if name == "auto":
-        local = os.environ.get("LOCAL_RANK")
-        return torch.device(("cuda" if local is None else f"cuda:{local}") if torch.cuda.is_available() else "cpu")
+    local = os.environ.get("LOCAL_RANK")
+    found = ("cuda" if local is None else f"cuda:{local}") if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(found if name == "auto" else name)
     except RuntimeError as error:
         raise PMCError(f"device is {name!r}: use auto, cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda"):
-        raise PMCError(f"device is {name!r}: pmc_fast runs on cpu and cuda")
+    if why := why_refused(device):
+        raise PMCError(f"device is {name!r}: {why}")
+    if name == "auto":
+        return device
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise PMCError(

@@ -5,7 +5,10 @@ import importlib
 import os
 from types import ModuleType
 
+import torch
+
 from ..errors import PMCError
+from .dispatch import why_refused
 
 ISAS = ("generic", "avx2", "avx512")  # as csrc/simd.h counts them
 
@@ -52,8 +55,10 @@ def cuda() -> ModuleType:
     Raises
     ------
     PMCError
-        The package was built without nvcc.
+        The package was built without nvcc, or torch is not one for CUDA.
     """
+    if why := why_refused(torch.device("cuda")):
+        raise PMCError(f"pmc_fast's CUDA module can't be used: {why}")
     try:
         return importlib.import_module("pmc_fast._cuda")
     except ImportError as error:

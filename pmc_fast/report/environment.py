@@ -80,7 +80,10 @@ def commit() -> str | None:
 
 def capabilities() -> dict[str, str]:
     """Return each optional part and whether it is installed, or how to install it."""
+    import torch
+
     from ..errors import PMCError
+    from ..ops.dispatch import why_refused
     from ..ops.native import ISAS, isa
 
     try:
@@ -92,4 +95,9 @@ def capabilities() -> dict[str, str]:
         extra: "installed" if importlib.util.find_spec(module) else f"missing: pip install 'pmc_fast[{extra}]'"
         for extra, module in extras.items()
     }
-    return {"C++ module": native} | {f"extra {name}": state for name, state in present.items()}
+    gpu = why_refused(torch.device("cuda"))
+    return (
+        {"C++ module": native}
+        | ({"GPU": gpu} if gpu else {})
+        | {f"extra {name}": state for name, state in present.items()}
+    )

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from ..config import PMCConfig
 from ..errors import PMCError
+from ..ops.dispatch import why_refused
 from .master_weights import LOW, MasterWeights
 
 PURE_LOW_LR = 1e-4  # below it, nearly all updates of a bfloat16 weight round to nothing
@@ -132,6 +133,8 @@ def check_arguments(args: TrainingArguments, config: PMCConfig) -> list[str]:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise PMCError(f"{name} is {getattr(args, name)}: it must be at least 1")
+    if why := why_refused(args.device):  # which the Trainer would move the model to
+        raise PMCError(f"args.device is {args.device}: {why} (use_cpu=True)")
     if args.learning_rate < 0:
         raise PMCError(f"learning_rate is {args.learning_rate:g}: it must be 0 or more")
     for name, (refuses, why) in REFUSED.items():

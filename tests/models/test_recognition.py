@@ -1,5 +1,7 @@
 """What a model's layers see is recognised, not guessed from a short prompt: windows, chunks, lengths, placement."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as tf
@@ -9,10 +11,13 @@ from pmc_fast.data import Encoded
 from pmc_fast.data.packing import pack
 from pmc_fast.errors import PMCError
 from pmc_fast.models import packed_attention as op
+from pmc_fast.models.loading import resolve_device
 from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.models.patching import register_attention
 from pmc_fast.models.recognition import FAR, recognise
 from pmc_fast.models.recognition import _reach as reach
+from pmc_fast.ops.dispatch import why_refused
+from pmc_fast.report import environment
 from pmc_fast.rollout import RolloutEngine, model_runner
 from tests.families import SIZES, build
 from tests.tiny_configs import tiny
@@ -194,6 +199,36 @@ def test_offloaded_and_spread_models_are_refused(llama):
         r"LlamaForCausalLM has parameters on meta \(offloaded, or without weights\): load it without device_map",
     )
     refuse(llama.to("meta"), "LlamaForCausalLM has parameters on meta")
+
+
+class Elsewhere:
+    """As much of a model as is asked of its place."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def named_modules(self):
+        return []
+
+    def parameters(self):
+        return [SimpleNamespace(device=self.device)]
+
+
+@pytest.mark.parametrize("device", ["mps:0", "xpu:0", "hpu:0"])
+def test_models_on_devices_without_kernels_are_refused(device):
+    refuse(Elsewhere(device), f"Elsewhere is on {device}: pmc_fast runs on cpu and cuda")
+
+
+def test_rocm_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    why = r"torch .* is built for ROCm, which is not supported \(inline PTX, nvcc\): use cpu"
+    refuse(Elsewhere("cuda:0"), f"Elsewhere is on cuda:0: {why}")
+    for name in ("auto", "cuda", "cuda:1"):
+        with pytest.raises(PMCError, match=f"device is '{name}': {why}"):
+            resolve_device(name)
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert environment.capabilities()["GPU"] == why_refused(torch.device("cuda"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

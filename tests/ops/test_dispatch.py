@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pmc_fast.errors import PMCError
-from pmc_fast.ops import gather_logps, sample_nucleus, weighted_nll
+from pmc_fast.ops import gather_logps, native, sample_nucleus, weighted_nll
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
 from pmc_fast.ops.dispatch import resolve_backend
 from pmc_fast.ops.layers import rms_norm, rotary, silu_mul
@@ -53,6 +53,27 @@ def test_a_backend_that_can_not_read_a_devices_memory_is_refused(monkeypatch):
             resolve_backend(name, torch.device(device))
     with pytest.raises(PMCError, match="device meta has no kernels"):
         resolve_backend(None, torch.device("meta"))
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "hpu", "meta"])
+def test_other_devices_have_no_kernels(name):
+    with pytest.raises(PMCError, match=f"device {name} has no kernels: move to cpu or cuda, or use backend='ref"):
+        resolve_backend(None, torch.device(name))
+    assert resolve_backend("reference", torch.device(name)) == "reference"
+
+
+def test_rocm_is_refused_by_name_where_cuda_would_serve(monkeypatch):
+    """Torch calls AMD's GPUs cuda too."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    device = torch.device("cuda:1")
+    refused = r"built for ROCm, which is not supported \(inline PTX, nvcc\): use cpu"
+    for name in (None, "cuda"):
+        with pytest.raises(PMCError, match=f"device cuda:1: torch .*{refused}, or backend='reference'"):
+            resolve_backend(name, device)
+    assert resolve_backend("reference", device) == "reference"
+    assert resolve_backend(None, torch.device("cpu")) == "cpu"
+    with pytest.raises(PMCError, match=f"CUDA module can't be used: .*{refused}"):  # not: install the CUDA toolkit
+        native.cuda.__wrapped__()
 
 
 def test_cuda_attention_refuses_the_memory_of_the_cpu(monkeypatch):

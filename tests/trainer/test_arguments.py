@@ -37,7 +37,7 @@ class Given:
     def __init__(self, **given):
         vars(self).update(vars(PMCArguments(use_cpu=True)) | given)
 
-    world_size = 1
+    world_size, device = 1, torch.device("cpu")
 
 
 BAD = {
@@ -77,6 +77,14 @@ def test_settings_that_are_refused(name):
 def test_settings_without_effect_are_said(name):
     (text,) = check_arguments(Given(**{name: IDLE[name]}), PMCConfig())
     assert text.startswith(f"{name} is {IDLE[name]!r} and has no effect: ")
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "hpu"])
+def test_the_device_that_the_trainer_would_move_to_is_refused(name):
+    there = Given()
+    there.device = torch.device(name)
+    with pytest.raises(PMCError, match=rf"args.device is {name}: pmc_fast runs on cpu and cuda \(use_cpu=True\)"):
+        check_arguments(there, PMCConfig())
 
 
 def test_settings_that_depend_on_others():
