@@ -72,7 +72,7 @@ class PassGraphs:
             self._gradients = None
         own = Size.of(pack)
         fitting = (size for size in self.cache.captured() if own.fits(size))
-        size = min(fitting, key=lambda size: size.tokens, default=own.rounded())
+        size = min(fitting, key=lambda size: (size.tokens, size.keys), default=own.rounded())
         graph = self.cache.get(size, lambda recorder: self._capture(recorder, compute, size, pack, row_scale, call))
         if graph is None:
             if not self.cache.captured():
@@ -93,7 +93,6 @@ class PassGraphs:
             and dtype in DTYPES
             and any(p.requires_grad for p in call.parameters())
             and len({p.device for p in call.parameters()}) == 1
-            and not pack.segments.shared
             and pack.input_ids.device.type == "cpu"
             and not any(has_hooks_or_dropout(module) for module in call.modules())
         )
@@ -146,7 +145,8 @@ class _Graph:
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size = size
-        self._inputs = StaticInputs(device, 8 * (2 * size.tokens + 4 * size.targets + size.sequences) + 16 * ALIGNED)
+        numbers = 2 * size.tokens + 4 * size.targets + size.keys + size.segments + 1
+        self._inputs = StaticInputs(device, 8 * numbers + 16 * ALIGNED)
         wide = torch.float32 if device.type == "cuda" else torch.float64
         self.loss = torch.zeros((), dtype=wide, device=device)
         self.logps = torch.zeros(size.targets, dtype=wide, device=device)
@@ -158,7 +158,8 @@ class _Graph:
         """Pad a pack and copy it to where the graph reads it."""
         t = self._inputs(pad(pack, row_scale, self.size))
         self.row_scale = t.pop("row_scale").view(torch.float64)
-        segments: Any = PaddedSegments(t.pop("cu_seqlens"), self.size.longest)
+        offsets = {name: t.pop(name) for name in ("cu_queries", "cu_keys", "keys") if name in t}
+        segments: Any = PaddedSegments(self.size, **offsets)
         self.pack = replace(pack, **t, segments=segments, sequences=[])
 
 

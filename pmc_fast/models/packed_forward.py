@@ -93,10 +93,6 @@ class PackedPass:
             new_mode = self.base.training not in self._compared
             return replayed or self._compute(pack.to(device), row_scale.to(device), model=model, compare=new_mode)
 
-    def replays_on(self, device: torch.device) -> bool:
-        """Return whether passes there may be replayed as CUDA graphs, which serve packs without shared prefixes."""
-        return self._cuda_graphs and device.type in GRAPHED
-
     def _replayed(
         self, pack: Pack, row_scale: torch.Tensor, call: Any, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -50,8 +50,7 @@ class PackedLoss:
             kept = []  # retain pairs come with questions, in their group
         collapse = [a for answers in part.answers for a in answers]
         device = self.model.get_input_embeddings().weight.device
-        share_from = 0 if self.packed.replays_on(device) else SHARED_PREFIX
-        packs = pack([*part.answers, *([s] for s in kept)], self.config.max_tokens, share_from=share_from)
+        packs = pack([*part.answers, *([s] for s in kept)], self.config.max_tokens, share_from=SHARED_PREFIX)
         own_tokens = sum(map(num_targets, kept)) if retain_tokens is None else retain_tokens
         per_rank = self.ranks.gather((len(packs), own_tokens))
         count = max(n for n, _ in per_rank)
