@@ -42,6 +42,7 @@ def check_correctness() -> str:
     tests = (
         "tests/ops/test_weighted_nll.py",
         "tests/ops/test_kernels.py",
+        "tests/ops/test_adamw.py",
         "tests/ops/test_scaled.py",
         "tests/ops/test_cuda_layers.py",
         "tests/models/test_fused_layers.py",

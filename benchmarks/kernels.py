@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pmc_fast.kernels import (
+    adamw,
     layers,
     nll_rows,
     sampling,
@@ -76,6 +77,14 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
             options = {"num_warps": block.pop("num_warps")}
             types = {"x_ptr": f"*{x}", "factor_ptr": "*fp32", "y_ptr": f"*{y}", "size": kind}
             yield f"scaled {x} {y}{size}", scaled.scaled_kernel, types, block, options
+    for low in ("bf16", "fp16"):
+        block = dict(adamw.CONFIGS["default"])
+        options = {"num_warps": block.pop("num_warps")}
+        numbers = (
+            "beta1", "beta2", "rest1", "rest2", "shrink", "decay", "step_size", "root_correction2", "eps",
+        )  # fmt: skip
+        types = {"table_ptr": "*i64", **dict.fromkeys(numbers, "fp32")}
+        yield f"adamw {low}", adamw.adamw_kernel, types, {"LOW": adamw.LOW[low]} | block, options
     yield from _layers()
 
 

@@ -12,8 +12,9 @@ from transformers.training_args import OptimizerNames
 
 from ..config import PMCConfig
 from ..errors import PMCError
+from ..ops.adamw import LOW
 from ..ops.dispatch import why_refused
-from .master_weights import LOW, MasterWeights
+from .master_weights import MasterWeights
 
 PURE_LOW_LR = 1e-4  # below it, nearly all updates of a bfloat16 weight round to nothing
 

@@ -5,6 +5,7 @@ import torch
 
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import gather_logps, native, sample_nucleus, weighted_nll
+from pmc_fast.ops.adamw import Settings, adamw
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
 from pmc_fast.ops.dispatch import resolve_backend
 from pmc_fast.ops.layers import rms_norm, rotary, silu_mul
@@ -23,6 +24,15 @@ OPS = {
         ROW, ROW, ROW, ROW.clone(), ROW.clone(), INDEX, scale=1.0, backend=how
     ),
     "scaled": lambda how: scaled(X, torch.tensor(2.0), backend=how),
+    "adamw": lambda how: adamw(
+        [X.half()],
+        [X.clone()],
+        [X.clone()],
+        [X.clone()],
+        [X.half()],
+        Settings(1, 0.1, (0.9, 0.99), 1e-8, 0.0, True),
+        backend=how,
+    ),
     "rms_norm": lambda how: rms_norm(X, X[0], 1e-6, backend=how),
     "silu_mul": lambda how: silu_mul(X, X, backend=how),
     "rotary": lambda how: rotary(X[None, None], X[None, None], X[None], X[None], backend=how),
