@@ -32,8 +32,8 @@ def adamw(
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
-    settings: Settings,
     *,
+    settings: Settings,
     backend: str | None = None,
 ) -> None:
     """Step masters and moments in place, and write the masters, rounded, to the weights.
@@ -104,7 +104,7 @@ def _corrections(s: Settings) -> tuple[float, float]:
 def _torchs(
     grad: torch.Tensor, master: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, s: Settings
 ) -> None:
-    fused = torch._fused_adamw_ if s.decoupled else torch._fused_adam_  # type: ignore[attr-defined]
+    fused = torch._fused_adamw_ if s.decoupled else torch._fused_adam_
     fused(
         [master], [grad], [exp_avg], [exp_avg_sq], [], [torch.tensor(float(s.step))], lr=s.lr, beta1=s.betas[0],
         beta2=s.betas[1], weight_decay=s.weight_decay, eps=s.eps, amsgrad=False, maximize=False,

@@ -100,7 +100,7 @@ class MasterWeights(torch.optim.Optimizer):
             numbers = torch.stack(steps).tolist()
             for number in sorted(set(numbers)):  # a parameter may have had no gradient in some steps
                 stepped = [tensors for n, (_, *tensors) in zip(numbers, found, strict=True) if n == number]
-                adamw(*zip(*stepped, strict=True), Settings(int(number), **how))
+                adamw(*zip(*stepped, strict=True), settings=Settings(int(number), **how))
         return others
 
     def zero_grad(self, set_to_none: bool = True) -> None:

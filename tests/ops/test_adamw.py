@@ -55,7 +55,7 @@ def test_steps_are_torchs(low, decoupled, backend, monkeypatch):
         versions = [w._version for w in weights]
         for grad, g in zip(grads, new, strict=True):
             grad.copy_(g)
-        adamw(grads, masters, exp_avgs, exp_avg_sqs, weights, settings, backend=backend)
+        adamw(grads, masters, exp_avgs, exp_avg_sqs, weights, settings=settings, backend=backend)
         assert all(w._version > v for w, v in zip(weights, versions, strict=True))
     exact = torchs(low, torch.float64, decoupled, 6, **how)
     assert apart(masters, exact) <= 2 * apart(torchs(low, torch.float32, decoupled, 6, **how), exact) + 1e-7
@@ -75,7 +75,7 @@ def test_a_gradient_at_an_odd_address_and_what_is_no_number(backend):
         room = torch.arange(66, device=DEVICE, dtype=torch.float16) - 30
         room[offset : offset + 65] = torch.linspace(-1, 1, 65)
         room[offset + 3] = torch.nan
-        adamw([room[offset : offset + 65]], *others, settings, backend=backend)
+        adamw([room[offset : offset + 65]], *others, settings=settings, backend=backend)
         ends.append(others[-1][0])
     assert torch.equal(*(end.nan_to_num() for end in ends))
     assert ends[0].isnan().nonzero().flatten().tolist() == [3]
@@ -84,7 +84,7 @@ def test_a_gradient_at_an_odd_address_and_what_is_no_number(backend):
 def test_refusals():
     settings = Settings(1, 0.1, (0.9, 0.999), 1e-8, 0.0, True)
     good = made(torch.bfloat16, [(4, 4)])
-    adamw(*([] for _ in range(5)), settings)
+    adamw(*([] for _ in range(5)), settings=settings)
     for at, bad, match in (
         (0, [good[0][0].float()], "grads has torch.float32"),
         (1, [good[1][0].double()], "masters has torch.float64"),
@@ -93,7 +93,7 @@ def test_refusals():
         (3, [], "0 exp_avg_sqs"),
     ):
         with pytest.raises(PMCError, match=match):
-            adamw(*(bad if n == at else t for n, t in enumerate(good)), settings)
+            adamw(*(bad if n == at else t for n, t in enumerate(good)), settings=settings)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: 60 GB of it")
@@ -102,7 +102,7 @@ def test_more_numbers_than_int32_counts():
     grads, weights = ([torch.ones(size, dtype=torch.bfloat16, device=DEVICE)] for _ in "gw")
     masters, *moments = ([torch.zeros(size, device=DEVICE)] for _ in "mab")
     masters[0] += 1
-    adamw(grads, masters, *moments, weights, Settings(1, 0.5, (0.9, 0.999), 1e-8, 0.0, True))
+    adamw(grads, masters, *moments, weights, settings=Settings(1, 0.5, (0.9, 0.999), 1e-8, 0.0, True))
     assert all(bool((part == 0.5).all()) for part in weights[0].split(2**28))
 
 
@@ -110,9 +110,9 @@ def test_more_numbers_than_int32_counts():
 def test_a_step_waits_for_nothing():
     tensors = made(torch.bfloat16)
     settings = Settings(1, 0.1, (0.9, 0.999), 1e-8, 0.0, True)
-    adamw(*tensors, settings)  # compiles
+    adamw(*tensors, settings=settings)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        adamw(*tensors, settings)
+        adamw(*tensors, settings=settings)
     finally:
         torch.cuda.set_sync_debug_mode("default")

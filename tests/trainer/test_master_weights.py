@@ -63,7 +63,7 @@ def triton(monkeypatch):
 @pytest.mark.parametrize("how", ON_CPU, ids=str)
 def test_on_the_cpu_numbers_are_torchs(kind, how, monkeypatch):
     steps = []
-    monkeypatch.setattr("pmc_fast.trainer.master_weights.adamw", lambda *a: steps.append(op.adamw(*a)))
+    monkeypatch.setattr("pmc_fast.trainer.master_weights.adamw", lambda *a, **k: steps.append(op.adamw(*a, **k)))
     ours, theirs = parameters(), parameters()
     one, other = optimizer_of(kind, ours, **how), optimizer_of(SEPARATE[kind], theirs, **how)
     run(one, ours, range(6))
