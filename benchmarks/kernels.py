@@ -40,9 +40,9 @@ FLAGS = (False, True)
 def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """Yield (name, kernel, types of its arguments, constexprs, options) of all that can be launched."""
     for dtype, bias, softcap, grad in itertools.product(DTYPES, FLAGS, FLAGS, FLAGS):
-        config = nll_rows.CONFIGS["default"]
+        config = nll_rows.CONFIGS["softcap" if softcap else "plain"]
         types = {
-            "logits_ptr": f"*{dtype}", "stride": "i32", "vocab": "i32", "bias_ptr": f"*{dtype}",
+            "logits_ptr": f"*{dtype}", "stride": "i32", "rows": "i32", "vocab": "i32", "bias_ptr": f"*{dtype}",
             "cu_targets_ptr": "*i64", "targets_ptr": "*i64", "row_scale_ptr": "*fp32", "logps_ptr": "*fp32",
             "inverse_temperature": "fp32", "softcap": "fp32", "logit_scale": "fp32",
         }  # fmt: skip

@@ -290,6 +290,27 @@ def test_same_input_same_bits(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_row_has_the_same_bits_whichever_program_walks_it(monkeypatch, softcap):
+    """Of the Triton kernel: one program a row, one for all rows, and rows that programs share unevenly."""
+    from pmc_fast.kernels import nll_rows
+
+    x = make(r=7, v=67, m=9, bias=True)
+    rows = torch.tensor([0, 1, 1, 2, 3, 4, 5, 6, 6])
+    kept, launched = nll_rows.nll_rows_kernel, []
+    counting = type("Counting", (), {"__getitem__": lambda self, grid: (launched.append(grid), kept[grid])[1]})
+    monkeypatch.setattr(nll_rows, "nll_rows_kernel", counting())
+    made = []
+    for programs, processors in ((None, 4), (1, 1), (1, 4), (2, 4)):
+        small = {name: config | {"BLOCK_V": 16, "programs": programs} for name, config in nll_rows.CONFIGS.items()}
+        monkeypatch.setattr(nll_rows, "CONFIGS", small)
+        monkeypatch.setattr(nll_rows, "processors", lambda device, count=processors: count)
+        made.append(run(x, "cuda", rows=rows, softcap=softcap))
+    assert launched == [(7,), (1,), (4,), (7,)]
+    for others in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(made[0], others, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_very_large_logits(backend):
     x = make(sharp=1e4)
