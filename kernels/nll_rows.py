@@ -157,8 +157,8 @@ def nll_rows_kernel(
 
 
 # constexprs and options of what is shipped, without and with a softcap; the tests compile each for every chip. 32 warps
-# of 64 registers fill a multiprocessor; a softcap needs more. programs: a multiprocessor, or None for one a row
-CONFIGS: dict[str, dict[str, int | None]] = {
+# of 64 registers fill a multiprocessor; a softcap needs more. programs: a multiprocessor, or 0 for one a row
+CONFIGS = {
     "plain": {"BLOCK_V": 8192, "num_warps": 32, "maxnreg": 64, "programs": 1},
     "softcap": {"BLOCK_V": 4096, "num_warps": 16, "maxnreg": 128, "programs": 1},
 }
@@ -202,7 +202,7 @@ def nll_rows(
     config = CONFIGS["softcap" if softcap else "plain"]
     rows, vocab = logits.shape
     each = config["programs"]
-    programs = rows if each is None else min(rows, each * processors(logits.device))
+    programs = min(rows, each * processors(logits.device)) if each else rows
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         nll_rows_kernel[(programs,)](
             logits, logits.stride(0), rows, vocab, logits if bias is None else bias, cu_targets, targets, row_scale,

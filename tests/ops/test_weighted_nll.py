@@ -301,7 +301,7 @@ def test_a_row_has_the_same_bits_whichever_program_walks_it(monkeypatch, softcap
     counting = type("Counting", (), {"__getitem__": lambda self, grid: (launched.append(grid), kept[grid])[1]})
     monkeypatch.setattr(nll_rows, "nll_rows_kernel", counting())
     made = []
-    for programs, processors in ((None, 4), (1, 1), (1, 4), (2, 4)):
+    for programs, processors in ((0, 4), (1, 1), (1, 4), (2, 4)):
         small = {name: config | {"BLOCK_V": 16, "programs": programs} for name, config in nll_rows.CONFIGS.items()}
         monkeypatch.setattr(nll_rows, "CONFIGS", small)
         monkeypatch.setattr(nll_rows, "processors", lambda device, count=processors: count)
