@@ -49,8 +49,10 @@ class UnlearnConfig(EvaluationConfig, PMCConfig):
     learning_rate: Positive = option(1e-5, "peak learning rate", aliases=["--lr"])
     weight_decay: NotNegative = option(0.01, "weight decay of the optimizer")
     optimizer: str = option("adamw_torch_fused", "a transformers optimizer, by its name in TrainingArguments.optim")
-    param_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "dtype of the parameters; with bfloat16 the optimizer keeps float32 masters"
+    param_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "dtype of the parameters; with bfloat16 the optimizer keeps float32 masters (auto: bfloat16 on cuda, unless DTYPE "
+        "is float32; float32 on the CPU)",
     )
     allow_pure_bf16: bool = option(False, "bfloat16 parameters without masters: small updates are rounded away")
     checkpoint_steps: Count = option(0, "write a checkpoint into OUTPUT.checkpoints every this many steps (0: never)")
@@ -131,7 +133,7 @@ class RequestConfig(UnlearnConfig):
         if self.lora:
             require(bool(self.stack), "stack", self.stack, "the directory of the model's adapters, with lora")
             require(not self.output, "output", self.output, "left out with lora: an adapter goes into stack")
-            require(self.param_dtype == "float32", "param_dtype", self.param_dtype, "float32 with lora")
+            require(self.param_dtype != "bfloat16", "param_dtype", self.param_dtype, "float32 with lora")
             require(self.save_dtype == "auto", "save_dtype", self.save_dtype, "left out with lora: see merge")
         else:
             require(not self.stack, "stack", self.stack, "left out, or lora given")

@@ -1,5 +1,6 @@
 """An erasure request: an adapter trained on the frozen model and all earlier adapters, and its record."""
 
+import dataclasses
 import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -35,6 +36,7 @@ def unlearn_request(config: RequestConfig, monitor: Monitor | None = None) -> di
     """
     _check_possible()
     with locked(config.stack):
+        config = resolved(config)
         target = StackedAdapter(config)
         report = unlearn.unlearn(config, monitor, target)
         return report | {"request": str(target.directory)}
@@ -43,7 +45,13 @@ def unlearn_request(config: RequestConfig, monitor: Monitor | None = None) -> di
 def check_request(config: RequestConfig) -> Plan:
     """Check a request as `jobs.unlearn.check` does, and its stack; write nothing."""
     _check_possible()
+    config = resolved(config)
     return unlearn.check(config, StackedAdapter(config))
+
+
+def resolved(config: RequestConfig) -> RequestConfig:
+    """Return a request's settings with the dtype of its parameters."""
+    return dataclasses.replace(config, param_dtype="float32")
 
 
 def _check_possible() -> None:
@@ -82,6 +90,10 @@ class StackedAdapter:
 
     def claimed(self) -> AbstractContextManager[None]:
         return nullcontext()  # the whole stack is locked
+
+    @property
+    def rounds_to(self) -> None:
+        return None  # adapters are float32
 
     def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
         c = self.config

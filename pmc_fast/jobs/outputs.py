@@ -39,6 +39,10 @@ class TrainingTarget(Protocol):
     def claimed(self) -> AbstractContextManager[None]:
         """Lock the output for this run; refuse one that another run is writing."""
 
+    @property
+    def rounds_to(self) -> torch.dtype | None:
+        """The dtype that trained parameters are rounded to, or None if they are saved as they are."""
+
     def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
         """Make `loaded.model` the model that is trained."""
 
@@ -79,6 +83,10 @@ class WholeModel:
 
     def claimed(self) -> AbstractContextManager[None]:
         return claimed(self.config.output)
+
+    @property
+    def rounds_to(self) -> torch.dtype:
+        return self.dtype
 
     def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
         """Do nothing: all parameters of the loaded model are trained."""

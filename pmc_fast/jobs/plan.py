@@ -37,7 +37,7 @@ COLD = 0.1
 class Plan:
     """A checked run: nothing was computed or written yet."""
 
-    config: UnlearnConfig  # prompt_format is resolved
+    config: UnlearnConfig  # prompt_format and param_dtype are resolved
     encoder: Encoder
     forget: list[Row]
     retain: list[Row]
@@ -109,7 +109,8 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]]) -> Pl
     generation_config = None if config.accidents else loading.load_generation_config(config.model)
     encoder = Encoder(tokenizer, config, generation_config)
     warnings += encoder.warnings + (encoder.text_warnings() if config.store != "ids" else [])
-    config = dataclasses.replace(config, prompt_format=encoder.format)
+    param_dtype = loading.resolve_param_dtype(config.param_dtype, config.dtype, loading.resolve_device(config.device))
+    config = dataclasses.replace(config, prompt_format=encoder.format, param_dtype=param_dtype)
     warnings += earlier_runs.check_prompts(config.model, config)
     # the evaluation alone sees the forget answers: training gets the questions
     sets = load_sets(config, forget, retain) if config.evaluate else []

@@ -110,9 +110,10 @@ def _run(plan: Plan, target: TrainingTarget, stages: Stages) -> dict[str, Any]:
     if plan.config.evaluate:
         evaluator.measure("before", suite, results, stages, " before")
     _train(trainer, resumed, stages)
+    other = _unround(trainer, loaded, target.rounds_to, plan.config.dtype)
     model = target.finalize(loaded.model.eval(), stages)
     if plan.config.evaluate:
-        if model is not loaded.model:
+        if other or model is not loaded.model:
             loaded.model = model
             _, evaluator = _evaluator(loaded, plan, stages.monitor)
         evaluator.weights_changed()
@@ -136,7 +137,7 @@ def _load(plan: Plan, stages: Stages) -> tuple[loading.LoadedModel, str]:
         device = loading.resolve_device(c.device)
         loaded = loading.load_model(c.model, device=device, dtype=c.dtype, param_dtype=c.param_dtype)
         loading.check_fit(loaded.model, plan.tokenizer, c.model)
-        return loaded, loading.weights_hash(loaded.model)
+        return loaded, loading.weights_hash(loaded.model, torch.float32)
 
 
 def _evaluator(loaded: loading.LoadedModel, plan: Plan, monitor: Monitor) -> tuple[RolloutEngine, Evaluator]:
@@ -257,6 +258,14 @@ def _train(trainer: PMCTrainer, resumed: tuple[Path, dict[str, Any]] | None, sta
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
     if not all(torch.isfinite(p).all() for p in trainer.model.parameters()):
         raise trainer.diverged()
+
+
+def _unround(trainer: PMCTrainer, loaded: loading.LoadedModel, saved: torch.dtype | None, dtype: str) -> bool:
+    """Where a model is saved in another dtype than its parameters', let it have their masters, which are not rounded."""
+    if saved in (None, loaded.model.get_input_embeddings().weight.dtype) or not trainer.unround():
+        return False
+    loaded.autocast_dtype = torch.bfloat16 if loading.low_precision(dtype, loaded.model.device) else None
+    return True
 
 
 def _report(

@@ -158,6 +158,25 @@ def _check_header(file: Path) -> None:
         raise PMCError(f"model {file.parent} can't be loaded: {file.name} is damaged ({error})") from error
 
 
+def low_precision(dtype: str, device: torch.device) -> bool:
+    """Return whether a model is to compute in bfloat16. auto: on cuda."""
+    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+
+
+def resolve_param_dtype(param_dtype: str, dtype: str, device: torch.device) -> str:
+    """Return what parameters are kept in. auto: bfloat16 on cuda where they compute in it, else float32.
+
+    Under accelerate's FSDP auto is float32: it shards what the optimizer steps, and masters are copies of their own.
+    """
+    if param_dtype != "auto":
+        return param_dtype
+    if device.type != "cuda" or not low_precision(dtype, device):
+        return "float32"
+    from accelerate.utils import parse_flag_from_env
+
+    return "float32" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "bfloat16"
+
+
 def load_model(
     source: str, *, device: torch.device, dtype: str = "auto", param_dtype: str = "float32"
 ) -> LoadedModel:
@@ -171,10 +190,11 @@ def load_model(
         Where to put it.
     dtype : {"auto", "float32", "bfloat16"}
         What it computes in. auto: bfloat16 (autocast) on cuda, float32 on the CPU.
-    param_dtype : {"float32", "bfloat16"}
-        What its parameters are kept in.
+    param_dtype : {"auto", "float32", "bfloat16"}
+        What its parameters are kept in; see `resolve_param_dtype`.
     """
     config = _load("AutoConfig", source)
+    param_dtype = resolve_param_dtype(param_dtype, dtype, device)
     how: dict[str, Any] = {"dtype": getattr(torch, param_dtype), "use_safetensors": True, "output_loading_info": True}
     model, found = _load("AutoModelForCausalLM", source, **how)
     if missing := sorted(found["missing_keys"]):  # transformers would initialise them at random, and print a table
@@ -187,7 +207,7 @@ def load_model(
     _make_savable(model.generation_config, source)
     model.eval()
     # bfloat16 parameters compute in bfloat16 by themselves
-    low = param_dtype == "float32" and (dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"))
+    low = param_dtype == "float32" and low_precision(dtype, device)
     checkpoint_dtype = getattr(config, "dtype", None) or torch.float32
     return LoadedModel(model, torch.bfloat16 if low else None, checkpoint_dtype)
 
@@ -215,8 +235,10 @@ def _require_rows(rows: int, tokenizer: Any, source: str) -> None:
         raise PMCError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
 
 
-def weights_hash(model: Any) -> str:
+def weights_hash(model: Any, dtype: torch.dtype | None = None) -> str:
     """Return a hash of a model's weights: names, dtypes, shapes and bytes, shared ones once.
+
+    With `dtype` floating ones count as if they were cast to it: a bfloat16 checkpoint has one hash in both dtypes.
 
     Names are those of transformers: a version that renames parameters gives another hash. Every byte is read: about a
     second a gigabyte on one core (135M parameters in float32: 0.5 s).
@@ -227,6 +249,8 @@ def weights_hash(model: Any) -> str:
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
         content.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         if hasattr(tensor, "full_tensor"):  # FSDP2; collective
             tensor = tensor.full_tensor()

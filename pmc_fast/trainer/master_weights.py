@@ -103,6 +103,13 @@ class MasterWeights(torch.optim.Optimizer):
                 adamw(*zip(*stepped, strict=True), settings=Settings(int(number), **how))
         return others
 
+    @torch.no_grad()
+    def unround(self) -> None:
+        """Make the masters the parameters' values, in float32. The optimizer can't step afterwards."""
+        for master, parameter in self.parameters.items():
+            parameter.grad = None
+            parameter.data = master.detach()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
         for parameter in self.parameters.values():

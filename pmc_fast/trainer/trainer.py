@@ -124,6 +124,11 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if self.is_fsdp_enabled and optimizers[0] is None and self._keeps_masters():
+            raise PMCError(
+                "the model has bfloat16 parameters, whose float32 masters FSDP does not shard: load it in float32 and use "
+                "bf16, under which FSDP computes in bfloat16"
+            )
         self.pmc = PMC(
             self.model, processing_class, pmc_config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
         )
@@ -300,13 +305,25 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
 
     # --- optimizer
 
+    def _keeps_masters(self) -> bool:
+        return getattr(self.args, "master_weights", True) and has_low_precision(self.model)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Create the optimizer, with float32 masters where parameters are bfloat16."""
         fresh = self.optimizer is None
         super().create_optimizer(*args, **kwargs)
-        if fresh and getattr(self.args, "master_weights", True) and has_low_precision(self.model):
+        if fresh and self._keeps_masters():
             self.optimizer = MasterWeights(self.optimizer)
         return self.optimizer
+
+    def unround(self) -> bool:
+        """Give a trained model its float32 masters for parameters; return whether there are any."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's
+        if not isinstance(optimizer, MasterWeights):
+            return False
+        optimizer.unround()
+        self.model.float()
+        return True
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Create the schedule; where warmup_steps is 0, with `PMCArguments.warmup_epochs` of warm-up."""

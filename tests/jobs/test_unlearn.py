@@ -18,6 +18,7 @@ from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
 from pmc_fast.jobs import evaluator
+from pmc_fast.models import loading
 from pmc_fast.pmc import schedule
 from pmc_fast.reference import Reference
 from pmc_fast.utils import files
@@ -141,11 +142,43 @@ def test_two_processes_are_one(pytestconfig, arguments, data, monkeypatch):
     assert run(["evaluate", *arguments[1:7]]) == 2
 
 
-def test_bfloat16_parameters_are_trained_through_masters(arguments, data):
-    assert run([*replaced(arguments, lr="1e-5"), "--param-dtype", "bfloat16", "--no-evaluate"]) == 0
-    settings = json.loads((data / "out/report.json").read_text())["settings"]
-    assert settings["param_dtype"] == "bfloat16"
-    shutil.rmtree(data / "out")
+@pytest.mark.parametrize("save", ["float32", "bfloat16"])
+def test_bfloat16_parameters_are_trained_through_masters(save, arguments, data, monkeypatch):
+    """Where the saved dtype has room for them, the masters are what is saved and evaluated."""
+    trainers = []
+    train = PMCTrainer.train
+    monkeypatch.setattr(PMCTrainer, "train", lambda self, **how: [trainers.append(self), train(self, **how)][1])
+    how = [*replaced(arguments, lr="1e-3"), "--param-dtype", "bfloat16", "--save-dtype", save]
+    assert run(how) == 0
+    made = json.loads((data / "out/report.json").read_text())
+    assert made["settings"]["param_dtype"] == "bfloat16"
+    saved = transformers.AutoModelForCausalLM.from_pretrained(data / "out", dtype="auto")
+    assert saved.dtype == getattr(torch, save)
+    masters = trainers[0].optimizer.optimizer.state_dict()["masters"]
+    kept = {p.data_ptr() for p in masters}
+    for p, q in zip(trainers[0].model.parameters(), saved.parameters(), strict=True):
+        assert (p.data_ptr() in kept) == (save == "float32")
+        assert torch.equal(p, q)
+    assert any(torch.equal(m, m.bfloat16().float()) for m in masters) is False
+
+
+def test_what_parameters_are_kept_in(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda:1")
+    resolve = loading.resolve_param_dtype
+    assert [resolve("auto", dtype, cuda) for dtype in ("auto", "bfloat16", "float32")] == [
+        "bfloat16", "bfloat16", "float32",
+    ]  # fmt: skip
+    assert {resolve("auto", dtype, cpu) for dtype in ("auto", "bfloat16", "float32")} == {"float32"}
+    assert {resolve(name, "auto", device) for name in ("float32",) for device in (cpu, cuda)} == {"float32"}
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert resolve("auto", "auto", cuda) == "float32"
+
+
+def test_a_checkpoint_has_one_hash_in_both_dtypes(tiny):
+    low = tiny.bfloat16()
+    before = loading.weights_hash(low, torch.float32)
+    assert before != loading.weights_hash(low)
+    assert before == loading.weights_hash(low.float()) == loading.weights_hash(low, torch.float32)
 
 
 def trajectory(arguments, data, monkeypatch):

@@ -417,6 +417,20 @@ def test_masters_are_the_optimizers_own_float32_run():
     assert low.grad is None
 
 
+def test_masters_under_fsdp_are_refused(fresh, tokenizer, tmp_path, monkeypatch):
+    """accelerate exchanges the optimizer's parameters for sharded ones, and knows no masters."""
+    init = transformers.Trainer.__init__
+
+    def under_fsdp(self, *a, **k):
+        init(self, *a, **k)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(transformers.Trainer, "__init__", under_fsdp)
+    with pytest.raises(PMCError, match="whose float32 masters FSDP does not shard: load it in float32"):
+        trainer_of(fresh().bfloat16(), tokenizer, arguments(tmp_path))
+    trainer_of(fresh(), tokenizer, arguments(tmp_path))
+
+
 def test_masters_resume(fresh, tokenizer, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1}
     whole = trainer_of(fresh().bfloat16(), tokenizer, arguments(tmp_path, **saving))
