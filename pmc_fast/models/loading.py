@@ -6,7 +6,7 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
@@ -14,6 +14,8 @@ import torch
 from ..errors import PMCError
 from ..ops.dispatch import why_refused
 from . import context
+
+ParamDtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(slots=True)
@@ -163,7 +165,7 @@ def low_precision(dtype: str, device: torch.device) -> bool:
     return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
 
 
-def resolve_param_dtype(param_dtype: str, dtype: str, device: torch.device) -> str:
+def resolve_param_dtype(param_dtype: ParamDtype, dtype: str, device: torch.device) -> Literal["float32", "bfloat16"]:
     """Return what parameters are kept in. auto: bfloat16 on cuda where they compute in it, else float32.
 
     Under accelerate's FSDP auto is float32: it shards what the optimizer steps, and masters are copies of their own.
@@ -178,7 +180,7 @@ def resolve_param_dtype(param_dtype: str, dtype: str, device: torch.device) -> s
 
 
 def load_model(
-    source: str, *, device: torch.device, dtype: str = "auto", param_dtype: str = "float32"
+    source: str, *, device: torch.device, dtype: str = "auto", param_dtype: ParamDtype = "float32"
 ) -> LoadedModel:
     """Load a causal language model for training.
 
