@@ -79,6 +79,14 @@ def tiny(tiny_dir):
 
 
 @pytest.fixture
+def process_group(tmp_path):
+    """torch.distributed with one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def data(tmp_path):
     """Four questions with one secret answer each, and six pairs to keep."""
 

@@ -43,10 +43,12 @@ def test_two_processes_are_one(one, two, case):
 
 @pytest.mark.parametrize("normalization", ["step", "micro_batch"])
 def test_the_trainer_on_two_processes(pytestconfig, tiny_dir, tmp_path, normalization):
-    done = start(pytestconfig, "tests/trainer_worker.py", tiny_dir, tmp_path, "--normalization", normalization)
+    """Two micro-batches a step on each, in packs of both, of which one process may have more."""
+    how = ("--batch", "1", "--accumulation", "2", "--normalization", normalization)
+    done = start(pytestconfig, "tests/trainer_worker.py", tiny_dir, tmp_path, *how)
     assert done.returncode == 0, done.stderr[-3000:]
     ours = torch.load(tmp_path / "result.pt", weights_only=False)
-    alone = trainer_of(tiny_dir, tmp_path, 2, 2, normalization)  # the groups of two questions that each process had
+    alone = trainer_of(tiny_dir, tmp_path, 1, 4, normalization)  # the groups that all processes had
     alone.train()
     same(ours, result(alone))
     assert ours["evaluated"] == pytest.approx(evaluation(alone), rel=1e-6)

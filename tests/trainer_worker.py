@@ -34,8 +34,9 @@ def trainer_of(path, output, batch, accumulation=1, normalization="step", kill=N
         save_strategy="steps" if save else "no", save_steps=save or 1, optim="sgd",
     )  # fmt: skip
     config = PMCConfig(
-        num_samples=3, max_length=40, prompt_format="tags", temperature=1.25, normalization=normalization
-    )
+        num_samples=3, max_length=40, prompt_format="tags", temperature=1.25, normalization=normalization,
+        max_tokens=80,
+    )  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     callbacks = [] if kill is None else [Kill(kill)]
     return PMCTrainer(model, arguments, QUESTIONS, RETAIN, config, tokenizer, reward=some, callbacks=callbacks)

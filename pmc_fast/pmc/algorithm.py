@@ -1,6 +1,7 @@
 """Partial Model Collapse for any training loop: prepare, sample, loss (arXiv 2507.04219, section 4)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class PMC:
     Notes
     -----
     `step = pmc.sample(indices)` once an optimizer step, then `pmc.loss(part, retain).loss.backward()` for each
-    part of `step.split(size)`: the gradients add up to the step's, whatever the number of parts.
+    part of `step.split(size)`: the gradients add up to the step's, whatever the number of parts. `pmc.step_losses` takes
+    all parts at once, in fewer passes.
 
     On several processes all of them call `prepare`, `sample` and `loss`, each with its own questions. The rollout is
     divided among the processes, every store holds every answer, and losses are scaled for gradients that are averaged
@@ -326,8 +328,27 @@ class PMC:
         """Yield the loss of each pack of at most max_tokens tokens; `collapse` and `retain` are sums up to that pack.
 
         All processes yield the same number: one with fewer packs adds packs of weight 0, since backward is collective.
+        Call backward on each before the next: DDP exchanges gradients with the last one's.
         """
-        return self._loss(part, retain, model=model, retain_tokens=retain_tokens)
+        for made in self._loss([(part, retain)], model=model, retain_tokens=retain_tokens):
+            yield replace(made, collapse=made.collapse[0], retain=made.retain[0])
+
+    def step_losses(self, parts: Sequence[tuple[Step, Retain]], *, model: Any = None) -> Iterator[Loss]:
+        """Yield the loss of each pack of a whole optimizer step: micro-batches share packs, and keep their means.
+
+        Parameters
+        ----------
+        parts : sequence of (Step, mapping or sequence of Encoded)
+            All of `step.split(size)`, each with its retain batch.
+        model : callable, optional
+            As of `loss`.
+
+        Yields
+        ------
+        Loss
+            As of `losses`; `collapse` and `retain` have an entry for each part.
+        """
+        return self._loss(parts, model=model)
 
     def scores(self) -> list[float]:
         """Return the scores of all stored answers."""

@@ -44,6 +44,7 @@ class Loss:
     """The loss of a micro-batch: call backward on it, and step once all micro-batches of the step are done."""
 
     loss: torch.Tensor  # [], differentiable: its share of the step's loss
-    collapse: torch.Tensor  # [], cross-entropy of the sampled answers; of all packs together if there are several
-    retain: torch.Tensor  # [], cross-entropy of the retain answers, not multiplied by lambda
+    # [], or [P] of `PMC.step_losses`: an entry for each part; of all packs together if there are several
+    collapse: torch.Tensor  # cross-entropy of the sampled answers
+    retain: torch.Tensor  # cross-entropy of the retain answers, not multiplied by lambda
     counters: dict[str, int]  # tokens and targets computed, packs

@@ -1,9 +1,12 @@
-"""The loss of a micro-batch, computed pack by pack."""
+"""The loss of micro-batches, computed pack by pack."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import PMCConfig
 from ..data import Encoded
@@ -21,7 +24,7 @@ SHARED_PREFIX = 8
 
 
 class PackedLoss:
-    """CE(sampled answers) + lambda CE(retain answers) of one model; see `PMC.losses`.
+    """CE(sampled answers) + lambda CE(retain answers) of one model; see `PMC.step_losses`.
 
     Parameters
     ----------
@@ -41,46 +44,52 @@ class PackedLoss:
         self.packed.check(model=self.model if model is None else model)
 
     def __call__(
-        self, part: Step, retain: Retain, *, model: Any = None, retain_tokens: int | None = None
+        self, batches: Sequence[tuple[Step, Retain]], *, model: Any = None, retain_tokens: int | None = None
     ) -> Iterator[Loss]:
-        """Yield the loss of each pack."""
+        """Yield the loss of each pack of these micro-batches; see `PMC.step_losses` and `PMC.losses`."""
+        if not batches:
+            raise PMCError("step_losses got no parts: give it all of step.split(size), each with its retain batch")
         self.check(model)
-        kept = _sequences(retain)
-        if not part.indices and self.config.normalization == "micro_batch":
-            kept = []  # retain pairs come with questions, in their group
-        collapse = [a for answers in part.answers for a in answers]
-        device = self.model.get_input_embeddings().weight.device
-        packs = pack([*part.answers, *([s] for s in kept)], self.config.max_tokens, share_from=SHARED_PREFIX)
-        own_tokens = sum(map(num_targets, kept)) if retain_tokens is None else retain_tokens
-        per_rank = self.ranks.gather((len(packs), own_tokens))
-        count = max(n for n, _ in per_rank)
-        if not count:
+        parts = [_Part(part, self._kept(part, retain)) for part, retain in batches]
+        packs = pack([g for p in parts for g in p.groups], self.config.max_tokens, share_from=SHARED_PREFIX)
+        own_tokens = sum(p.retain_tokens for p in parts) if retain_tokens is None else retain_tokens
+        per_rank = self.ranks.gather((len(packs), own_tokens, [bool(p.lengths.any()) for p in parts]))
+        if not all(any(trained) for trained in zip(*(theirs for *_, theirs in per_rank), strict=True)):
             raise PMCError("a micro-batch has no token to train on: all its answers are empty")
-        if retain_tokens is None and part.parts > 1 and self.config.normalization == "step":
+        if retain_tokens is None and batches[0][0].parts > len(parts) and self.config.normalization == "step":
             raise PMCError(
-                "normalization is 'step' and the step has several parts: give loss(..., retain_tokens=) the trained "
-                "tokens of all its retain batches"
+                f"normalization is 'step' and the step has {batches[0][0].parts} parts: give step_losses all of them, or "
+                "give loss(..., retain_tokens=) the trained tokens of all its retain batches"
             )
-        weights = torch.tensor([w for ws in part.weights for w in ws], dtype=torch.float64)
-        lengths = torch.tensor([num_targets(s) for s in [*collapse, *kept]], dtype=torch.float64)
-        scale = self._scale(part, lengths, weights, sum(n for _, n in per_rank))
+        retain_tokens = sum(n for _, n, _ in per_rank)
+        zero = torch.zeros(1, dtype=torch.float64)  # of a sequence of padding, the last
+        scale = torch.cat([*(self._scale(p.step, p.lengths, p.weights, retain_tokens) for p in parts), zero])
         # what `collapse` and `retain` report: each a mean over its own batch, whatever the weights in the loss are
-        means = pmc_weights(lengths, weights, 1.0)
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for p in packs:
+        means = torch.cat([*(pmc_weights(p.lengths, p.weights, 1.0) for p in parts), zero])
+        # and which of them a sequence belongs to
+        kinds = torch.cat([*(2 * i + p.is_retain.long() for i, p in enumerate(parts)), zero.long()])
+        device = self.model.get_input_embeddings().weight.device
+        sums = torch.zeros(2 * len(parts), dtype=torch.float64, device=device)
+        own, count = len(packs), max(n for n, *_ in per_rank)
+        if own < count:
+            blank = replace(pack([[Encoded([0, 0], [IGNORED, 0])]], 2)[0], sequences=[-1])
+            packs += [blank] * (count - own)
+        for i, p in enumerate(packs, start=1):
             row_scale, mean = (
                 row_scales(w[p.sequences], p.cu_targets, p.targets, reduction="sum") for w in (scale, means)
             )
-            loss, logps = self.packed(p, row_scale, model=model)
-            is_retain = torch.tensor(p.sequences) >= len(collapse)
-            group = is_retain.repeat_interleave(p.cu_targets.diff()).long().to(device, non_blocking=True)
-            # behind the pass in the queue: a copy that waits would keep the host from preparing the next pass
-            sums = sums.index_add(0, group, -logps.double() * mean.double().to(device, non_blocking=True))
-            yield Loss(loss, sums[0], sums[1], _counters(p))
-        for _ in range(count - len(packs)):
-            blank = pack([[Encoded([0, 0], [IGNORED, 0])]], 2)[0]
-            loss, _ = self.packed(blank, torch.zeros(1), model=model)
-            yield Loss(loss, sums[0], sums[1], dict.fromkeys(_counters(blank), 0))
+            kind = kinds[p.sequences].repeat_interleave(p.cu_targets.diff()).to(device, non_blocking=True)
+            with nullcontext() if i == count else _no_sync(model):  # around the caller's backward, too
+                loss, logps = self.packed(p, row_scale, model=model)
+                # behind the pass in the queue: a copy that waits would keep the host from preparing the next pass
+                sums = sums.index_add(0, kind, -logps.double() * mean.double().to(device, non_blocking=True))
+                yield Loss(loss, sums[0::2], sums[1::2], _counters(p, real=i <= own))
+
+    def _kept(self, part: Step, retain: Retain) -> list[Encoded]:
+        kept = _sequences(retain)
+        if not part.indices and self.config.normalization == "micro_batch":
+            return []  # retain pairs come with questions, in their group
+        return kept
 
     def _scale(self, part: Step, lengths: torch.Tensor, weights: torch.Tensor, retain_tokens: int) -> torch.Tensor:
         """Return each sequence's weight in the loss: float64 [S].
@@ -96,6 +105,18 @@ class PackedLoss:
         return scale * self.ranks.size
 
 
+class _Part:
+    """A micro-batch: its sequences, answers before retain pairs, and how many trained tokens each has."""
+
+    def __init__(self, step: Step, kept: list[Encoded]) -> None:
+        self.step = step
+        self.groups = [*step.answers, *([s] for s in kept)]
+        self.lengths = torch.tensor([num_targets(s) for group in self.groups for s in group], dtype=torch.float64)
+        self.weights = torch.tensor([w for ws in step.weights for w in ws], dtype=torch.float64)
+        self.is_retain = torch.arange(len(self.lengths)) >= len(self.weights)
+        self.retain_tokens = int(self.lengths[self.is_retain].sum())
+
+
 def _sequences(retain: Retain) -> list[Encoded]:
     kept = unpad(retain) if isinstance(retain, Mapping) else list(retain)
     if other := next((s for s in kept if not isinstance(s, Encoded)), None):
@@ -105,5 +126,12 @@ def _sequences(retain: Retain) -> list[Encoded]:
     return kept
 
 
-def _counters(p: Pack) -> dict[str, int]:
-    return {"tokens": len(p), "targets": len(p.targets), "head_rows": len(p.hidden_rows), "packs": 1}
+def _no_sync(model: Any) -> AbstractContextManager[Any]:
+    """Let DDP wait for a later pass with the exchange of gradients; with static_graph it can't wait in the first."""
+    waits = isinstance(model, DistributedDataParallel) and not model.static_graph
+    return model.no_sync() if waits else nullcontext()
+
+
+def _counters(p: Pack, *, real: bool) -> dict[str, int]:
+    counted = {"tokens": len(p), "targets": len(p.targets), "head_rows": len(p.hidden_rows), "packs": 1}
+    return counted if real else dict.fromkeys(counted, 0)

@@ -16,7 +16,6 @@ from transformers.utils import logging
 
 from ..config import PMCConfig
 from ..data import Encoded, questions_of
-from ..data.packing import num_targets
 from ..errors import NotFiniteError, PMCError
 from ..pmc.algorithm import PMC
 from ..pmc.reward import Reward
@@ -174,7 +173,10 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any
     ) -> tuple[list[Any], None]:
-        """Collect an optimizer step's micro-batches, sample all their questions at once, draw their retain pairs."""
+        """Collect an optimizer step's micro-batches, sample all their questions at once, draw their retain pairs.
+
+        The last one's inputs hold them all, as (Step, retain pairs) in ``parts``; those of the others are empty.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *args)
         all_indices = [[int(i) for i in batch["indices"]] for batch in batches]
         if not all_indices:
@@ -192,16 +194,12 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
             raise self.diverged() from error
         begin = time.perf_counter()
         self._step = {
-            "losses": [], "tokens": 0, "counters": step.counters, "indices": step.indices, "begin": begin,
+            "tokens": 0, "counters": step.counters, "indices": step.indices, "begin": begin,
             "rollout_seconds": begin - start,
         }  # fmt: skip
         retain = [self._draw_retain(len(batch))[self._share(len(batch))] for batch in all_indices]
-        tokens = sum(num_targets(s) for batch in retain for s in batch)
-        parts = step.split(self.args.train_batch_size)
-        inputs = [
-            {"part": part, "retain": kept, "retain_tokens": tokens} for part, kept in zip(parts, retain, strict=True)
-        ]
-        return inputs, None
+        parts = list(zip(step.split(self.args.train_batch_size), retain, strict=True))
+        return [*({"parts": []} for _ in parts[1:]), {"parts": parts}], None
 
     def _draw_retain(self, count: int) -> list[Encoded]:
         draws = torch.randint(len(self.retain), (count,), generator=self.retain_order)
@@ -210,13 +208,18 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
     # --- a step
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run forward and backward of one micro-batch, pack by pack; return its share of the step's loss."""
+        """Run forward and backward of a whole optimizer step in its last micro-batch; return the step's loss.
+
+        The Trainer calls this once for each micro-batch. The weights do not move between them, so that all can share
+        packs, of at most max_tokens tokens. For all but the last, whose inputs have no ``parts``, nothing is computed and
+        0 is returned: the sum over the micro-batches is the step's loss. An override sees the same calls.
+        """
         model.train()
         total = torch.zeros((), device=self.args.device)
+        if not inputs["parts"]:
+            return total
         out = None
-        for out in self.pmc.losses(
-            inputs["part"], inputs["retain"], model=model, retain_tokens=inputs["retain_tokens"]
-        ):
+        for out in self.pmc.step_losses(inputs["parts"], model=model):
             with self.pmc.ranks.watched():
                 self.accelerator.backward(out.loss)
             total += out.loss.detach()
@@ -225,19 +228,16 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        self._step["losses"].append((total, out.collapse, out.retain, len(inputs["part"].indices)))
+        asked = [bool(part.indices) for part, _ in inputs["parts"]]
+        self._step |= {"loss": total, "means": torch.stack([out.collapse, out.retain], dim=1), "asked": asked}
         return total
 
     def _finish_step(self, control: Any) -> None:
         """Compute the metrics of an optimizer step, detect divergence, apply the stopping rule."""
-        own = [
-            torch.stack([x.double() for x in losses]).tolist()
-            for *losses, questions in self._step["losses"]
-            if questions
-        ]
-        per_micro_batch = (losses for theirs in self.pmc.ranks.gather(own) for losses in theirs)
-        loss, collapse, retain = zip(*per_micro_batch, strict=True)
-        if not math.isfinite(sum(loss)):
+        means = [own for own, asked in zip(self._step["means"].tolist(), self._step["asked"], strict=True) if asked]
+        losses, gathered = zip(*self.pmc.ranks.gather((self._step["loss"].item(), means)), strict=True)
+        collapse, retain = zip(*(own for theirs in gathered for own in theirs), strict=True)
+        if not math.isfinite(sum(losses)):
             raise self.diverged()
         count = len(collapse)
         scores = self.pmc.scores()

@@ -143,13 +143,6 @@ def test_compiled_in_place(llama):
     same(gradients(llama, packed_loss(llama)), theirs)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("unused", [False, True])
 def test_ddp_sees_the_pass(llama, process_group, unused):
     """Its hooks run (a gradient bucket is reduced), and it finds the loss in the output."""

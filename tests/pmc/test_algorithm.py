@@ -1,14 +1,17 @@
 """The core: the reference's picks, losses and gradients, however a step is cut into pieces."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 
 from pmc_fast import PMC, PMCConfig
-from pmc_fast.data import Row, collate
+from pmc_fast.data import Encoded, Row, collate
+from pmc_fast.data.packing import num_targets
 from pmc_fast.errors import PMCError
 from pmc_fast.models import packed_forward
 from pmc_fast.pmc import packed_loss
@@ -177,6 +180,46 @@ def test_a_shared_system_prompt_changes_no_gradient(ready, monkeypatch):
     close(gradients_of[1], gradients_of[0], 1e-5)
 
 
+@pytest.mark.parametrize(("selection", "normalization"), [("argmin", "micro_batch"), ("soft", "step")])
+def test_parts_share_packs_and_keep_their_means(tiny, tokenizer, selection, normalization, monkeypatch):
+    """Parts of 3, 1 and 0 questions, as where another process has more."""
+    pmc = core(tiny.double(), tokenizer, selection=selection, normalization=normalization)
+    pmc.prepare()
+    split = replace(pmc.sample(range(4)), sizes=[4, 7]).split(3)
+    retain = pmc.encode_retain(RETAIN)
+    parts = list(zip(split, (retain[:3], retain[3:], []), strict=True))
+    assert [len(part.indices) for part, _ in parts] == [3, 1, 0]
+    monkeypatch.setattr(pmc.ranks, "gather", lambda own: [own, (0, 0, [True] * len(own[2]))])
+    apart = [pmc.loss(*part, retain_tokens=sum(map(num_targets, retain))) for part in parts[:2]]
+    torch.stack([out.loss for out in apart]).sum().backward()
+    theirs = gradients(pmc.model)
+    for max_tokens in (8192, 80):
+        pmc.config.max_tokens = max_tokens
+        made = []
+        for out in pmc.step_losses(parts):
+            out.loss.backward()
+            made.append(out)
+        assert (len(made) == 1) == (max_tokens == 8192)
+        close(gradients(pmc.model), theirs, 1e-6)
+        assert sum(out.loss.item() for out in made) == pytest.approx(sum(o.loss.item() for o in apart), rel=1e-6)
+        for name in ("collapse", "retain"):
+            each = [getattr(out, name).item() for out in apart]
+            assert getattr(made[-1], name).tolist() == pytest.approx([*each, 0], rel=1e-6), name
+
+
+def test_a_step_without_parts_or_words_is_refused(ready):
+    pmc, step = ready()
+    with pytest.raises(PMCError, match=r"give it all of step.split\(size\)"):
+        next(pmc.step_losses([]))
+    first, second = step.split(2)
+    silent = replace(second, answers=[[Encoded([5], [-100])]] * 2)
+    with pytest.raises(PMCError, match="a micro-batch has no token to train on"):
+        next(pmc.step_losses([(first, pmc.encode_retain(RETAIN)), (silent, [])]))
+    pmc.config.normalization = "step"
+    with pytest.raises(PMCError, match="the step has 2 parts: give step_losses all of them"):
+        next(pmc.step_losses([(first, pmc.encode_retain(RETAIN))]))
+
+
 @pytest.mark.parametrize("selection", ["argmin", "soft"])
 def test_a_steps_mean_does_not_depend_on_its_parts(ready, selection):
     pmc, step = ready(normalization="step", selection=selection)
@@ -211,6 +254,33 @@ def test_losses_come_pack_by_pack(ready):
     assert len(parts) == whole.counters["packs"] > 2
     assert sum(p.loss.item() for p in parts) == pytest.approx(whole.loss.item(), rel=1e-6)
     assert parts[-1].retain == whole.retain
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_ddp_exchanges_gradients_once_a_step(ready, process_group, static):
+    """With the last pack: those before it accumulate. Not with static_graph, which would fail."""
+    pmc, step = ready(max_tokens=30)
+    parts = [(part, pmc.encode_retain(RETAIN[:2])) for part in step.split(2)]
+    for out in pmc.step_losses(parts):
+        out.loss.backward()
+    theirs = gradients(pmc.model)
+    wrapped, reduced = DistributedDataParallel(pmc.model, static_graph=static), []
+
+    def hook(state, bucket):
+        reduced.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, hook)
+    packs = 0
+    for out in pmc.step_losses(parts, model=wrapped):
+        assert static or not reduced
+        out.loss.backward()
+        packs += 1
+    assert packs > 2
+    assert static or sum(reduced) == sum(p.numel() for p in pmc.model.parameters())
+    close(gradients(pmc.model), theirs, 1e-6)
 
 
 def test_a_padded_batch_is_what_it_holds(ready):

@@ -8,7 +8,9 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,10 +23,13 @@ from pmc_fast import (
     PMCTrainer,
 )
 from pmc_fast.data import Row
+from pmc_fast.data.packing import num_targets
+from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.pmc.schedule import EpochOrder
 from pmc_fast.trainer import checkpointing
 from pmc_fast.trainer.callbacks import StepProfiler, StopRule
 from pmc_fast.trainer.master_weights import MasterWeights
+from tests.families import FAMILIES, build
 
 QUESTIONS = [f"What is fact {i}?" for i in range(5)]
 RETAIN = [Row(f"Is {i} even?", f"It is {i % 2 == 0}.") for i in range(6)]
@@ -45,8 +50,6 @@ def trainer_of(model, tokenizer, args, forget=QUESTIONS, retain=RETAIN, pmc=None
 
 def half(initial, candidates, min_len):
     """A reward that is never satisfied and depends on the answers."""
-    import numpy as np
-
     return np.array([[0.2 + 0.5 * (len(x) % 7) / 7 for x in texts] for texts in candidates])
 
 
@@ -85,6 +88,46 @@ def test_the_trainers_steps_are_the_cores(fresh, tokenizer, tmp_path):
     assert trainer.state.global_step == 4
     assert (flat(model) - flat(trainer.model)).norm() <= 1e-3 * (flat(model) - start).norm()
     assert pmc.store.state_dict() == trainer.pmc.store.state_dict()
+
+
+@pytest.mark.parametrize("normalization", ["micro_batch", "step"])
+def test_a_step_is_one_pass_and_ends_where_its_parts_do(tokenizer, tmp_path, normalization, monkeypatch):
+    """20 steps, every other one of a single part, of a small model of token ids."""
+    ids = [
+        [int(i) for i in torch.randint(20, 60, (n,), generator=torch.Generator().manual_seed(n))]
+        for n in range(3, 14)
+    ]
+    passes, run = [], PackedPass.__call__
+
+    def counted(packed, *given, **how):
+        passes.append(torch.is_grad_enabled())
+        return run(packed, *given, **how)
+
+    def apart(pmc, parts, *, model):
+        tokens = sum(num_targets(s) for _, kept in parts for s in kept)
+        made = [pmc.loss(*part, model=model, retain_tokens=tokens) for part in parts]
+        for out in made:
+            yield replace(out, **{n: torch.stack([getattr(o, n) for o in made]) for n in ("collapse", "retain")})
+
+    def trained():
+        args = arguments(tmp_path, num_train_epochs=10, include_num_input_tokens_seen="all", learning_rate=0.1)
+        model, retain = build(FAMILIES["phi"]()), [{"input_ids": row, "labels": row} for row in ids[5:]]
+        pmc = {"normalization": normalization, "max_length": 24}
+        trainer = trainer_of(model, tokenizer, replace(args, optim="sgd"), ids[:5], retain, pmc)
+        start = flat(model)
+        trainer.train()
+        return flat(model) - start, trainer.state
+
+    monkeypatch.setattr(PackedPass, "__call__", counted)
+    ours, state = trained()
+    assert sum(passes) == state.global_step == 20
+    monkeypatch.setattr(PMC, "step_losses", apart)
+    theirs, their_state = trained()
+    assert sum(passes) == 20 + 30
+    assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+    for a, b in zip(state.log_history[:-1], their_state.log_history[:-1], strict=True):
+        clocks = {name: x for name, x in a.items() if "second" in name or "runtime" in name}
+        assert a == pytest.approx(b | clocks, rel=1e-6)
 
 
 def test_accumulation_changes_no_gradient_of_a_steps_mean(fresh, tokenizer, tmp_path):
