@@ -6,7 +6,7 @@ from ..errors import PMCError
 from .checks import check_inputs, check_ranges, no_double_backward, under_autocast, without_autocast
 from .dispatch import resolve_backend
 from .nll_reference import gather_logps_reference
-from .weighted_nll import WORKSPACE, weighted_nll_op
+from .weighted_nll import WORKSPACE, head_gradient, weighted_nll_op
 
 
 def gather_logps(
@@ -95,9 +95,11 @@ def _backward(ctx, g_logps):  # type: ignore[no-untyped-def]
     *how, workspace, backend = ctx.settings
     need = [bool(n) for n in ctx.needs_input_grad[:3]]
     # d(sum of g * logps) is the weighted loss whose scales are -g
-    grads = weighted_nll_op(hidden, head, bias, targets, -g_logps, rows, *how, *need, workspace, backend)[2:]
-    inputs = (hidden, head, bias)
-    return (*[g.to(t.dtype) if n else None for g, t, n in zip(grads, inputs, need, strict=True)], *[None] * 7)
+    made = weighted_nll_op(hidden, head, bias, targets, -g_logps, rows, *how, *need, workspace, backend)
+    grads = [g.to(t.dtype) if n else None for g, t, n in zip(made[2:5], ctx.saved_tensors, need, strict=False)]
+    if need[1]:
+        grads[1] = head_gradient(made[3:], torch.ones_like(made[0]), head.dtype)
+    return (*grads, *[None] * 7)
 
 
 gather_logps_op.register_autograd(_backward, setup_context=_setup_context)

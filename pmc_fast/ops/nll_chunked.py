@@ -1,8 +1,10 @@
 """What the CPU and CUDA share of weighted_nll: rows that count, chunks of them, three GEMMs a chunk.
 
 Only a bounded chunk of logits exists at a time. A row kernel turns it into log-probs and, in place,
-into d(logits); since every row's scale is known up front, d(hidden) and d(head) follow at once and
-nothing is recomputed: 6 M D V FLOPs, 4 with a frozen head, 2 without gradients.
+into d(logits); since every row's scale is known up front, d(hidden) follows at once and nothing is
+recomputed: 6 M D V FLOPs, 4 with a frozen head, 2 without gradients. d(head) of several chunks follows
+at once, too. Where all rows fit one chunk its d(logits) are kept: backward forms d(head) with the
+upstream gradient folded into the hidden rows, so that neither memory nor a pass over [V, D] is spent on it.
 """
 
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ class Device(Protocol):
 
     def chunk_rows(self, rows: int, head: torch.Tensor, workspace: int) -> int:
         """Return how many rows of logits to hold at once."""
+
+    def keeps(self, hidden: torch.Tensor, head: torch.Tensor, workspace: int) -> bool:
+        """Return whether d(logits) of all rows are kept for backward, as shapes and dtypes tell."""
 
     def logits_dtype(self, hidden: torch.Tensor) -> torch.dtype:
         """Return the type of the logits chunk."""
@@ -106,10 +111,11 @@ def run(
     how: Logits,
     need: tuple[bool, bool, bool],
     workspace: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return loss, logps and the gradients of hidden, head and bias; what is not needed is empty.
+) -> tuple[torch.Tensor, ...]:
+    """Return loss, logps, the gradients of hidden, head and bias, and what is kept; what is not needed is empty.
 
-    Gradients are in the inputs' dtype; float16's, and the bias's, are in float32.
+    Gradients are in the inputs' dtype; float16's, and the bias's, are in float32. Kept are d(logits) [R, V], the hidden
+    rows [R, D] that d(head) is their product with, and how many rows of both count: int64 [1] on the host.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     need_hidden, need_head, need_bias = need
@@ -131,7 +137,9 @@ def run(
     # several chunks add up in float32; a single one is written once in the head's own type
     d_head = None
     d_head_dtype = wide if active_chunks > 1 or boost is not None else head.dtype
-    buffer = torch.empty(min(size, plan.used), vocab, dtype=device.logits_dtype(hidden), device=hidden.device)
+    keep = need_head and device.keeps(hidden, head, workspace)
+    held = hidden.shape[0] if keep else min(size, plan.used)
+    buffer = torch.empty(held, vocab, dtype=device.logits_dtype(hidden), device=hidden.device)
     for c in range(chunks):
         begin, end = c * size, min((c + 1) * size, plan.used)
         logits = buffer[: end - begin]
@@ -143,10 +151,15 @@ def run(
             d_logits, part = logits[:with_grad], rows[begin : begin + with_grad]
             if need_hidden:
                 d_rows[begin : begin + with_grad] = _unboost(device.d_hidden(d_logits, head), boost)
-            if need_head:
+            if need_head and not keep:
                 d_head = device.d_head(d_logits, part, d_head, d_head_dtype)
             if need_bias:
                 d_bias += d_logits.sum(0, dtype=wide)
+    kept = [hidden.new_empty(0), hidden.new_empty(0), torch.empty(0, dtype=torch.int64)]
+    if keep:
+        factors = torch.zeros(hidden.shape, dtype=buffer.dtype, device=hidden.device)
+        factors[: plan.active] = _unboost(rows[: plan.active].to(buffer.dtype), boost)
+        kept = [buffer, factors, torch.tensor([plan.active])]
     del buffer
     loss = -(scale * logps).sum()
     d_hidden = d_rows
@@ -154,10 +167,11 @@ def run(
         d_hidden = torch.zeros_like(hidden, dtype=narrow).index_copy_(0, plan.rows, d_rows)
     unsorted = torch.empty_like(logps).scatter_(0, plan.order, logps)
     if d_head is None:
-        d_head = torch.zeros_like(head, dtype=narrow) if need_head else head.new_empty(0, dtype=narrow)
+        wanted = need_head and not keep
+        d_head = torch.zeros_like(head, dtype=narrow) if wanted else head.new_empty(0, dtype=narrow)
     d_head = (d_head if boost is None else d_head.div_(boost)).to(narrow)
     d_bias = _unboost(d_bias, boost)
-    return loss, unsorted, d_hidden, d_head, d_bias
+    return loss, unsorted, d_hidden, d_head, d_bias, *kept
 
 
 def _boost(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ import torch
 
 from . import native
 from .nll_chunked import Logits
+from .products import weight_gradient
 
 CHUNK_BYTES = 64 << 20  # logits held at once: larger chunks are no faster
 VOCAB_BLOCK = 8192  # rows of a bfloat16 or float16 head made float32 at a time
@@ -12,12 +13,21 @@ VOCAB_BLOCK = 8192  # rows of a bfloat16 or float16 head made float32 at a time
 class Cpu:
     """Computes in float32 (or float64) whatever the inputs are: low-precision GEMMs are slow on most CPUs."""
 
+    @staticmethod
+    def most_rows(head: torch.Tensor, workspace: int) -> int:
+        return max(1, min(workspace, CHUNK_BYTES) // (head.shape[0] * Cpu.logits_dtype(head).itemsize))
+
+    @staticmethod
+    def keeps(hidden: torch.Tensor, head: torch.Tensor, workspace: int) -> bool:
+        return hidden.shape[0] <= Cpu.most_rows(head, workspace)
+
     def chunk_rows(self, rows: int, head: torch.Tensor, workspace: int) -> int:
-        size = max(1, min(workspace, CHUNK_BYTES) // (head.shape[0] * self.logits_dtype(head).itemsize))
+        size = self.most_rows(head, workspace)
         chunks = max(1, -(-rows // size))
         return max(1, -(-rows // chunks))  # of equal size
 
-    def logits_dtype(self, hidden: torch.Tensor) -> torch.dtype:
+    @staticmethod
+    def logits_dtype(hidden: torch.Tensor) -> torch.dtype:
         return torch.promote_types(hidden.dtype, torch.float32)
 
     def logits(self, hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
@@ -36,8 +46,7 @@ class Cpu:
     def d_head(
         self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        hidden = hidden.to(d_logits.dtype)
-        return d_logits.T @ hidden if total is None else total.addmm_(d_logits.T, hidden)
+        return weight_gradient(d_logits, hidden.to(d_logits.dtype), total)
 
     def nll_rows(
         self,

@@ -4,6 +4,7 @@ import torch
 
 from .native import triton_kernels
 from .nll_chunked import Logits
+from .products import weight_gradient
 
 
 class Cuda:
@@ -12,13 +13,23 @@ class Cuda:
     def __init__(self) -> None:
         self._kernel = triton_kernels("nll_rows")
 
+    @staticmethod
+    def most_rows(head: torch.Tensor, workspace: int) -> int:
+        return max(1, workspace // (head.shape[0] * head.element_size()))
+
+    @staticmethod
+    def keeps(hidden: torch.Tensor, head: torch.Tensor, workspace: int) -> bool:
+        # a factor such as a loss scale would overflow float16's hidden rows
+        return hidden.dtype != torch.float16 and hidden.shape[0] <= Cuda.most_rows(head, workspace)
+
     def chunk_rows(self, rows: int, head: torch.Tensor, workspace: int) -> int:
-        size = max(1, workspace // (head.shape[0] * head.element_size()))
+        size = self.most_rows(head, workspace)
         chunks = max(1, -(-rows // size))
         equal = -(-rows // chunks)
         return max(1, min(size, -(-equal // 128) * 128))  # of equal size, in whole GEMM tiles
 
-    def logits_dtype(self, hidden: torch.Tensor) -> torch.dtype:
+    @staticmethod
+    def logits_dtype(hidden: torch.Tensor) -> torch.dtype:
         return hidden.dtype
 
     def logits(self, hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
@@ -30,13 +41,7 @@ class Cuda:
     def d_head(
         self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        if dtype == hidden.dtype:
-            return d_logits.T @ hidden if total is None else total.addmm_(d_logits.T, hidden)
-        if not hidden.is_cuda:  # in Triton's interpreter: torch's CPU GEMMs know no out_dtype
-            return self.d_head(d_logits.to(dtype), hidden.to(dtype), total, dtype)
-        if total is None:
-            return torch.mm(d_logits.T, hidden, out_dtype=dtype)
-        return torch.addmm(total, d_logits.T, hidden, out_dtype=dtype, out=total)
+        return weight_gradient(d_logits, hidden, total, dtype)
 
     def nll_rows(
         self,

@@ -4,6 +4,7 @@ Low precision is judged by what torch reaches in it: |ours - fp64| <= 3 |torch -
 the last bit. On machines without a GPU the Triton path runs in Triton's interpreter.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -191,21 +192,25 @@ def test_scale_0_still_gives_its_log_prob(backend):
 def test_only_what_is_needed_is_computed(backend, needs, monkeypatch):
     from pmc_fast.ops import nll_cpu, nll_cuda
 
-    device = nll_cpu.Cpu if backend == "cpu" else nll_cuda.Cuda
+    device = nll_cpu if backend == "cpu" else nll_cuda
     called = []
-    for product in ("d_hidden", "d_head"):
-        real = getattr(device, product)
-        monkeypatch.setattr(
-            device, product, lambda *a, real=real, product=product: [called.append(product), real(*a)][1]
-        )
+    front = importlib.import_module("pmc_fast.ops.weighted_nll")
+    places = ((device.Cpu if backend == "cpu" else device.Cuda, "d_hidden", "hidden"),
+              (device, "weight_gradient", "head"), (front, "weight_gradient", "head"))  # fmt: skip
+    for place, product, name in places:
+        real = getattr(place, product)
+        monkeypatch.setattr(place, product, lambda *a, real=real, name=name: [called.append(name), real(*a)][1])
     x = make(bias=True)
-    full, some = run(x, "reference", dtype=torch.float64), run(x, backend, needs=needs)
-    assert {name.removeprefix("d_") for name in called} == set(needs) - {"bias"}
-    for k, f, s in zip(WITH_GRAD, full[2:], some[2:], strict=True):
-        if k in needs:
-            torch.testing.assert_close(s.cpu().double(), f, atol=1e-5, rtol=1e-5)
-        else:
-            assert s is None
+    full = run(x, "reference", dtype=torch.float64)
+    for workspace in (1 << 30, 31 * 4 * 2):  # d(head) in backward, or chunk by chunk
+        called.clear()
+        some = run(x, backend, needs=needs, workspace=workspace)
+        assert set(called) == set(needs) - {"bias"}
+        for k, f, s in zip(WITH_GRAD, full[2:], some[2:], strict=True):
+            if k in needs:
+                torch.testing.assert_close(s.cpu().double(), f, atol=1e-5, rtol=1e-5)
+            else:
+                assert s is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # a bfloat16 head is read in blocks
@@ -420,6 +425,41 @@ def test_a_second_backward_is_right_and_a_second_derivative_is_refused():
     for product in (loss * hidden.sum(), gather_logps(hidden, x["head"], x["targets"]).square().sum()):
         with pytest.raises(PMCError, match="second derivatives"):
             torch.autograd.grad(product, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace", [1 << 30, 31 * 4 * 2])  # d(head) in backward, or chunk by chunk
+def test_a_second_backward_of_the_head_is_right(backend, workspace):
+    x = make(scale="mean")
+    exact = run(x, "reference", dtype=torch.float64)[3]
+    head = x["head"].to(DEVICE[backend]).requires_grad_()
+    rest = [x[k].to(DEVICE[backend]) for k in ("hidden", "targets", "row_scale")]
+    loss, _ = weighted_nll(rest[0], head, *rest[1:], backend=backend, workspace=workspace)
+    (first,) = torch.autograd.grad(loss, head, retain_graph=True)
+    first.mul_(5)  # it is the caller's
+    (second,) = torch.autograd.grad(loss * 2, head)
+    torch.testing.assert_close(first.cpu().double(), 5 * exact, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(second.cpu().double(), 2 * exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace", [1 << 30, 31 * 4 * 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("needs", [("hidden", "head"), ("head",)])
+def test_d_head_is_added_to_a_total(backend, workspace, dtype, needs):
+    """One that is float32 also where the head is not: then d(head) is not rounded on the way."""
+    x = make(dtype=dtype, scale="mean")
+    want = run(x, "reference", dtype=torch.float64, upstream=-0.4)
+    total = torch.full(x["head"].shape, 2.0, device=DEVICE[backend])
+    ours = run(x, backend, upstream=-0.4, needs=needs, workspace=workspace, head_total=total)
+    assert ours[3] is None
+    bound = 1e-5 if dtype == torch.float32 else 2e-2 * float(want[3].abs().max())
+    torch.testing.assert_close(total.cpu().double() - 2, want[3], atol=bound, rtol=1e-5)
+    assert ("hidden" in needs) == (ours[2] is not None)
+    with pytest.raises(PMCError, match=r"head_total must be \(31, 7\)"):
+        run(x, backend, head_total=total[1:])
+    with pytest.raises(PMCError, match="the backend cpu or cuda"):
+        run(x, "reference", head_total=total)
 
 
 def test_gradients_accumulate_and_do_not_alias():
