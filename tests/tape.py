@@ -27,8 +27,12 @@ class Tape(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
-    def record(self, compute):
-        compute()  # as the real one does, to find out whether it can be captured
+    def record(self, *parts):
+        for compute in parts:
+            compute()  # as the real one does, to find out whether it can be captured
+        return [self._capture(compute) for compute in parts]
+
+    def _capture(self, compute):
         tape = type(self)()
         patch = self.watch(tape)
         try:
@@ -36,17 +40,23 @@ class Tape(TorchDispatchMode):
                 out = compute()
         finally:
             patch.undo()
-        out.fill_(torch.nan)  # a capture computes nothing yet
+        if out is not None:
+            out.fill_(torch.nan)  # a capture computes nothing yet
 
         def replay():
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 for func, args, kwargs, before in tape.calls:
                     now = func(*args, **kwargs)
-                    for new, old in zip(
-                        *([x] if isinstance(x, torch.Tensor) else x for x in (now, before)), strict=True
-                    ):
-                        if isinstance(old, torch.Tensor):
+                    for new, old in zip(*(tensors(x) for x in (now, before)), strict=True):
+                        if new.data_ptr() != old.data_ptr():  # a view, of a weight say, has not changed
                             old.copy_(new)
-                out.add_(self.fault)
+                if out is not None:
+                    out.add_(self.fault)
 
         return replay
+
+
+def tensors(results):
+    """Return the tensors that an operation returned."""
+    several = results if isinstance(results, (tuple, list)) else [results]
+    return [x for x in several if isinstance(x, torch.Tensor)]

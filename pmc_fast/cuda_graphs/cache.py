@@ -50,6 +50,10 @@ class GraphCache(Generic[Graph]):
         """Return the sizes that can be replayed."""
         return [size for size, graph in self._graphs.items() if graph is not None]
 
+    def graphs(self) -> list[Graph]:
+        """Return the graphs that there are."""
+        return [graph for graph in self._graphs.values() if graph is not None]
+
     def get(self, size: Hashable, capture: Callable[[Recorder], Graph]) -> Graph | None:
         """Return the graph to replay for a pass, or None if the pass is to run eagerly.
 

@@ -1,19 +1,27 @@
-"""Gradients of replayed passes: the buffers that graphs write, and how autograd reads them."""
+"""Gradients of replayed passes: the parameters' own `.grad` are views of the buffers that graphs add to."""
 
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
+from ..errors import PMCError
 from ..ops.checks import no_double_backward
-from ..ops.scaled import scaled
+from .aliases import Caller
+from .recorder import CaptureError
 from .static_inputs import ALIGNED, round_up
+
+ALL_AT_ONCE = (
+    "a replayed pass adds to .grad of all trained parameters at once: call loss.backward() without inputs, or use "
+    "cuda_graphs=False for torch.autograd.grad"
+)
+# Private, and the only way to tell whether memory is still in use, or which nodes a backward runs.
+_storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+_will_run: Callable[[Any], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 class Gradients:
-    """The buffers that all graphs of a model write gradients to, one for each dtype.
+    """The buffers that all graphs of a model add gradients to, one for each dtype.
 
     Parameters
     ----------
@@ -22,107 +30,215 @@ class Gradients:
     """
 
     def __init__(self, call: Any) -> None:
+        if _storage_use_count is None:
+            raise CaptureError("this torch does not tell whether the memory of gradients is in use")
+        self._weights = list(call.parameters())
         self._named = {name: p for name, p in call.named_parameters() if p.requires_grad}
         ends: dict[torch.dtype, int] = {}
-        places = {}
+        self._places = {}
         for name, p in self._named.items():
             begin = ends.get(p.dtype, 0)
-            places[name] = begin
+            self._places[name] = begin
             ends[p.dtype] = round_up(begin + p.numel(), ALIGNED)
         some = next(iter(self._named.values()))
         self.buffers = {dtype: torch.zeros(n, dtype=dtype, device=some.device) for dtype, n in ends.items()}
-        self._places = places
-        self._reached: set[str] = set()  # by the loss; other parameters get no gradient
-        self._pending: weakref.ref[Pending] | None = None
+        self._idle = self._uses()  # references to the buffers where no gradient is handed out
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The trained ones, in the order of `views`."""
+        """The trained ones."""
         return list(self._named.values())
 
-    def views(self, buffers: Mapping[torch.dtype, torch.Tensor]) -> list[torch.Tensor | None]:
-        """Return each parameter's part of buffers."""
-        return [self._view(buffers, name) if name in self._reached else None for name in self._named]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
 
-    def _view(self, buffers: Mapping[torch.dtype, torch.Tensor], name: str) -> torch.Tensor:
-        p, begin = self._named[name], self._places[name]
-        return buffers[p.dtype][begin : begin + p.numel()].view(p.shape)
+    def caller(self, call: Any) -> Caller:
+        """Return the model with parameters whose gradients are added to the buffers."""
+        aliases = {name: p.detach().requires_grad_() for name, p in self._named.items()}
+        for name, alias in aliases.items():
+            alias.grad = self._view(name)
+        return Caller(call, aliases)
 
-    def norms(self) -> torch.Tensor:
-        """Return each gradient's norm: float32 [parameters that are part of the loss]."""
-        views = [v for v in self.views(self.buffers) if v is not None]
-        return torch.stack(
-            [torch.linalg.vector_norm(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in views]
-        )
+    def norms(self, names: Iterable[str]) -> torch.Tensor:
+        """Return the gradients' norms: float32 or wider, [names]."""
+        return torch.stack([_norm(self._view(name)) for name in names])
 
-    def next(self) -> "Pending":
-        """Return the gradients of the next replay, after copying those of the last one that autograd has yet to read."""
-        before = self._pending() if self._pending is not None else None
-        if before is not None:
-            before.move()
-        pending = Pending(self)
-        self._pending = weakref.ref(pending)
-        return pending
+    def held(self) -> bool:
+        """Return whether gradients that were taken from their parameters are still in use elsewhere.
 
-    def caller(self, call: Any) -> "_Caller":
-        """Return the model with parameters that share the real ones' memory and write their gradients here."""
-        aliases = {}
+        As where a user keeps those of one pass and sets `.grad` to None: a replay would overwrite them.
+        """
+        out = dict.fromkeys(self.buffers, 0)
         for name, p in self._named.items():
-            alias = p.detach().requires_grad_()
-            alias.register_post_accumulate_grad_hook(self._keeper(name))
-            aliases[name] = alias
-        return _Caller(call, aliases)
+            out[p.dtype] += self._is_ours(name, p.grad)
+        uses = {dtype: n - out[dtype] for dtype, n in self._uses().items()}
+        self._idle = {dtype: min(n, self._idle[dtype]) for dtype, n in uses.items()}
+        return sum(out.values()) < len(self._named) and uses != self._idle
 
-    def _keeper(self, name: str) -> Callable[[torch.Tensor], None]:
-        def keep(alias: torch.Tensor) -> None:
-            assert alias.grad is not None
-            self._reached.add(name)
-            self._view(self.buffers, name).copy_(alias.grad)
-            alias.grad = None  # its memory is used for the next one
+    def save(self) -> dict[torch.dtype, torch.Tensor] | None:
+        """Return a copy of gradients that are in use, which a capture is about to overwrite."""
+        if not any(self._is_ours(name, p.grad) for name, p in self._named.items()):
+            return None
+        try:
+            return {dtype: buffer.clone() for dtype, buffer in self.buffers.items()}
+        except torch.OutOfMemoryError:
+            return {dtype: buffer.cpu() for dtype, buffer in self.buffers.items()}
 
-        return keep
+    def restore(self, saved: Mapping[torch.dtype, torch.Tensor] | None) -> None:
+        """Undo what a capture wrote, and count the references that it holds."""
+        for dtype, buffer in (saved or {}).items():
+            self.buffers[dtype].copy_(buffer)
+        out = dict.fromkeys(self.buffers, 0)
+        for name, p in self._named.items():
+            out[p.dtype] += self._is_ours(name, p.grad)
+        self._idle = {dtype: n - out[dtype] for dtype, n in self._uses().items()}
+
+    def add(self, names: Iterable[str], replay: Callable[[], None]) -> None:
+        """Add what a replay adds to the buffers to parameters' `.grad`, which are parts of the buffers from then on.
+
+        A `.grad` that is other memory stays, and is added to.
+        """
+        if self.held():
+            self._add_apart(names, replay)
+            return
+        new = [name for name in names if not self._is_ours(name, self._named[name].grad)]
+        if not any(self._is_ours(name, p.grad) for name, p in self._named.items()):
+            for buffer in self.buffers.values():
+                buffer.zero_()
+        elif new:
+            torch._foreach_zero_([self._view(name) for name in new])
+        others = [name for name in new if self._named[name].grad is not None]
+        for name in new:
+            if self._named[name].grad is None:
+                self._named[name].grad = self._view(name)
+        replay()
+        for name in others:
+            _accumulate(self._named[name], self._view(name))
+
+    def _add_apart(self, names: Iterable[str], replay: Callable[[], None]) -> None:
+        # what is held was taken between forward and backward
+        before = {dtype: buffer.clone() for dtype, buffer in self.buffers.items()}
+        for buffer in self.buffers.values():
+            buffer.zero_()
+        replay()
+        made = {dtype: buffer.clone() for dtype, buffer in self.buffers.items()}
+        for dtype, buffer in before.items():
+            self.buffers[dtype].copy_(buffer)
+        for name in names:
+            _accumulate(self._named[name], self._view(name, made))
+
+    def weights(self) -> list[tuple[int, int]]:
+        """Return where the weights are and which version: backward must find what forward has read."""
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._weights]
+
+    def _view(self, name: str, buffers: Mapping[torch.dtype, torch.Tensor] | None = None) -> torch.Tensor:
+        p, begin = self._named[name], self._places[name]
+        return (buffers or self.buffers)[p.dtype][begin : begin + p.numel()].view(p.shape)
+
+    def _is_ours(self, name: str, grad: torch.Tensor | None) -> bool:
+        if grad is None or grad.layout != torch.strided:
+            return False
+        buffer = self.buffers[self._named[name].dtype]
+        place = buffer.data_ptr() + self._places[name] * buffer.itemsize
+        return grad.data_ptr() == place and grad.dtype == buffer.dtype and grad.is_contiguous()
+
+    def _uses(self) -> dict[torch.dtype, int]:
+        assert _storage_use_count is not None
+        return {dtype: _storage_use_count(b.untyped_storage()._cdata) for dtype, b in self.buffers.items()}
 
 
-class _Caller:
-    """A model called with other parameters."""
+def measured(call: Any, norms: dict[str, torch.Tensor]) -> Caller:
+    """Return the model with parameters whose gradients are measured and freed one by one, for `norms`."""
 
-    def __init__(self, call: Any, parameters: dict[str, torch.Tensor]) -> None:
-        self._call, self._parameters = call, parameters
-        self.modules = call.modules
+    def measure(name: str, alias: torch.Tensor) -> None:
+        assert alias.grad is not None
+        norms[name] = _norm(alias.grad)
+        alias.grad = None
 
-    def __call__(self, **inputs: Any) -> Any:
-        return functional_call(self._call, self._parameters, (), inputs)
+    aliases = {name: p.detach().requires_grad_() for name, p in call.named_parameters() if p.requires_grad}
+    for name, alias in aliases.items():
+        alias.register_post_accumulate_grad_hook(lambda alias, name=name: measure(name, alias))
+    return Caller(call, aliases)
 
 
-class Pending:
-    """Gradients of one pass, until autograd reads them."""
+def _accumulate(p: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    if p.grad is None:
+        p.grad = gradient
+    else:
+        p.grad.add_(gradient)
 
-    def __init__(self, gradients: Gradients) -> None:
-        self._gradients = gradients
-        self._buffers: Mapping[torch.dtype, torch.Tensor] | None = gradients.buffers
 
-    def move(self) -> None:
-        """Copy what the next pass is about to overwrite."""
-        if self._buffers is self._gradients.buffers:
-            self._buffers = {dtype: buffer.clone() for dtype, buffer in self._buffers.items()}
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    def consume(self, factor: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return the gradients times `factor`; a second call is an error."""
-        if self._buffers is None:
+
+def needs_autograd(p: torch.nn.Parameter) -> bool:
+    """Return whether only autograd serves a parameter: it has hooks, a gradient of another dtype, or no elements."""
+    hooks = p._backward_hooks or p._post_accumulate_grad_hooks
+    return bool(hooks) or getattr(p, "grad_dtype", p.dtype) != p.dtype or not p.numel()
+
+
+class Pass:
+    """A forward pass that was replayed, until its gradients are computed.
+
+    Parameters
+    ----------
+    gradients : Gradients
+    reached : collection of str
+        Names of the parameters that the loss depends on.
+    factor : Tensor []
+        The upstream gradient, for the replay.
+    replay : callable
+        Adds the gradients times `factor` to the buffers.
+    """
+
+    def __init__(
+        self, gradients: Gradients, reached: Iterable[str], factor: torch.Tensor, replay: Callable[[], None]
+    ) -> None:
+        self._gradients, self._reached, self._factor, self._replay = gradients, reached, factor, replay
+        self._weights = gradients.weights()
+        self.pending = True
+
+    def backward(self, upstream: torch.Tensor) -> None:
+        """Add the gradients to the parameters' `.grad`, once."""
+        if not self.pending:
             raise RuntimeError("backward a second time through a replayed pass: compute the loss again")
-        buffers, self._buffers = self._buffers, None
-        return self._gradients.views({dtype: scaled(buffer, factor) for dtype, buffer in buffers.items()})
+        if self._weights != self._gradients.weights():
+            raise RuntimeError(
+                "a weight was changed between a replayed pass and its backward: compute the loss again"
+            )
+        if any(map(needs_autograd, self._gradients.parameters)):
+            raise PMCError("a parameter got hooks between a replayed pass and its backward: register them before it")
+        self.pending = False
+        self._factor.copy_(upstream)
+        self._gradients.add(self._reached, self._replay)
 
 
 class Replayed(torch.autograd.Function):
-    """A loss whose gradients have been computed."""
+    """A loss whose backward is replayed, and writes `.grad` itself."""
 
     @staticmethod
-    def forward(ctx: Any, pending: Pending, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.pending = pending
+    def forward(ctx: Any, replayed: Pass, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.replayed = replayed
         return loss.clone()
 
     @staticmethod
     @no_double_backward
-    def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.pending.consume(factor)
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
+        nodes = [node for node, _ in ctx.next_functions if node is not None]
+        if not _all_run(nodes):
+            raise PMCError(ALL_AT_ONCE)
+        ctx.replayed.backward(upstream)
+        return None, None, *[None] * len(nodes)
+
+
+def _all_run(nodes: list[Any]) -> bool:
+    """Return whether the running backward reaches all leaves, and accumulates rather than returns their gradients."""
+    if _will_run is None:  # then torch itself says that it finds no gradients
+        return True
+    try:
+        return all(map(_will_run, nodes))
+    except RuntimeError:  # of torch.autograd.grad
+        return False

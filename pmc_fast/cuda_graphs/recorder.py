@@ -61,8 +61,8 @@ def fresh_autocast_cache() -> Iterator[None]:
 class Recorder(Protocol):
     """Captures computations."""
 
-    def record(self, compute: Callable[[], Any]) -> Callable[[], None]:
-        """Run a computation, capture it, and return what repeats it on the same memory."""
+    def record(self, *parts: Callable[[], Any]) -> list[Callable[[], None]]:
+        """Run a computation, capture each of its parts, and return what repeats each on the same memory."""
 
 
 class CudaRecorder:
@@ -80,8 +80,8 @@ class CudaRecorder:
             # shared: graphs never run at the same time, so that one may use another's intermediate memory
             self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, compute: Callable[[], Any]) -> Callable[[], None]:
-        """Capture a computation after a run without capture, in which libraries set themselves up.
+    def record(self, *parts: Callable[[], Any]) -> list[Callable[[], None]]:
+        """Capture the parts of a computation after a run without capture, in which libraries set themselves up.
 
         Raises
         ------
@@ -93,20 +93,24 @@ class CudaRecorder:
             self._stream.wait_stream(here)
             try:  # before the capture: one that fails leaves the allocator of older torch damaged
                 with ForbidHostSync(), torch.cuda.stream(self._stream):
-                    compute()
+                    for compute in parts:
+                        compute()
             finally:  # memory that it read may be freed on this stream, also after an error
                 here.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: what a training program's other threads do (pin memory, say) does not end a capture
-            capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-            random = torch.cuda.get_rng_state()
-            try:
-                # the stream's own context also puts it back where the end of a failed capture raises
-                with torch.cuda.stream(self._stream), capture:
-                    compute()
-            except RuntimeError as error:
-                _renew_generator(random)
-                raise CaptureError(str(error).strip().splitlines()[0]) from error
+            return [self._capture(compute) for compute in parts]
+
+    def _capture(self, compute: Callable[[], Any]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what a training program's other threads do (pin memory, say) does not end a capture
+        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+        random = torch.cuda.get_rng_state()
+        try:
+            # the stream's own context also puts it back where the end of a failed capture raises
+            with torch.cuda.stream(self._stream), capture:
+                compute()
+        except RuntimeError as error:
+            _renew_generator(random)
+            raise CaptureError(str(error).strip().splitlines()[0]) from error
         return graph.replay
 
 

@@ -30,6 +30,11 @@ class StaticInputs:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._reserve(room)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer on the device."""
+        return self._device.nbytes
+
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Copy arrays and return them as tensors on the device, which share the buffer."""
         places, end = {}, 0

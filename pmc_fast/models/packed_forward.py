@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..cuda_graphs.aliases import Caller
 from ..cuda_graphs.recorder import CudaRecorder
 from ..cuda_graphs.training import PassGraphs
 from ..data import Encoded
@@ -45,8 +46,9 @@ class PackedPass:
         What to compute in under torch.autocast; by default the caller's own context counts.
     cuda_graphs : bool
         Replay CUDA graphs of passes with gradients, where they can be captured: on CUDA in bfloat16, of the bare
-        model or PEFT's, without hooks, dropout, checkpointing or sharding. Gradients are then computed with the loss,
-        and backward may be called once.
+        model or PEFT's, without hooks, dropout, checkpointing or sharding. Gradients of such a loss come in `.grad` of
+        all trained parameters, by one call of `backward` without `inputs`; `torch.autograd.grad` is refused. While a
+        loss waits for its backward, further passes run eagerly.
     """
 
     def __init__(self, base: Any, *, autocast_dtype: torch.dtype | None = None, cuda_graphs: bool = False) -> None:
@@ -117,8 +119,9 @@ class PackedPass:
             patching.check_rows(base, hidden.shape[1], len(pack.hidden_rows))
             # a sharded head is whole during its own call
             head = read_head(base)
+            total = model.total(head.weight) if isinstance(model, Caller) else None
             made["loss"], made["logps"] = weighted_nll(
-                hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options()
+                hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options(), head_total=total
             )
             if compare:
                 around.append(hidden.detach().clone())  # a model may scale in place

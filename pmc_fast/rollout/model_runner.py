@@ -122,7 +122,8 @@ class ModelStep:
             with fresh_autocast_cache():
                 return logits.copy_(self._compute(step))
 
-        return recorder.record(compute), logits
+        [replay] = recorder.record(compute)
+        return replay, logits
 
     def _compute(self, step: StepTensors) -> torch.Tensor:
         self._index = step.index

@@ -246,11 +246,11 @@ def test_a_size_that_fails_runs_eagerly_and_the_others_are_replayed(error):
     class FailsOnce(Tape):
         failures = 0
 
-        def record(self, compute):
+        def record(self, *parts):
             if not FailsOnce.failures:
                 FailsOnce.failures = 1
                 raise error
-            return super().record(compute)
+            return super().record(*parts)
 
     engine, expected = taped(model, FailsOnce), plain(model)
     with pytest.warns(UserWarning, match=r"LlamaForCausalLM: a decode step can't be captured") as warned:
@@ -342,7 +342,7 @@ def test_gpu_recorder():
     recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
     x, out = torch.arange(4.0, device="cuda"), torch.zeros(4, device="cuda")
     here = torch.cuda.current_stream()
-    replays = [recorder.record(lambda n=n: out.copy_(x * n + x.sum())) for n in (1, 2)]
+    replays = [recorder.record(lambda n=n: out.copy_(x * n + x.sum()))[0] for n in (1, 2)]
     x.add_(1)
     for n, replay in zip((1, 2), replays, strict=True):
         replay()
