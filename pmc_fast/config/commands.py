@@ -76,6 +76,10 @@ class UnlearnConfig(EvaluationConfig, PMCConfig):
 
     def validate(self) -> None:
         super().validate()
+        contradicts = self.dtype == "float32" and self.param_dtype == "bfloat16"
+        require(
+            not contradicts, "param_dtype", self.param_dtype, "float32, or dtype another one: it computes in bfloat16"
+        )
         for name in ("attack_samples", "side_effects_text", "min_quality", "min_utility"):
             value = getattr(self, name)
             require(
@@ -133,7 +137,6 @@ class RequestConfig(UnlearnConfig):
         if self.lora:
             require(bool(self.stack), "stack", self.stack, "the directory of the model's adapters, with lora")
             require(not self.output, "output", self.output, "left out with lora: an adapter goes into stack")
-            require(self.param_dtype != "bfloat16", "param_dtype", self.param_dtype, "float32 with lora")
             require(self.save_dtype == "auto", "save_dtype", self.save_dtype, "left out with lora: see merge")
         else:
             require(not self.stack, "stack", self.stack, "left out, or lora given")

@@ -81,8 +81,10 @@ def extract(wrapped: Any) -> Adapter:
 
 
 @torch.no_grad()
-def merge(model: Any, adapter: Adapter) -> None:
+def merge(model: Any, adapter: Adapter, device: torch.device | None = None) -> None:
     """Add an adapter's update to a model's weights in place, rounding each weight once.
+
+    `device` computes the sum, by default the weights' own.
 
     Products of two float32 numbers are exact in float64. The r products are added in order, scaled, added to the weight
     and rounded to its dtype: one IEEE operation per element at a time, so every machine and device gets the same bits.
@@ -97,14 +99,15 @@ def merge(model: Any, adapter: Adapter) -> None:
             raise PMCError(
                 f"the adapter's {name} is {(f.b.shape[0], f.a.shape[1])}, the model's {tuple(weight.shape)}"
             )
-        a, b = (x.to(weight.device, torch.float64) for x in (f.a, f.b))
+        at = weight.device if device is None else device
+        a, b = (x.to(at, torch.float64) for x in (f.a, f.b))
         count = max(1, _BLOCK // weight.shape[1])
         for begin in range(0, len(weight), count):
             part = weight[begin : begin + count]
-            change = torch.zeros(part.shape, dtype=torch.float64, device=weight.device)
+            change = torch.zeros(part.shape, dtype=torch.float64, device=at)
             for k in range(len(a)):
                 change.addcmul_(b[begin : begin + len(part), k, None], a[k])
-            part.copy_(part.double() + change * f.scaling)
+            part.copy_(part.to(at, torch.float64) + change * f.scaling)
 
 
 def concatenated(adapters: Sequence[Adapter]) -> Adapter:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import PMCError
 from ..jobs.earlier_runs import entry
 from ..models import loading
@@ -137,10 +139,20 @@ class Stack:
         """The recorded hash of the weights with all requests in them."""
         return self.requests[-1].record["model"]["after"]
 
-    def apply(self, model: Any, before: Callable[[ErasureRequest], None] = lambda request: None) -> str:
-        """Merge the requests' adapters into the base model's weights, in place; return the hash of the weights.
+    @property
+    def param_dtype(self) -> loading.ParamDtype | None:
+        """The dtype of the parameters that all requests were trained upon and measured with."""
+        return self.requests[-1].record["settings"].get("param_dtype", "float32") if self.requests else None
 
-        `before` is called with each request before its adapter is merged.
+    def apply(
+        self,
+        model: Any,
+        before: Callable[[ErasureRequest], None] = lambda request: None,
+        device: torch.device | None = None,
+    ) -> str:
+        """Merge the requests' adapters into the base model's float32 weights, in place; return the hash of the weights.
+
+        `before` is called with each request before its adapter is merged, and `device` computes the sums.
 
         Raises
         ------
@@ -159,7 +171,7 @@ class Stack:
             )
         for request in self.requests:
             before(request)
-            adapters.merge(model, adapters.read(request.directory))
+            adapters.merge(model, adapters.read(request.directory), device)
         weights, recorded = loading.weights_hash(model), self.requests[-1].record["model"]["after"]
         if weights != recorded:
             raise PMCError(

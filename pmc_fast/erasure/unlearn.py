@@ -18,6 +18,7 @@ from ..jobs.progress import Monitor, Stages
 from ..models import loading
 from ..utils.files import file_sha256, sync, written_aside
 from . import adapters, record
+from .exact import exact_model, round_into
 from .stack import PRIVATE, RECORD, Stack, locked
 
 
@@ -36,22 +37,28 @@ def unlearn_request(config: RequestConfig, monitor: Monitor | None = None) -> di
     """
     _check_possible()
     with locked(config.stack):
-        config = resolved(config)
         target = StackedAdapter(config)
-        report = unlearn.unlearn(config, monitor, target)
+        report = unlearn.unlearn(target.config, monitor, target)
         return report | {"request": str(target.directory)}
 
 
 def check_request(config: RequestConfig) -> Plan:
     """Check a request as `jobs.unlearn.check` does, and its stack; write nothing."""
     _check_possible()
-    config = resolved(config)
-    return unlearn.check(config, StackedAdapter(config))
+    target = StackedAdapter(config)
+    return unlearn.check(target.config, target)
 
 
-def resolved(config: RequestConfig) -> RequestConfig:
-    """Return a request's settings with the dtype of its parameters."""
-    return dataclasses.replace(config, param_dtype="float32")
+def _param_dtype(config: RequestConfig, stack: Stack) -> loading.ParamDtype:
+    """Return the dtype of the frozen parameters: that of the earlier requests, which were measured with it."""
+    made = stack.param_dtype
+    if made and config.param_dtype not in ("auto", made):
+        raise PMCError(
+            f"param_dtype is {config.param_dtype!r} but the requests in {stack.directory} were made with {made}: leave it out"
+        )
+    return made or loading.resolve_param_dtype(
+        config.param_dtype, config.dtype, loading.resolve_device(config.device)
+    )
 
 
 def _check_possible() -> None:
@@ -64,7 +71,10 @@ class StackedAdapter:
     """The next adapter of a stack; see `jobs.outputs.TrainingTarget`."""
 
     def __init__(self, config: RequestConfig) -> None:
-        self.config, self.stack = config, Stack(config.stack)
+        self.stack = Stack(config.stack)
+        # settings with the dtype of the frozen parameters
+        self.config = dataclasses.replace(config, param_dtype=_param_dtype(config, self.stack))
+        self.exact: Any = None
         self.directory = self.stack.next_directory
         self.base = self.before = self.after = ""  # hashes of weights
         self.adapter: adapters.Adapter | None = None
@@ -98,7 +108,9 @@ class StackedAdapter:
     def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
         c = self.config
         with stages("stacking"):
-            self.before = self.stack.apply(loaded.model)
+            self.exact = exact_model(loaded, c.model)
+            self.before = self.stack.apply(self.exact, device=loaded.model.device)
+            round_into(loaded.model, self.exact)
             number = len(self.stack.requests) + 1
             loaded.model = adapters.attach(
                 loaded.model, r=c.lora_r, alpha=c.lora_alpha, targets=c.lora_target, seed=c.seed + number
@@ -113,8 +125,9 @@ class StackedAdapter:
         with stages("merging"):
             self.adapter = adapters.extract(model)
             base = model.unload()
-            adapters.merge(base, self.adapter)
-            self.after = loading.weights_hash(base)
+            adapters.merge(self.exact, self.adapter, base.device)
+            self.after = loading.weights_hash(self.exact)
+            round_into(base, self.exact)
         return base
 
     def write(self, report: dict[str, Any], files: dict[str, bytes], plan: Plan) -> None:

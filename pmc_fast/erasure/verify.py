@@ -16,6 +16,7 @@ from ..jobs.progress import Monitor, Silent, Stages
 from ..models import loading
 from ..report.environment import machine, versions
 from ..rollout import RolloutEngine
+from .exact import exact_model, round_into
 from .record import CLAIM, read_private
 from .stack import PRIVATE, ErasureRequest, Stack, as_recorded
 
@@ -64,10 +65,19 @@ def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, An
     for name in missing:
         monitor.warn(f"request {name} is not verified: its forget file is not among --requests and was not kept")
     with stages("loading the model"):
-        loaded = loading.load_model(source, device=loading.resolve_device(config.device))
+        own = last.record["settings"]
+        how: dict[str, Any] = {"dtype": own["dtype"], "param_dtype": own.get("param_dtype", "float32")}
+        loaded = loading.load_model(source, device=loading.resolve_device(config.device), **how)
+        exact = exact_model(loaded, source)
     evaluators = _evaluators([*(a.request for a in asked), last], config, loaded, tokenizer)
     with stages("stacking"):
-        weights = stack.apply(loaded.model, lambda request: _answer_before(request, asked, evaluators))
+
+        def before(request: ErasureRequest) -> None:
+            round_into(loaded.model, exact)
+            _answer_before(request, asked, evaluators)
+
+        weights = stack.apply(exact, before, loaded.model.device)
+        round_into(loaded.model, exact)
     failed: list[str] = []
     requests = {}
     for a in asked:

@@ -172,6 +172,36 @@ def test_adapters_alone_are_trained_and_switched():
     agree(train(model, packed), train(other, plain))
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_float32_adapters_on_bfloat16_weights_are_replayed(monkeypatch):
+    """Under autocast, as an erasure request computes."""
+    monkeypatch.setattr("pmc_fast.cuda_graphs.training.DTYPES", (torch.bfloat16,))
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build(FAMILIES["llama"](), torch.bfloat16), config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    plain = PackedPass(causal_lm(model), autocast_dtype=torch.bfloat16)
+    plain.check(model=model)  # against its own forward
+    packed = replaying(model)
+    packed.autocast_dtype = torch.bfloat16
+    for made, scale in packs():
+        found = []
+        for each in (packed, plain):
+            loss, logps = each(made, scale, model=model)
+            found.append((loss.detach(), logps, torch.autograd.grad(loss, list(trained.values()))))
+        (loss, logps, ours), (their_loss, their_logps, theirs) = found
+        torch.testing.assert_close(loss.float(), their_loss.float(), rtol=0.02, atol=0.02)
+        assert (logps - their_logps).abs().mean() <= 0.02
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == torch.float32
+            assert (a - b).norm() <= 0.05 * b.norm() + 0.01 * max(t.norm() for t in theirs)
+        with torch.no_grad():
+            for p in trained.values():
+                p.mul_(1.1)
+    assert packed.graphs.cache.replays == 5
+
+
 @pytest.fixture
 def warm(on_cpu):
     """A model whose pass for the first pack is captured."""

@@ -13,10 +13,12 @@ import pytest
 import torch
 import transformers
 
-from pmc_fast.config import RequestConfig, UnlearnConfig
+from pmc_fast import PMCTrainer
+from pmc_fast.config import RequestConfig, UnlearnConfig, VerifyConfig
 from pmc_fast.data import load_rows
 from pmc_fast.erasure import adapters, unlearn
 from pmc_fast.erasure.stack import Stack, locked
+from pmc_fast.erasure.verify import verify
 from pmc_fast.errors import PMCError
 from pmc_fast.jobs.earlier_runs import rows_hash
 from pmc_fast.models import loading
@@ -363,7 +365,7 @@ def test_a_killed_request_goes_on_from_its_checkpoint(data, tiny_dir, monkeypatc
     [
         ({"stack": None}, "stack is '': it must be the directory"),
         ({"output": "out"}, "output is 'out': it must be left out with lora"),
-        ({"param_dtype": "bfloat16"}, "param_dtype is 'bfloat16': it must be float32 with lora"),
+        ({"param_dtype": "bfloat16", "dtype": "float32"}, "param_dtype is 'bfloat16': it must be float32, or dtype"),
         ({"lora_r": 0}, "lora_r is 0"),
         ({"lora_target": "no_proj"}, "lora_target is no_proj"),
         ({"lora_target": "lm_head"}, "lora_target lm_head"),
@@ -390,6 +392,78 @@ def test_dry_run_writes_nothing(data, tiny_dir, capsys):
     assert run([*command(data, tiny_dir, 1), "--dry-run"]) == 0
     assert "nothing was written" in capsys.readouterr().out
     assert left_behind(data) == []
+
+
+# --- a base in bfloat16
+
+
+@pytest.fixture(scope="module")
+def low(tmp_path_factory, tiny_dir):
+    """A stack of two requests on frozen bfloat16 weights; the second one's dtype is the first one's."""
+    directory = tmp_path_factory.mktemp("low")
+    data.__wrapped__(directory)
+    assert run(command(directory, tiny_dir, 1, "--param-dtype", "bfloat16")) == 0
+    assert run(command(directory, tiny_dir, 2, "--lora-target", "q_proj")) == 0
+    return directory
+
+
+def test_a_bfloat16_base_has_float32_adapters_and_exact_weights(low, made, tmp_path):
+    records = [record_of(low, n) for n in (1, 2)]
+    assert [r["settings"]["param_dtype"] for r in records] == ["bfloat16"] * 2
+    assert records[0]["model"]["before"] == record_of(made, 1)["model"]["before"]  # whatever computes
+    assert records[1]["model"]["before"] == records[0]["model"]["after"]
+    for n in (1, 2):
+        factors = adapters.read(low / "stack" / f"{n:04d}").factors.values()
+        assert all(f.a.dtype == f.b.dtype == torch.float32 and f.b.any() for f in factors)
+        assert not all(torch.equal(f.b, f.b.bfloat16().float()) for f in factors)
+    assert (
+        run(["merge", "--stack", str(low / "stack"), "--output", str(tmp_path / "m"), "--save-dtype", "float32"]) == 0
+    )
+    contents = json.loads((tmp_path / "m/requests.json").read_text())
+    assert contents["saved"] == contents["weights"] == records[1]["model"]["after"]
+
+
+def test_verification_computes_as_the_request_did(low, capsys):
+    """The same scores of the same weights in the same dtype."""
+    forget = [str(low / f"forget{n}.jsonl") for n in (1, 2)]
+    found = verify(VerifyConfig(stack=str(low / "stack"), requests=forget, device="cpu", slack=100.0))
+    last = found["requests"]["0002"]
+    assert last["unlearn_quality"] == pytest.approx(last["recorded_unlearn_quality"], abs=1e-9)
+    assert found["keep"]["utility"] == pytest.approx(found["keep"]["recorded_utility"], abs=1e-9)
+    assert found["weights"] == record_of(low, 2)["model"]["after"]
+
+
+def test_a_stack_has_one_dtype(low, two, tiny_dir, capsys):
+    for directory, other, theirs in ((low, "float32", "bfloat16"), (two, "bfloat16", "float32")):
+        assert run(command(directory, tiny_dir, 3, "--param-dtype", other)) == 2
+        assert f"param_dtype is '{other}' but the requests in {directory}/stack were made with {theirs}" in error(
+            capsys
+        )
+
+
+def test_what_a_request_on_a_bfloat16_base_computes_with(data, tiny_dir, monkeypatch):
+    """bfloat16 products of weights that are the exact ones rounded; adapters and their gradients in float32."""
+    seen = []
+
+    def train(self, **how):
+        seen.append(({n: p.detach().clone() for n, p in self.model.named_parameters()}, self.pmc.autocast_dtype))
+        out = training(self, **how)
+        seen.append({n: (p.dtype, p.requires_grad) for n, p in self.model.named_parameters()})
+        return out
+
+    training = PMCTrainer.train
+    monkeypatch.setattr(PMCTrainer, "train", train)
+    assert run(command(data, tiny_dir, 1, "--param-dtype", "bfloat16", "--no-evaluate")) == 0
+    (start, autocast), end = seen
+    assert autocast == torch.bfloat16
+    base = dict(load(tiny_dir).named_parameters())
+    frozen = {n: p for n, p in start.items() if "lora_" not in n}
+    assert len(frozen) == len(base)
+    for name, p in frozen.items():
+        own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert torch.equal(p, base[own].bfloat16())
+    assert {d for n, d in end.items() if "lora_" in n} == {(torch.float32, True)}
+    assert {d for n, d in end.items() if "lora_" not in n} == {(torch.bfloat16, False)}
 
 
 # --- records
@@ -571,7 +645,7 @@ def test_an_interrupted_sum_is_not_what_was_recorded(two, monkeypatch):
     stack, model = Stack(two / "stack"), load(record_of(two, 1)["model"]["source"])
     merge = adapters.merge
     skipped = iter([False, True])
-    monkeypatch.setattr(adapters, "merge", lambda m, a: None if next(skipped) else merge(m, a))
+    monkeypatch.setattr(adapters, "merge", lambda *a: None if next(skipped) else merge(*a))
     with pytest.raises(PMCError, match="its record says"):
         stack.apply(model)
 
