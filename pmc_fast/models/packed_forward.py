@@ -115,11 +115,14 @@ class PackedPass:
         made: dict[str, torch.Tensor] = {}
         around: list[torch.Tensor] = []  # what the head's forward returned, and the model's logits
 
+        # torch.compile traces what follows, which must not mention what is compiled
+        total_of = model.total if isinstance(model, Caller) else None
+
         def head_forward(hidden: torch.Tensor) -> torch.Tensor:
             patching.check_rows(base, hidden.shape[1], len(pack.hidden_rows))
             # a sharded head is whole during its own call
             head = read_head(base)
-            total = model.total(head.weight) if isinstance(model, Caller) else None
+            total = None if total_of is None else total_of(head.weight)
             made["loss"], made["logps"] = weighted_nll(
                 hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options(), head_total=total
             )
