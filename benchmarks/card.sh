@@ -23,25 +23,30 @@ if command -v nvidia-smi > /dev/null; then
   PMC_FAST_CHIPS=$chip PMC_FAST_CUDA=1 "$python" -m pip install -q -e . --no-deps --no-build-isolation 2>&1 | tail -2 || exit 1
 fi
 
-# 10 minutes: what can crash or be wrong, then where the time goes
+# 10 minutes: what can crash or be wrong, then a step's time and memory, then a short run
 tests 110 tests/cuda_graphs tests/data/test_packing.py tests/ops/test_scaled.py tests/rollout/test_rollout_graphs.py \
   -k "gpu or varlen or scaled"
-probe 80 fit --shape "$shape"
-probe 70 trainer --shape "$shape"
-probe 45 head --shape "$shape" --quick
-probe 100 pass --shape "$shape" --quick
 probe 100 step --shape "$shape" --quick
+probe 110 memory --shape "$shape" --quick
+probe 100 run --shape "$shape" --epochs 1
+probe 60 head --shape "$shape" --quick
+probe 60 trainer --shape "$shape"
 [ "$minutes" = 10 ] && exit
 
 # to 25
-tests 240 tests/ops tests/models/test_fused_layers.py tests/rollout/test_engine.py
+lora=$shape; [ "$shape" = 3b ] && lora=8b
+probe 120 lora --shape "$lora" --quick
+probe 120 pass --shape "$shape" --quick
+probe 100 rollout --shape "$shape" --quick
+tests 200 tests/ops tests/models/test_fused_layers.py tests/rollout/test_engine.py
 probe 90 profile --shape "$shape"
 probe 120 peers --shape "$shape"
-SMALL=135m
-probe 90 step --shape $SMALL && probe 90 pass --shape $SMALL
+small=$shape; [ "$shape" = 3b ] && small=135m
+probe 90 step --shape "$small"
 [ "$minutes" = 25 ] && exit
 
-# to 45: races and bounds, then whole suites
+# to 45: all epochs of a run, races and bounds, then the tables of README and docs/
+probe 400 run --shape "$shape" --epochs 30
 if command -v compute-sanitizer > /dev/null; then
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 block 240 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q \
     -p no:cacheprovider tests/ops/test_decode_cuda.py -k gpu

@@ -207,7 +207,7 @@ def timings(quick: bool) -> Iterator[dict[str, Any]]:
                         usable[who] = functools.partial(once, f)
                     except Exception as error:  # out of memory, or a shape that a peer refuses
                         print(f"  {who} on {name}, M {count}, {mode}: {type(error).__name__}")
-                measured = [harness.time_round(usable, i) for i in range(5 if quick else 20)]
+                measured = [harness.time_round(usable, i) for i in range(harness.ROUNDS if quick else 20)]
                 summary = harness.summarize(measured, {n: harness.peak_bytes(f) for n, f in usable.items()})
                 outputs = sum(t.numel() * t.element_size() for t in (h, w) if t.requires_grad)
                 for c in summary.values():
@@ -231,7 +231,7 @@ def timings(quick: bool) -> Iterator[dict[str, Any]]:
 def main() -> int:
     """Run it all and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two sizes a head, five rounds")
+    parser.add_argument("--quick", action="store_true", help=f"two sizes a head, {harness.ROUNDS} rounds")
     parser.add_argument("--only-correctness", action="store_true")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/gpu/CARD.json")
     parser.add_argument("--short", action="store_true", help="what README's table shows, in results/gpu.json")
@@ -251,7 +251,7 @@ def main() -> int:
 
     if options.short:
         shapes = {"Llama-3.2-3B": gpu_runs.LLAMA_3B, "SmolLM2-135M": gpu_runs.SMOLLM2}
-        gpu_runs.run_short(options.json or harness.RESULTS / "gpu.json", "cuda", shapes, rounds=2)
+        gpu_runs.run_short(options.json or harness.RESULTS / "gpu.json", "cuda", shapes)
         return 0
     if options.end_to_end:
         gpu_runs.on_card(options.tofu, options.model, options.json)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .suites import duration
+from .suites import duration, few_rounds, ranged
 
 COMMAND = "`python -m benchmarks.gpu --short`"
 
@@ -17,12 +17,16 @@ def table(document: dict[str, Any] | None) -> str:
         if "contestants" not in result:
             runs.append(result)
             continue
-        seconds = {who: c["median_s"] for who, c in result["contestants"].items()}
-        ours = seconds.pop("pmc_fast")
-        theirs = min(seconds.values())
+        contestants = dict(result["contestants"])
+        ours = contestants.pop("pmc_fast")
+        theirs = min(contestants.values(), key=lambda c: float(c["median_s"]))
         counters = result["facts"].get("counters")
-        speed = f", {counters['sampled_tokens'] / ours:,.0f} tokens/s" if counters else ""
-        lines.append(f"| {result['name']} | {duration(ours)}{speed} | {duration(theirs)} | {theirs / ours:.1f} |")
+        speed = f", {counters['sampled_tokens'] / ours['median_s']:,.0f} tokens/s" if counters else ""
+        few = few_rounds(ours)
+        name = result["name"] + (f" ({few})" if few else "")
+        lines.append(
+            f"| {name} | {ranged(ours)}{speed} | {ranged(theirs)} | {theirs['median_s'] / ours['median_s']:.1f} |"
+        )
     by = {(r["method"], r["steps"]): r for r in runs}
     for (method, steps), r in by.items():
         if method != "pmc_fast":
@@ -38,5 +42,8 @@ def table(document: dict[str, Any] | None) -> str:
             quality = f"quality {end['unlearn_quality']:.1f}, utility {end['utility']:.1f}"
             lines.append(f"| {name}: {quality} | {ours} | not run | |")
     m, v = document["machine"], document["versions"]
-    lines += ["", f"Measured on one {m['gpu']}, torch {v['torch']}, transformers {v['transformers']}, bfloat16."]
+    lines += [
+        "",
+        f"Measured on one {m['gpu']}, torch {v['torch']}, transformers {v['transformers']}, bfloat16; medians (smallest - largest).",
+    ]
     return "\n".join(lines)

@@ -91,7 +91,7 @@ def teach(config: UnlearnConfig, directory: Path, epochs: int, batch_size: int, 
 
 
 def shape_contests(
-    shape: dict[str, Any], tokenizer: str, device: str, dtype: torch.dtype, *, rounds: int = 3, peaks: bool = True,
+    shape: dict[str, Any], tokenizer: str, device: str, dtype: torch.dtype, *, rounds: int = harness.ROUNDS, peaks: bool = True,
     name: str = "", **settings: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure rollouts, and loss and backward of a step, of a Llama of this shape with random weights."""

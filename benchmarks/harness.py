@@ -27,6 +27,7 @@ from pmc_fast.report.environment import commit, machine, versions
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
+ROUNDS = 7  # at least, where a table shows a median
 WIDTH, DEPTH = 160, 5  # of a line of results; nesting from which on all stands on one
 Contestant = Callable[[], Any]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import compare_report, end_to_end, gpu_page, harness
 from .cpu_page import cpu_table
-from .suites import Missing, Suites, duration, load
+from .suites import Missing, Suites, duration, few_rounds, load, ranged
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -42,19 +42,24 @@ def summary_table(suites: Suites) -> str:
             ours, other = (suites.value(suite, name, who) for who in ("pmc_fast", theirs))
         except Missing:
             continue
-        rows.append((what, suites.documents[suite], ours, other))
+        found = suites.case(suite, name)["contestants"]
+        on_card = suites.documents[suite]["machine"]["gpu"]
+        shown = [ranged(found[who]) if on_card else duration(found[who]["median_s"]) for who in ("pmc_fast", theirs)]
+        few = few_rounds(found["pmc_fast"]) if on_card else ""
+        rows.append((what + (f" ({few})" if few else ""), suites.documents[suite], shown, other / ours))
     if runs := suites.results("end_to_end"):
         whole, published = (
             mean([r["seconds"] for r in runs if r["method"] == method]) for method in ("pmc_fast", "reference")
         )
-        rows.append(("SmolLM2-135M, whole run, mean", suites.documents["end_to_end"], whole, published))
+        shown = [duration(whole), duration(published)]
+        rows.append(("SmolLM2-135M, whole run, mean", suites.documents["end_to_end"], shown, published / whole))
     if not rows:
         return "Not measured yet: `make bench`."
     lines = ["| | on | pmc_fast | baseline | speed-up |", "|---|---|---:|---:|---:|"]
-    for what, document, ours, other in rows:
+    for what, document, (mine, baseline), ratio in rows:
         m = document["machine"]
         where = m["gpu"].removeprefix("NVIDIA ").split(" ")[0] if m["gpu"] else f"{m['threads']} CPU cores"
-        lines.append(f"| {what} | {where} | {duration(ours)} | {duration(other)} | {other / ours:.1f} x |")
+        lines.append(f"| {what} | {where} | {mine} | {baseline} | {ratio:.1f} x |")
     return "\n".join(lines)
 
 

@@ -58,6 +58,19 @@ def duration(value: float) -> str:
     return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
 
 
+def ranged(contestant: Mapping[str, Any]) -> str:
+    """Return a median with the range of its rounds."""
+    rounds = contestant.get("rounds_s") or [contestant["median_s"]]
+    median, low, high = map(duration, (contestant["median_s"], min(rounds), max(rounds)))
+    return median if low == high else f"{median} ({low} - {high})"
+
+
+def few_rounds(contestant: Mapping[str, Any]) -> str:
+    """Return how many rounds there were, if they are fewer than a median needs."""
+    count = len(contestant.get("rounds_s", ()))
+    return f"{count} rounds" if 0 < count < harness.ROUNDS else ""
+
+
 def machines(documents: list[dict[str, Any]]) -> str:
     """Return what results were measured on, each machine once."""
     seen = []

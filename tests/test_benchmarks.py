@@ -10,7 +10,10 @@ import transformers
 
 from benchmarks import (
     baselines,
+    card,
+    card_passes,
     card_probe,
+    card_training,
     compare_methods,
     compare_report,
     gpu_page,
@@ -26,6 +29,7 @@ from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row
 from pmc_fast.evaluation import EvalSet
 from pmc_fast.pmc.losses import npo
+from pmc_fast.report.environment import commit
 from tests.pages import ROOT
 
 
@@ -280,6 +284,20 @@ def test_the_cards_table():
     assert "Not measured yet" in gpu_page.table(None)
 
 
+@pytest.mark.parametrize(
+    ("rounds", "name"), [([0.3, 0.1, 0.2], "a (3 rounds)"), ([0.1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.3], "a")]
+)
+def test_a_median_on_a_card_has_its_range_and_few_rounds_are_said(rounds, name):
+    seconds = harness.summarize([{"pmc_fast": s, "generate": 3.0} for s in rounds], {})
+    contest = {"name": "a", "facts": {}, "contestants": seconds}
+    document = {"results": [contest], "machine": {"gpu": "NVIDIA G"}, "versions": {"torch": "1", "transformers": "2"}}
+    shown = "200 ms (100 ms - 300 ms) | 3.00 s | 15.0"
+    assert gpu_page.table(document).splitlines()[2] == f"| {name} | {shown} |"
+    contest["name"] = "Llama-3.2-3B: rollouts, T 0.9"
+    line = readme.summary_table(suites.Suites({"gpu": document})).splitlines()[2]
+    assert line == f"| {name.replace('a', readme.SUMMARY[0][0], 1)} | G | {shown} x |"
+
+
 def test_repeated_words_are_counted():
     assert compare_methods.repeated_share(["a b a B", "one two", ""]) == pytest.approx(0.5 / 3)
 
@@ -342,13 +360,28 @@ def test_gpu_runs_on_the_cpu(tiny_dir, tokenizer, tmp_path, monkeypatch):
 def test_the_cards_probe_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
     found = tmp_path / "card.json"
     monkeypatch.setattr(card_probe, "BLOCKS", card_probe.BLOCKS | {"peers": lambda probe: 1 / 0})
-    monkeypatch.setattr(card_probe, "QUICK_ROUNDS", 1)
-    asked = ["fit", "head", "peers", "step", "--shape", "tiny", "--quick", "--json", str(found)]
+    monkeypatch.setattr(card, "QUICK_ROUNDS", 2)
+    monkeypatch.setattr(card_training, "WARM_UP", 1)
+    monkeypatch.setattr(card_passes, "ROW_KERNELS", card_passes.ROW_KERNELS[-2:])
+    blocks = [name for name in card_probe.BLOCKS if name not in ("trainer", "profile")]  # minutes of what others test
+    asked = [*blocks, "--shape", "tiny", "--quick", "--epochs", "1", "--json", str(found)]
     assert card_probe.main(asked) == 1  # a block that fails is named, and the others run
-    names = [r["name"] for r in json.loads(found.read_text())["results"]]
-    assert {name.split(":")[0] for name in names} == {"fit", "head", "peers", "step"}
-    assert "peers: FAILED: ZeroDivisionError" in names
-    assert capsys.readouterr().out.count("--") == 4
+    document = json.loads(found.read_text())
+    by_name = {r["name"]: r for r in document["results"]}
+    assert {name.split(":")[0] for name in by_name} == set(blocks)
+    assert [name for name in by_name if "FAILED" in name] == ["peers: FAILED: ZeroDivisionError"]
+    assert capsys.readouterr().out.count("-- ") == len(blocks)
+    assert (document["facts"], document["commit"], document["versions"]["torch"]) == (
+        {"card": "cpu", "shape": "tiny"}, commit(), torch.__version__
+    )  # fmt: skip
+    for part in ("step", "rollout", "forward", "backward", "optimizer"):
+        times = by_name[f"step: {part}"]
+        assert times["rounds"] == 2
+        assert times["range"][0] <= round(times["ms"], 3) <= times["range"][1]
+    assert sum("shipped" in name for name in by_name) == 1  # of the row kernel's sizes
+    whole = by_name["run: whole, 1 epochs"]
+    assert whole["s_of_30_epochs_estimated"] > whole["s"]
+    assert (whole["steps"], whole["answers"]) == (1, 16 * 3)
     script = ROOT / "benchmarks/card.sh"
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     wrong = subprocess.run(["bash", str(script), "7"], check=False, capture_output=True, text=True)
