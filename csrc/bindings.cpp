@@ -243,6 +243,7 @@ py::object plan(pmc::RolloutTrie& trie, int64_t max_rows, int64_t guess_rows) {
   out["cu_prefix"] = array_of(p.cu_prefix);
   out["prefix"] = array_of(p.prefix);
   out["logit_rows"] = array_of(p.logit_rows);
+  out["questions"] = array_of(p.questions);
   out["cu_draws"] = array_of(p.cu_draws);
   out["streams"] = array_of(p.streams);
   out["samples"] = array_of(p.samples);

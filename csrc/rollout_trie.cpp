@@ -311,6 +311,7 @@ void RolloutTrie::emit(const std::vector<int64_t>& prompt_rows, StepPlan& plan) 
     }
     node.logits = static_cast<int64_t>(plan.logit_rows.size());
     plan.logit_rows.push_back(row);
+    plan.questions.push_back(active.work.question);
     plan.cu_draws.push_back(static_cast<int64_t>(plan.samples.size()));
   };
   for (size_t i = 0; i < active_.size(); ++i) {

@@ -18,6 +18,7 @@ struct StepPlan {
   std::vector<int32_t> slots, prefix_len, cu_suffix, suffix;        // [R], [R], [R + 1], [...]
   std::vector<int32_t> cu_rows, cu_prefix, prefix;                  // [B + 1], [B + 1], [...]
   std::vector<int64_t> logit_rows;                                  // [L], rows whose logits are drawn from
+  std::vector<int64_t> questions;                                   // [L], whose they are
   std::vector<int64_t> cu_draws, streams, samples, draw_positions;  // [L + 1], [D] each
 };
 

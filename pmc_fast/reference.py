@@ -63,6 +63,9 @@ class Reference:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tracked_answers: Sequence[str] | None = None,
     ) -> None:
+        for name in ("selection", "normalization", "answer_penalty", "resample_above"):
+            if (value := getattr(config, name)) != getattr(PMCConfig, name):
+                raise PMCError(f"{name} is {value!r}, which the published algorithm does not have: use pmc_fast.PMC")
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.questions = list(questions)
         self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)

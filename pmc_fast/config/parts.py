@@ -172,6 +172,16 @@ class PMCConfig(SharedConfig):
         "argmin", "train on the best answer, on one drawn by softmax((1 - score) / tau), or on all, weighted so"
     )
     tau: Positive = option(0.1, "temperature of bradley_terry and soft")
+    answer_penalty: NotNegative = option(
+        0.0,
+        "extension: subtract this from the logits of the tokens of a question's initial answer when it is sampled, so that "
+        "samples are unlike it (0: off, as published)",
+    )
+    resample_above: Threshold = option(
+        0.0,
+        "extension: questions whose stored answer scores at most this are trained on without being sampled again (0: as "
+        "published)",
+    )
     store: Literal["auto", "text", "ids"] = option(
         "auto", "store sampled answers as text, encoded again, or as token ids (auto: as the questions are)"
     )
@@ -194,6 +204,10 @@ class PMCConfig(SharedConfig):
             self.top_k is not None, "top_k", None, "0 (all tokens) or more"
         )  # not "of type int": some libraries mean all by None
         super().validate()
+        plain = not self.answer_penalty or self.selection == "argmin"
+        require(
+            plain, "selection", self.selection, "argmin with answer_penalty, under which samples are not the model's"
+        )
 
 
 @dataclass(kw_only=True)

@@ -200,7 +200,7 @@ class PMC:
         if unknown := [i for i in indices if not 0 <= i < len(self.questions)]:
             raise PMCError(f"index {unknown[0]} is none of {len(self.questions)} questions: they are counted from 0")
         all_indices = self.ranks.gather(indices)
-        asked = self.store.pending(list(dict.fromkeys(i for theirs in all_indices for i in theirs)))
+        asked = self.pending(list(dict.fromkeys(i for theirs in all_indices for i in theirs)))
         counters: dict[str, float] = {"questions_sampled": len(asked)}
         if asked:
             counters |= self._visit(asked)
@@ -212,6 +212,11 @@ class PMC:
         )
         sizes, tokens = [len(theirs) for theirs in all_indices], sum(self.ranks.gather(tokens))
         return Step(indices, answers, weights, sizes, 1, sum(n > 0 for n in sizes), tokens, counters)
+
+    def pending(self, indices: Sequence[int] | None = None) -> list[int]:
+        """Return those questions, by default of all, that the next visit samples."""
+        indices = range(len(self.questions)) if indices is None else indices
+        return self.store.pending(indices, self.config.resample_above)
 
     def _visit(self, asked: list[int]) -> dict[str, float]:
         """Sample and score this process's share of the questions; offer all processes' answers to the store."""
@@ -228,12 +233,14 @@ class PMC:
         """Sample questions; return each one's answers to keep with their score, and the rollout's counters."""
         c = self.config
         visits = [self.store.visits(i) for i in asked]
+        initial = [self._initial_ids[i] for i in asked]
+        biased = c.answer_penalty > 0
         rollouts = self.engine(
             [self.prompts[i] for i in asked], num_samples=c.num_samples, temperature=c.temperature, top_k=c.top_k,
             top_p=c.top_p, max_length=c.max_length, seed=c.seed, stop_ids=self.encoder.stops,
             stream_ids=[(visit << 32) + i for i, visit in zip(asked, visits, strict=True)],
-            drafts=[[self._initial_ids[i]] for i in asked], positions=[self.positions[i] for i in asked],
-            as_generate=True,
+            drafts=None if biased else [[ids] for ids in initial], positions=[self.positions[i] for i in asked],
+            logit_bias=[self._penalty(ids) for ids in initial] if biased else None, as_generate=True,
         )  # fmt: skip
         texts = [self.encoder.samples(samples) for samples in rollouts.tokens]
         candidates: list[Any] = texts if self.keeps_text else rollouts.tokens
@@ -244,6 +251,9 @@ class PMC:
             for row, (i, visit) in enumerate(zip(asked, visits, strict=True)):
                 picks[i] = select(c, candidates[row], scores[row], (c.seed, i, visit))
         return picks, {name: float(n) for name, n in rollouts.counters.items()}
+
+    def _penalty(self, initial: Sequence[int]) -> dict[int, float]:
+        return dict.fromkeys(set(initial) - set(self.encoder.stops), -self.config.answer_penalty)
 
     def _encode(self, index: int, answer: Any) -> Encoded:
         if self.keeps_text:

@@ -35,9 +35,9 @@ class BestStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def pending(self, indices: Sequence[int]) -> list[int]:
-        """Return those of `indices` to sample again: without an entry, or with a score above 0."""
-        return [i for i in indices if (entry := self._at(i)) is None or entry.score > 0]
+    def pending(self, indices: Sequence[int], above: float = 0.0) -> list[int]:
+        """Return those of `indices` to sample again: without an entry, or with a score above `above`."""
+        return [i for i in indices if (entry := self._at(i)) is None or entry.score > above]
 
     def offer(self, index: int, answer: Any, score: float) -> bool:
         """Store `answer` unless the stored one scores lower; a tie replaces. Return whether it was stored."""

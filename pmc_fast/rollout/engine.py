@@ -1,6 +1,6 @@
 """The rollout loop: plan a step, compute its logits, draw tokens, until every sample has ended."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,6 +98,7 @@ class RolloutEngine:
         pool_tokens: int | None = None,
         drafts: Sequence[Sequence[Sequence[int]]] | None = None,
         positions: Sequence[Sequence[int] | None] | None = None,
+        logit_bias: Sequence[Mapping[int, float]] | None = None,
         ngram_drafts: bool = True,
         trie: bool = True,
         as_generate: bool = False,
@@ -136,6 +137,8 @@ class RolloutEngine:
         positions : int list or None for each prompt, optional
             Of its tokens, ascending, if they are not 0, 1, ...: for a prompt whose masked tokens were left out.
             Answers continue from the last.
+        logit_bias : mapping of int to float for each prompt, optional
+            Added to the logits of these tokens, before temperature, top_k and top_p. Log-probs stay the model's own.
         ngram_drafts : bool
             In small steps, also draft the tokens that followed the same tokens in another sample, the prompt or the
             sample itself.
@@ -160,7 +163,7 @@ class RolloutEngine:
         work = Request.checked(
             self.model, prompts, num_samples, max_new_tokens=max_new_tokens, max_length=max_length,
             stream_ids=stream_ids, stop_ids=stop_ids, max_rows=max_rows, pool_tokens=pool_tokens, drafts=drafts,
-            positions=positions,
+            positions=positions, logit_bias=logit_bias,
         )  # fmt: skip
         check_adapters(self.model)  # each time: another may have been added
         if not self._checked:
@@ -169,7 +172,7 @@ class RolloutEngine:
         self._recognised.require(*work.longest())
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         asked = settings_of(self.model, sampling=temperature > 0, warned=self._warned) if as_generate else {}
-        return self._run(work, draw, ngram_drafts=ngram_drafts, trie=trie, histories=Histories(asked, work))
+        return self._run(work, draw, ngram_drafts=ngram_drafts, trie=trie, settings=asked)
 
     def _run(
         self,
@@ -178,7 +181,7 @@ class RolloutEngine:
         *,
         ngram_drafts: bool,
         trie: bool,
-        histories: Histories | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> Rollouts:
         state = native.cpu().RolloutTrie(work.pool_tokens, work.stop_ids, NGRAM if ngram_drafts else 0, trie)
         keys = list(range(work.num_samples))
@@ -188,7 +191,7 @@ class RolloutEngine:
         ):
             for group in groups:
                 state.add(prompt, stream, group, longest, drafts, positions)
-        histories = histories or Histories({}, work)
+        histories = Histories(settings or {}, work, len(groups))
         device = self.model.get_input_embeddings().weight.device  # the model may have been moved
         if device.type == "cuda":
             self._step.use_graphs(self._cuda_graphs and not is_sharded(self.model))

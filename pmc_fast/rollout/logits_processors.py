@@ -1,4 +1,4 @@
-"""Draws from logits after the logits processors of a model's generation_config, which depend on each row's history."""
+"""Draws from logits after what changes them: biases of a prompt, and the logits processors of a generation_config."""
 
 import warnings
 from collections.abc import Mapping
@@ -22,12 +22,17 @@ class Histories:
     Parameters
     ----------
     settings : dict
-        From `generation.followed`. Empty: tokens are drawn from the model's logits as they are.
+        From `generation.followed`. Empty: no logits processors.
     work : Request
+        Its `logit_bias` is added before them.
+    copies : int
+        Questions of the trie for each prompt.
     """
 
-    def __init__(self, settings: dict[str, Any], work: Request) -> None:
+    def __init__(self, settings: dict[str, Any], work: Request, copies: int = 1) -> None:
         self._settings, self._stops = settings, work.stop_ids
+        self._biases = [(np.array(list(b)), np.array(list(b.values()), np.float32)) for b in work.logit_bias]
+        self._copies = copies
         # prompts share either the longest answer or the longest total
         totals = {len(p) + n for p, n in zip(work.prompts, work.max_new, strict=True)}
         self._total = totals.pop() if len(totals) == 1 else None
@@ -39,13 +44,25 @@ class Histories:
         self, logits: torch.Tensor, plan: Mapping[str, np.ndarray], draws: tuple[torch.Tensor, ...], **how: Any
     ) -> Draws:
         """Draw a plan's tokens; their log-probs are those of the model's own logits."""
-        if not self._settings:
+        if not self._settings and not self._biases:
             return sample_nucleus(logits, *draws, **how)
-        drawn = sample_nucleus(self._processed(logits, plan), *draws, **how)
+        changed = self._biased(logits, plan) if self._biases else logits
+        changed = self._processed(changed, plan) if self._settings else changed
+        drawn = sample_nucleus(changed, *draws, **how)
         rows = np.repeat(np.arange(len(logits)), np.diff(plan["cu_draws"]))
         at = torch.from_numpy(rows).to(logits.device)
         own = logits[at, drawn.tokens.clamp(min=0)].double() - logits.double().logsumexp(-1)[at]
         return replace(drawn, logps=own)
+
+    def _biased(self, logits: torch.Tensor, plan: Mapping[str, np.ndarray]) -> torch.Tensor:
+        biases = [self._biases[question // self._copies] for question in plan["questions"]]
+        rows = np.repeat(np.arange(len(biases)), [len(tokens) for tokens, _ in biases])
+        at = torch.from_numpy(np.stack([rows, np.concatenate([tokens for tokens, _ in biases])]).astype(np.int64))
+        rows, tokens = at.to(logits.device, non_blocking=True)
+        bias = torch.from_numpy(np.concatenate([values for _, values in biases])).to(logits, non_blocking=True)
+        out = logits.clone()
+        out[rows, tokens] += bias
+        return out
 
     def _processed(self, logits: torch.Tensor, plan: Mapping[str, np.ndarray]) -> torch.Tensor:
         groups: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}

@@ -1,8 +1,9 @@
 """The arguments of a rollout, checked before work starts."""
 
 import hashlib
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,6 +30,7 @@ class Request:
     pool_tokens: int
     drafts: list[list[list[int]]]
     positions: list[list[int]]  # of a prompt's tokens; empty: 0, 1, ...
+    logit_bias: list[dict[int, float]]  # of a prompt's answers; empty: none has any
 
     @classmethod
     def checked(
@@ -45,6 +47,7 @@ class Request:
         pool_tokens: int | None = None,
         drafts: Sequence[Sequence[Sequence[int]]] | None = None,
         positions: Sequence[Sequence[int] | None] | None = None,
+        logit_bias: Sequence[Mapping[int, float]] | None = None,
     ) -> "Request":
         """Check arguments of `RolloutEngine.__call__`."""
         num_samples = whole("num_samples", num_samples)
@@ -80,7 +83,9 @@ class Request:
                 )
         rows = MAX_ROWS[embeddings.device.type] if max_rows is None else max_rows
         places = _positions(positions, lists)
-        return cls(lists, num_samples, streams, max_new, [int(s) for s in stop_ids], rows, slots, drafted, places)
+        biases = _biases(logit_bias, len(lists), embeddings.shape[0])
+        stops = [int(s) for s in stop_ids]
+        return cls(lists, num_samples, streams, max_new, stops, rows, slots, drafted, places, biases)
 
     def longest(self) -> tuple[int, str]:
         """Return the most tokens that a prompt and its answer may take, masked ones included, and which prompt it is."""
@@ -118,6 +123,18 @@ def _positions(positions: Sequence[Sequence[int] | None] | None, prompts: list[l
         if own and (len(own) != len(prompt) or own[0] < 0 or any(a >= b for a, b in pairwise(own))):
             raise PMCError(f"positions of prompt {i} must ascend from 0 or more, one for each token")
     return places
+
+
+def _biases(biases: Sequence[Mapping[int, float]] | None, count: int, vocab: int) -> list[dict[int, float]]:
+    found = [{whole("a token of logit_bias", t): float(x) for t, x in own.items()} for own in biases or ()]
+    if biases is not None and len(found) != count:
+        raise PMCError(f"logit_bias for {len(found)} of {count} prompts: give each its own, which may be empty")
+    for i, own in enumerate(found):
+        if unknown := [t for t in own if not 0 <= t < vocab]:
+            raise PMCError(f"logit_bias of prompt {i} has token {unknown[0]}: the model embeds {vocab}")
+        if wrong := [x for x in own.values() if not math.isfinite(x)]:
+            raise PMCError(f"logit_bias of prompt {i} has {wrong[0]}: it must be finite")
+    return found if any(found) else []
 
 
 def _stream_of(prompt: list[int]) -> int:

@@ -247,7 +247,7 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
             "collapse_loss": sum(collapse) / count,
             "retain_loss": sum(retain) / count,
             "mean_score": sum(scores) / len(scores),
-            "pending": questions - sum(score == 0 for score in scores),
+            "pending": len(self.pmc.pending()),
             "sampled_tokens": counters.get("sampled_tokens", 0.0),
             "rows": counters.get("rows", 0.0),
             "rollout_seconds": self._step["rollout_seconds"],

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pmc_fast import PMC, PMCConfig
+from pmc_fast.errors import PMCError
 from pmc_fast.evaluation import greedy_answers
 from pmc_fast.reference import Reference
 from pmc_fast.rollout import RolloutEngine
@@ -142,3 +143,37 @@ def test_what_is_not_followed_is_named_once(model, setting, temperature):
             do_sample=True, temperature=0.6, top_p=0.9, num_beams=1
         )
         RolloutEngine(model)(PROMPTS, **how)
+
+
+@pytest.mark.parametrize(
+    "how", [GREEDY | {"max_new_tokens": 8}, HOW, HOW | {"trie": False}], ids=["greedy", "", "flat"]
+)
+def test_a_logit_bias_is_generates_sequence_bias(model, how):
+    biases = [{}, {3: 4.0, 7: -3.5}, dict.fromkeys(range(0, VOCAB, 2), -50.0)][: len(PROMPTS)]
+    biases += [{}] * (len(PROMPTS) - len(biases))
+    engine = RolloutEngine(model)
+    plain = engine(PROMPTS, **how)
+    ours = engine(PROMPTS, **how, logit_bias=biases)
+    for q, (prompt, bias) in enumerate(zip(PROMPTS, biases, strict=True)):
+        model.generation_config.sequence_bias = [[[t], x] for t, x in bias.items()] or None
+        [theirs] = engine([prompt], **how | {"as_generate": True}).tokens
+        assert ours.tokens[q] == theirs
+    assert ours.tokens[0] == plain.tokens[0]
+    assert ours.tokens != plain.tokens
+    for prompt, samples, of in zip(PROMPTS, ours.tokens, ours.logps, strict=True):
+        for tokens, logps in zip(samples, of, strict=True):  # the model's own
+            with torch.no_grad():
+                all_ = model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+            own = all_[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            np.testing.assert_allclose(logps, own.numpy(), atol=1e-5)
+
+
+def test_a_wrong_logit_bias_is_refused(model):
+    engine, how = RolloutEngine(model), GREEDY | {"max_new_tokens": 2}
+    for bias, words in (
+        ([{}], f"logit_bias for 1 of {len(PROMPTS)} prompts"),
+        ([{VOCAB: 1.0}] * len(PROMPTS), f"has token {VOCAB}: the model embeds {VOCAB}"),
+        ([{1: float("inf")}] * len(PROMPTS), "has inf: it must be finite"),
+    ):
+        with pytest.raises(PMCError, match=words):
+            engine(PROMPTS, **how, logit_bias=bias)

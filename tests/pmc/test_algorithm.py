@@ -359,6 +359,51 @@ def test_a_question_asked_twice_is_sampled_once(tiny, tokenizer):
     assert step.answers[0] == step.answers[1]
 
 
+def test_samples_avoid_the_initial_answer(tiny, tokenizer):
+    plain, pmc = core(tiny, tokenizer), core(tiny, tokenizer, answer_penalty=50.0)
+    for p in (plain, pmc):
+        p.prepare()
+    assert pmc.initial_answers == plain.initial_answers
+    asked = []
+    pmc.engine = lambda prompts, engine=pmc.engine, **how: [asked.append(how), engine(prompts, **how)][1]
+    picks, _ = pmc._sample([2, 0])
+    [how] = asked
+    stops = set(pmc.encoder.stops)
+    for i, bias in zip([2, 0], how["logit_bias"], strict=True):
+        own = set(pmc._initial_ids[i])
+        assert bias == dict.fromkeys(own - stops, -50.0)
+        [[answer, weight]], score = picks[i]
+        assert weight == 1
+        assert score <= plain._sample([i])[0][i][1]
+        assert not set(tokenizer(answer)["input_ids"]) & (own - stops) or score == 0
+    with pytest.raises(PMCError, match="selection is 'soft': it must be argmin with answer_penalty"):
+        PMCConfig(answer_penalty=1.0, selection="soft")
+
+
+def test_good_answers_are_not_sampled_again(tiny, tokenizer):
+    pmc = core(tiny, tokenizer, resample_above=0.5)
+    pmc.reward = half
+    pmc.prepare()
+    assert pmc.pending() == [0, 1, 2, 3]
+    step = pmc.sample([1, 0])
+    assert pmc.pending() == [2, 3]
+    again = pmc.sample([1, 0])
+    assert (again.answers, again.counters) == (step.answers, {"questions_sampled": 0})
+    pmc.config.resample_above = 0.49
+    assert pmc.pending() == [0, 1, 2, 3]
+
+
+def test_the_reference_has_what_is_published_alone(tiny, tokenizer):
+    for name, value in (
+        ("answer_penalty", 1.0),
+        ("resample_above", 0.1),
+        ("selection", "soft"),
+        ("normalization", "step"),
+    ):
+        with pytest.raises(PMCError, match=f"{name} is .*, which the published algorithm does not have"):
+            Reference(tiny, tokenizer, PMCConfig(**{name: value}), QUESTIONS)
+
+
 def test_ids_are_trained_as_they_were_sampled(tiny, tokenizer):
     """Prompts as ids, no strings: the store keeps ids and nothing is tokenised again."""
     texts = core(tiny, tokenizer)

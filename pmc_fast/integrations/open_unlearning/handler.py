@@ -208,7 +208,7 @@ class PMC(GradDiff):
                 "collapse_loss": collapse,
                 "retain_loss": retain,
                 "mean_score": sum(scores) / len(scores),
-                "pending": len(self.pmc.questions) - scores.count(0.0),
+                "pending": len(self.pmc.pending()),
                 "sampled_tokens": self._sampled_tokens,
             }
             self._losses, self._sampled_tokens = [], 0.0
