@@ -95,7 +95,7 @@ def same(ours, theirs, bound=1e-5):
 
 
 def train(model, packed, factor=1.0, rounds=7):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.5)
     seen = []
     for made, scale in packs(rounds):
         loss, logps = packed(made, scale, model=model)
@@ -122,9 +122,10 @@ def test_a_replayed_step_is_the_step(family):
     other = copy.deepcopy(model)
     packed = replaying(model)
     bound = 1e-10 if family in ("phi", "gpt2", "gpt_neox") else 1e-5
-    agree(train(model, packed, factor=-0.3), train(other, PackedPass(other), factor=-0.3), bound)
+    ours, theirs = (train(m, p, factor=-0.3, rounds=20) for m, p in ((model, packed), (other, PackedPass(other))))
+    agree(ours, theirs, bound)
     assert packed.graphs.cache.captures == 2
-    assert packed.graphs.cache.replays == 5  # each size is computed as ever once
+    assert packed.graphs.cache.replays == 18  # each size is computed as ever once
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -188,8 +189,10 @@ def test_float32_adapters_on_bfloat16_weights_are_replayed(monkeypatch):
     for made, scale in packs():
         found = []
         for each in (packed, plain):
+            model.zero_grad()
             loss, logps = each(made, scale, model=model)
-            found.append((loss.detach(), logps, torch.autograd.grad(loss, list(trained.values()))))
+            loss.backward()
+            found.append((loss.detach(), logps, [p.grad.clone() for p in trained.values()]))
         (loss, logps, ours), (their_loss, their_logps, theirs) = found
         torch.testing.assert_close(loss.float(), their_loss.float(), rtol=0.02, atol=0.02)
         assert (logps - their_logps).abs().mean() <= 0.02
