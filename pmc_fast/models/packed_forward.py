@@ -92,8 +92,11 @@ class PackedPass:
         device = self.base.get_input_embeddings().weight.device
         with autocast(device, self.autocast_dtype):
             replayed = self._replayed(pack, row_scale, call, device)  # never the first pass of a size or mode
+            if replayed is not None:
+                return replayed
             new_mode = self.base.training not in self._compared
-            return replayed or self._compute(pack.to(device), row_scale.to(device), model=model, compare=new_mode)
+            row_scale = row_scale.to(device, non_blocking=True)
+            return self._compute(pack.to(device), row_scale, model=model, compare=new_mode)
 
     def _replayed(
         self, pack: Pack, row_scale: torch.Tensor, call: Any, device: torch.device

@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -20,7 +17,6 @@ from ..errors import NotFiniteError, PMCError
 from ..pmc.algorithm import PMC
 from ..pmc.reward import Reward
 from ..pmc.schedule import EpochOrder
-from ..utils.text import printable
 from .arguments import (
     PMCArguments,
     autocast_dtype,
@@ -35,11 +31,12 @@ from .callbacks import StopRule
 from .checkpointing import ResumableTrainer
 from .evaluation import EvaluatingTrainer
 from .master_weights import MasterWeights
+from .step_logs import LoggingTrainer, StepEnd
 
 logger = logging.get_logger(__name__)
 
 
-class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
+class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
     """Unlearns with Partial Model Collapse.
 
     Parameters
@@ -116,7 +113,7 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
             train_dataset=list(range(len(questions))),
             data_collator=lambda indices: {"indices": indices},
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), _StepEnd(self)],
+            callbacks=[*(callbacks or []), StepEnd(self)],
             optimizers=optimizers,
             eval_dataset=eval_dataset,
             compute_metrics=compute_metrics,
@@ -137,9 +134,8 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         self.stop_rule = None
         if pmc_config.stop_score is not None:
             self.stop_rule = StopRule(pmc_config.stop_score, pmc_config.stop_retain_loss, pmc_config.stop_steps)
-        self.stopped: str | None = None  # why the stopping rule fired
-        self._step: dict[str, Any] = {}
-        self._window: list[dict[str, float]] = []  # metrics of the steps since the last log
+        self.stopped = None  # why the stopping rule fired
+        self._step, self._window = {}, []
 
     # --- data
 
@@ -184,6 +180,8 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         switch: Any = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, back from an evaluation
         if callable(switch):
             switch()
+        if self.pmc.pending([i for batch in all_indices for i in batch]):
+            self._settle()  # a rollout waits for the device anyway
         start = time.perf_counter()
         indices = [batch[self._share(len(batch))] for batch in all_indices]
         try:
@@ -232,62 +230,6 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
         self._step |= {"loss": total, "means": torch.stack([out.collapse, out.retain], dim=1), "asked": asked}
         return total
 
-    def _finish_step(self, control: Any) -> None:
-        """Compute the metrics of an optimizer step, detect divergence, apply the stopping rule."""
-        means = [own for own, asked in zip(self._step["means"].tolist(), self._step["asked"], strict=True) if asked]
-        losses, gathered = zip(*self.pmc.ranks.gather((self._step["loss"].item(), means)), strict=True)
-        collapse, retain = zip(*(own for theirs in gathered for own in theirs), strict=True)
-        if not math.isfinite(sum(losses)):
-            raise self.diverged()
-        count = len(collapse)
-        scores = self.pmc.scores()
-        questions = len(self.pmc.questions)
-        counters = self._step["counters"]
-        metrics = {
-            "collapse_loss": sum(collapse) / count,
-            "retain_loss": sum(retain) / count,
-            "mean_score": sum(scores) / len(scores),
-            "pending": len(self.pmc.pending()),
-            "sampled_tokens": counters.get("sampled_tokens", 0.0),
-            "rows": counters.get("rows", 0.0),
-            "rollout_seconds": self._step["rollout_seconds"],
-            "train_seconds": time.perf_counter() - self._step["begin"],
-        }
-        self._window.append(metrics)
-        if self.args.include_num_input_tokens_seen != "no":
-            self.state.num_input_tokens_seen += sum(self.pmc.ranks.gather(self._step["tokens"]))
-        if self.stop_rule is not None:
-            self.stopped = self.stop_rule.update(
-                metrics["mean_score"], metrics["retain_loss"], all_visited=len(scores) == questions
-            )
-            control.should_training_stop = control.should_training_stop or self.stopped is not None
-
-    def diverged(self) -> PMCError:
-        """Return the error that names this step."""
-        step = self.state.global_step
-        return PMCError(
-            f"training diverged at step {step} of {self.state.max_steps} (NaN or infinite numbers): try a "
-            f"learning_rate below {self.args.learning_rate:g}"
-        )
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the Trainer's numbers and, beside a training loss, PMC's over the same steps."""
-        if "loss" in logs and self._window:
-            logs |= _combined(self._window)
-            self._window = []
-            if getattr(self.args, "log_text", False) and self.is_world_process_zero():
-                self._print_answers()
-        super().log(logs, *args, **kwargs)
-
-    def _print_answers(self) -> None:
-        table = Table("question", "initial answer", "stored", "score", title=f"step {self.state.global_step}")
-        pmc = self.pmc
-        for i in self._step["indices"]:
-            stored = " | ".join(str(answer) for answer, _ in pmc.store.answer(i))
-            row = (str(pmc.questions[i]), pmc.initial_answers[i], stored, f"{pmc.store.score(i):.3f}")
-            table.add_row(*(escape(printable(text)) for text in row))
-        Console().print(table)
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return grad_norm  # computing it for the log alone would read and write all gradients
 
@@ -335,30 +277,3 @@ class PMCTrainer(EvaluatingTrainer, ResumableTrainer):
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         finally:
             self.args.warmup_steps = warmup
-
-
-MEANS = ("collapse_loss", "retain_loss")  # as the Trainer's loss
-STATES = ("mean_score", "pending")  # as of the last step; all others are sums
-
-
-def _combined(window: list[dict[str, float]]) -> dict[str, float]:
-    """Combine the metrics of several steps."""
-    combined = {}
-    for name, last in window[-1].items():
-        total = sum(metrics[name] for metrics in window)
-        combined[name] = last if name in STATES else total / len(window) if name in MEANS else total
-    return combined
-
-
-class _StepEnd(TrainerCallback):
-    """Calls the trainer at the end of each optimizer step, before logging and saving."""
-
-    def __init__(self, trainer: PMCTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._window = []  # as the Trainer's own sum
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.trainer._finish_step(control)
-        return control
