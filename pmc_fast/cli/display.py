@@ -9,6 +9,7 @@ import click
 from ..utils.text import printable
 
 if TYPE_CHECKING:  # torch and transformers load when a command runs: --help stays quick
+    from ..jobs.memory import Memory
     from ..jobs.unlearn import Plan
 
 GATE_MISSED = 3
@@ -83,6 +84,31 @@ def print_plan(plan: "Plan", output: str) -> None:
     click.echo(f"output    {output}: nothing was written")
     for text in plan.warnings:
         click.echo(f"warning: {text}", err=True)
+
+
+def print_memory(memory: "Memory", name: str) -> None:
+    """Print what a run holds in the memory of a device, and refuse or warn as the run would."""
+    from ..jobs import memory_limits
+    from ..jobs.memory import GIB, PHASES, Choice
+    from ..models import loading
+
+    device = loading.resolve_device(name)
+    plan = memory.plan(Choice.of(memory.config, memory.device))
+    known = memory.work.tokens.expected is not None
+    (most, phase), (expected, _) = plan.peak(), plan.peak(expected=True)
+    rows = [(i.name + ("" if len(i.phases) == len(PHASES) else " *"), i.most, i.expected) for i in plan.items]
+    click.echo(f"{f'memory    GiB on {device.type}':50} at most" + "  expected" * known)
+    for name, *sizes in (*rows, (f"together, {PHASES[phase]}", most, expected)):
+        click.echo(f"          {name:40}" + "".join(f"{n / GIB:8.2f}  " for n in sizes[: 1 + known]).rstrip())
+    found = memory_limits.device_memory(device)
+    if found is not None:
+        click.echo(f"          {'free':40}{found[0] / GIB:8.2f} of {found[1] / GIB:.2f}")
+    click.echo("          * in a part of a step; together: at any one time, with what an allocator may lose")
+    for what in plan.unknown:
+        click.echo(f"warning: not counted: {what}", err=True)
+    if found is not None and device.type in memory_limits.LIMITED:
+        for text in memory_limits.choose(memory, found[0])[1]:
+            click.echo(f"warning: {text}", err=True)
 
 
 def print_gates(made: dict[str, Any]) -> int:

@@ -16,8 +16,15 @@ from ..config import PRESETS, EvaluateConfig, RequestConfig
 from ..errors import PMCError, Terminated
 from ..utils.text import printable
 from . import erasure
-from .display import Progress, print_gates, print_plan, print_scores
+from .display import Progress, print_gates, print_memory, print_plan, print_scores
 from .options import config_options, given, read_yaml
+
+# settings that the memory of a run depends on
+MEMORY = (
+    "model", "device", "dtype", "param_dtype", "max_length", "max_tokens", "cuda_graphs", "num_samples", "selection",
+    "attack_samples", "batch_size", "gradient_accumulation_steps", "optimizer", "allow_pure_bf16", "lora", "lora_r",
+    "lora_target",
+)  # fmt: skip
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -37,13 +44,16 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
     named = settings.pop("preset", None)
     config = RequestConfig.merge(preset or (None if named is None else str(named)), settings, given(options))
     from ..distributed import launched, leave
-    from ..erasure.unlearn import check_request, unlearn_request
+    from ..erasure.unlearn import check_request, trained_by, unlearn_request
+    from ..jobs import memory_limits
     from ..jobs import unlearn as job
     from ..report import render
 
     render.check_importable()
     if dry_run:
-        print_plan(check_request(config) if config.lora else job.check(config), config.stack or config.output)
+        plan = check_request(config) if config.lora else job.check(config)
+        print_plan(plan, config.stack or config.output)
+        print_memory(memory_limits.planned(plan, trained_by(config)), config.device)
         return 0
     with Progress() as progress:
         made = unlearn_request(config, progress) if config.lora else job.unlearn(config, progress)
@@ -97,10 +107,19 @@ def evaluate(json_file: str | None, rows_file: str | None, report_file: str | No
 
 
 @cli.command()
-def env() -> None:
-    """Print versions, the machine, and what this installation can do."""
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a named set of settings")
+@config_options(RequestConfig, MEMORY)
+def env(preset: str | None, **options: Any) -> None:
+    """Print versions, the machine, and what this installation can do; with --model the memory of a run.
+
+    The memory is that of the longest prompts and answers; `pmc-fast unlearn --dry-run` knows those of the data.
+    """
     from ..report import environment
 
+    settings = given(options)
+    if settings or preset:
+        _print_memory_of(preset, settings)
+        return
     for title, facts in (
         ("versions", environment.versions()),
         ("machine", environment.machine()),
@@ -109,6 +128,19 @@ def env() -> None:
         click.echo(f"{title}:")
         for name, value in facts.items():
             click.echo(f"  {name:16} {'-' if value is None else value}")
+
+
+def _print_memory_of(preset: str | None, settings: dict[str, Any]) -> None:
+    stack = {"stack": "-"} if settings.get("lora") else {}  # where an adapter would go needs no memory
+    config = RequestConfig.merge(preset, settings, stack)
+    from ..erasure.unlearn import trained_by
+    from ..jobs import memory_limits
+    from ..models import loading
+
+    loading.check_source(config.model, config.device)
+    device = loading.resolve_device(config.device)
+    memory = memory_limits.memory_of(config, memory_limits.Lengths(), device, trained_by(config))
+    print_memory(memory, config.device)
 
 
 for command in (erasure.merge, erasure.rollback, erasure.verify):

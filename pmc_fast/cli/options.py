@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from ..config import RequestConfig
 from ..errors import PMCError
 
 
-def config_options(config: type[Any]) -> Callable[[Any], Any]:
-    """Give a command one option for each field of `config`; options that are not given pass None."""
+def config_options(config: type[Any], names: Sequence[str] | None = None) -> Callable[[Any], Any]:
+    """Give a command one option for each field of `config`, or for `names`; options that are not given pass None."""
 
     def decorate(command: Any) -> Any:
         hints = typing.get_type_hints(config)
         for f in reversed(dataclasses.fields(config)):
+            if names is not None and f.name not in names:
+                continue
             flag, kind = "--" + f.name.replace("_", "-"), hints[f.name]
             options: dict[str, Any] = {"help": _help(f), "default": None}
             if kind is bool:

@@ -56,6 +56,10 @@ def attach(model: Any, *, r: int, alpha: int, targets: Sequence[str], seed: int)
             wrapped = peft.get_peft_model(model, config)
         except ValueError as error:
             raise PMCError(f"lora_target is {', '.join(targets)}: {str(error).splitlines()[0]}") from error
+    for layer in wrapped.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            # autocast casts inputs where it must; PEFT's casts would be kept for backward in each layer
+            layer.cast_input_dtype_enabled = False
     ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     for name, layer in wrapped.named_modules():
         base = getattr(layer, "base_layer", None)

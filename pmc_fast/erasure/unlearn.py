@@ -1,7 +1,9 @@
 """An erasure request: an adapter trained on the frozen model and all earlier adapters, and its record."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,16 @@ def _check_possible() -> None:
     adapters.check_peft()
 
 
+def attached(c: RequestConfig, model: Any, number: int) -> Any:
+    """Return PEFT's model around `model` with the adapter of request `number` of a stack."""
+    return adapters.attach(model, r=c.lora_r, alpha=c.lora_alpha, targets=c.lora_target, seed=c.seed + number)
+
+
+def trained_by(config: RequestConfig) -> Callable[[Any], Any]:
+    """Return what makes of a model the one that a run trains."""
+    return functools.partial(attached, config, number=1) if config.lora else lambda model: model
+
+
 class StackedAdapter:
     """The next adapter of a stack; see `jobs.outputs.TrainingTarget`."""
 
@@ -98,6 +110,9 @@ class StackedAdapter:
     def check_room(self, parameters: int, dtype: torch.dtype) -> None:
         """Do nothing: an adapter is small."""
 
+    def trained(self, model: Any) -> Any:
+        return attached(self.config, model, 1)
+
     def claimed(self) -> AbstractContextManager[None]:
         return nullcontext()  # the whole stack is locked
 
@@ -112,9 +127,7 @@ class StackedAdapter:
             self.before = self.stack.apply(self.exact, device=loaded.model.device)
             round_into(loaded.model, self.exact)
             number = len(self.stack.requests) + 1
-            loaded.model = adapters.attach(
-                loaded.model, r=c.lora_r, alpha=c.lora_alpha, targets=c.lora_target, seed=c.seed + number
-            )
+            loaded.model = attached(c, loaded.model, number)
         resume = Path(c.resume)
         if c.resume not in ("", "auto") and resume.resolve().parent != self.checkpoints:
             raise PMCError(

@@ -36,6 +36,9 @@ class TrainingTarget(Protocol):
     def check_room(self, parameters: int, dtype: torch.dtype) -> None:
         """Refuse a model with so many parameters, saved in `dtype` before, if the disk has no room for the output."""
 
+    def trained(self, model: Any) -> Any:
+        """Make of a model without data what `prepare` makes of the loaded one, for the plan of its memory."""
+
     def claimed(self) -> AbstractContextManager[None]:
         """Lock the output for this run; refuse one that another run is writing."""
 
@@ -80,6 +83,9 @@ class WholeModel:
         saved = self.config.save_dtype
         self.dtype = dtype if saved == "auto" else getattr(torch, saved)
         self.path = check_output(self.config.output, parameters * self.dtype.itemsize + ROOM)
+
+    def trained(self, model: Any) -> Any:
+        return model
 
     def claimed(self) -> AbstractContextManager[None]:
         return claimed(self.config.output)

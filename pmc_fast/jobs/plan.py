@@ -27,6 +27,7 @@ from ..pmc.schedule import Schedule
 from ..trainer import checkpointing
 from ..trainer.arguments import check_optimizer_name
 from . import earlier_runs, known_forgotten
+from .memory import Choice
 from .progress import Monitor
 
 FEW_STEPS = 50
@@ -51,6 +52,7 @@ class Plan:
     parameters: int  # of the model
     dtype: torch.dtype  # of its checkpoint
     warnings: list[str] = field(default_factory=list)
+    choice: Choice | None = None  # how its memory is bounded, where that is not as the settings say
 
     @property
     def tokenizer(self) -> Any:

@@ -17,6 +17,7 @@ from ..distributed import Ranks, launched
 from ..errors import Terminated
 from ..evaluation import truths_of, with_initial_answers
 from ..models import loading
+from ..models.fused_layers import use_checkpointing
 from ..models.packed_forward import PackedPass, causal_lm
 from ..pmc.algorithm import PMC
 from ..report import gates, render
@@ -30,6 +31,8 @@ from . import earlier_runs, known_forgotten
 from .evaluator import Evaluator, Results, Suite
 from .interrupts import CheckpointOnSigterm, what_is_left
 from .known_forgotten import KnownForgotten
+from .memory import Choice
+from .memory_limits import Limits
 from .outputs import TrainingTarget, WholeModel
 from .plan import Plan, make_plan, require_inputs
 from .progress import Monitor, Silent, Stages
@@ -91,16 +94,22 @@ def unlearn(
 
 def _run(plan: Plan, target: TrainingTarget, stages: Stages) -> dict[str, Any]:
     """Run the stages of a plan."""
+    limits = Limits(plan, target)
     loaded, weights = _load(plan, stages)
     base = loaded.model
     target.prepare(loaded, stages)
     arguments = _arguments(plan.config, loaded, target)  # several processes know each other from here on
+    limits.agree(Ranks(), stages.monitor)
+    if plan.choice is not None and plan.choice.checkpointing:
+        use_checkpointing(base)
     engine, evaluator = _evaluator(loaded, plan, stages.monitor)
     known = _known_forgotten(plan, evaluator, weights, target, stages) if plan.config.skip_known_forgotten else None
     if known and not known.kept:
         return {"questions": known.questions, "known_forgotten": dataclasses.asdict(known), "failed_gates": []}
     trainer, profiler = _trainer(plan, loaded, arguments, target, stages.monitor)
     trainer.pmc.engine, evaluator.packed = engine, trainer.pmc.packed  # each is checked and allocated once
+    if plan.choice is not None:
+        trainer.pmc.limit(plan.choice.max_tokens, plan.choice.graph_tokens if plan.choice.cuda_graphs else 0)
     if loaded.model is base:
         trainer.weights_sha256 = weights  # not read twice
     resumed = trainer.find_checkpoint(plan.config.resume, warn=stages.monitor.warn)
@@ -141,8 +150,10 @@ def _load(plan: Plan, stages: Stages) -> tuple[loading.LoadedModel, str]:
 
 
 def _evaluator(loaded: loading.LoadedModel, plan: Plan, monitor: Monitor) -> tuple[RolloutEngine, Evaluator]:
-    how: dict[str, Any] = {"autocast_dtype": loaded.autocast_dtype, "cuda_graphs": plan.config.cuda_graphs}
-    engine, packed = RolloutEngine(loaded.model, **how), PackedPass(causal_lm(loaded.model), **how)
+    choice = plan.choice or Choice.of(plan.config, loaded.model.device.type)
+    how: dict[str, Any] = {"autocast_dtype": loaded.autocast_dtype, "cuda_graphs": choice.cuda_graphs}
+    engine = RolloutEngine(loaded.model, pool_tokens=choice.pool_tokens, **how)
+    packed = PackedPass(causal_lm(loaded.model), graph_tokens=choice.graph_tokens, **how)
     return engine, Evaluator(SharedEngine(engine, Ranks()), plan.encoder, packed, monitor)
 
 

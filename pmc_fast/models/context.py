@@ -1,5 +1,6 @@
 """Around a forward pass of a model: eval mode, autocast, its plain log-probs and tolerances to compare with them."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,21 @@ def autocast(
 ) -> AbstractContextManager[Any]:
     """Return torch.autocast's context, or one that does nothing where `dtype` is None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=cache_enabled)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device has no memory left: libraries raise other kinds than torch."""
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Return what no tensor uses any more to the device."""
+    gc.collect()  # tensors in circles, such as those of an error's traceback
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def check_placement(model: Any) -> None:

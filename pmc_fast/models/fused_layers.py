@@ -82,7 +82,7 @@ class FusedLayers:
         weight = next(self.model.parameters(), None)
         if weight is None or self._key(weight) is None:
             return []
-        known = [m for m in _modelling_files(self.model) if is_rotary(getattr(m, ROTARY))]
+        known = [m for m in modelling_files(self.model) if is_rotary(getattr(m, ROTARY))]
         return [m for m in known if self._rotates_halves(getattr(m, ROTARY), weight, weight)]
 
     def _once(self, function: Any, key: DispatchKey | None, compare: Callable[[], Any]) -> Any:
@@ -253,6 +253,13 @@ def uses_checkpointing(model: Any) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules())
 
 
+def use_checkpointing(model: Any) -> None:
+    """Let backward recompute layers, of which only the inputs are then kept."""
+    new = hasattr(model, "activation_checkpointing_enable")  # transformers 5.24; the old name warns
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _in_train_mode(module: Any, forward: Forward, x: torch.Tensor) -> torch.Tensor:
     """Compute in train mode with the same random numbers every time, so that dropout is compared as well."""
     flags = [(m, m.training) for m in module.modules()]
@@ -269,6 +276,6 @@ def _in_train_mode(module: Any, forward: Forward, x: torch.Tensor) -> torch.Tens
             m.training = flag
 
 
-def _modelling_files(model: Any) -> list[ModuleType]:
+def modelling_files(model: Any) -> list[ModuleType]:
     names = {type(m).__module__ for m in model.modules()}
     return [sys.modules[n] for n in sorted(names) if hasattr(sys.modules.get(n), ROTARY)]

@@ -179,6 +179,16 @@ def resolve_param_dtype(param_dtype: ParamDtype, dtype: str, device: torch.devic
     return "float32" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "bfloat16"
 
 
+def load_config(source: str) -> Any:
+    """Load a model's config alone."""
+    return _load("AutoConfig", source)
+
+
+def autocast_dtype(param_dtype: str, dtype: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, or None: bfloat16 parameters compute in bfloat16 by themselves."""
+    return torch.bfloat16 if param_dtype == "float32" and low_precision(dtype, device) else None
+
+
 def load_model(
     source: str, *, device: torch.device, dtype: str = "auto", param_dtype: ParamDtype = "float32"
 ) -> LoadedModel:
@@ -208,10 +218,8 @@ def load_model(
             raise PMCError(f"{source} holds NaN or infinite weights in {name}: use a sound checkpoint")
     _make_savable(model.generation_config, source)
     model.eval()
-    # bfloat16 parameters compute in bfloat16 by themselves
-    low = param_dtype == "float32" and low_precision(dtype, device)
     checkpoint_dtype = getattr(config, "dtype", None) or torch.float32
-    return LoadedModel(model, torch.bfloat16 if low else None, checkpoint_dtype)
+    return LoadedModel(model, autocast_dtype(param_dtype, dtype, device), checkpoint_dtype)
 
 
 def _make_savable(generation_config: Any, source: str) -> None:

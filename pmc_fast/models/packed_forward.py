@@ -49,16 +49,25 @@ class PackedPass:
         model or PEFT's, without hooks, dropout, checkpointing or sharding. Gradients of such a loss come in `.grad` of
         all trained parameters, by one call of `backward` without `inputs`; `torch.autograd.grad` is refused. While a
         loss waits for its backward, further passes run eagerly.
+    graph_tokens : int, optional
+        Larger packs run eagerly: a graph holds the memory of its pass. 0: all of them. May be changed.
     """
 
-    def __init__(self, base: Any, *, autocast_dtype: torch.dtype | None = None, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        base: Any,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        cuda_graphs: bool = False,
+        graph_tokens: int | None = None,
+    ) -> None:
         check_placement(base)
         self.base, self.autocast_dtype = base, autocast_dtype
         # one limit is in the configuration, `check` finds the others
         name = type(base).__name__
         self._recognised = Recognised(name, (), *rope_limit(base.config.get_text_config(), name))
         self._layers = FusedLayers(base, training=True)
-        self._cuda_graphs = cuda_graphs
+        self._cuda_graphs, self.graph_tokens = cuda_graphs, graph_tokens
         self.graphs: PassGraphs | None = None
         self._compared: set[bool] = set()  # modes (train, eval) in which the logits were compared with the head's
         self._checked: list[Any] = []  # calls whose log-probs were compared
@@ -101,6 +110,8 @@ class PackedPass:
     def _replayed(
         self, pack: Pack, row_scale: torch.Tensor, call: Any, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.graph_tokens is not None and len(pack) > self.graph_tokens:
+            return None
         if self._cuda_graphs and self.graphs is None:
             base = self.base
             # a new recorder asks for the device: the model may have been moved
@@ -110,6 +121,10 @@ class PackedPass:
         if _compiled(call) or uses_checkpointing(self.base) or is_sharded(self.base):
             return None
         return self.graphs(self._compute, pack, row_scale, call)
+
+    def drop_graphs(self) -> None:
+        """Release the memory of graphs, and capture no more."""
+        self.graphs, self.graph_tokens = None, 0
 
     def _compute(
         self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None, compare: bool = False

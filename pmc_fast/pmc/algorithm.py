@@ -360,6 +360,24 @@ class PMC:
         """
         return self._loss(parts, model=model)
 
+    def limit(self, max_tokens: int, graph_tokens: int | None) -> None:
+        """Bound the memory of training passes from now on: the tokens of a pack, and of one that a graph is captured of.
+
+        Losses and gradients stay as they are, up to rounding. `graph_tokens` 0: no graphs, None: of any pack.
+        """
+        self._loss.max_tokens = max_tokens
+        if graph_tokens == 0:
+            self.packed.drop_graphs()
+        else:
+            self.packed.graph_tokens = graph_tokens
+
+    def halve_passes(self) -> int:
+        """Release what is kept to be faster, let packs be half as large as the last ones, and return how large."""
+        tokens = max(1, min(self._loss.max_tokens, self._loss.largest) // 2)
+        self.limit(tokens, 0)
+        self.engine.release()
+        return tokens
+
     def scores(self) -> list[float]:
         """Return the scores of all stored answers."""
         return [self.store.score(i) for i in range(len(self.store)) if self.store.visits(i)]

@@ -37,6 +37,8 @@ class PackedLoss:
 
     def __init__(self, model: Any, config: PMCConfig, ranks: Ranks, autocast_dtype: torch.dtype | None) -> None:
         self.model, self.config, self.ranks = model, config, ranks
+        self.max_tokens = config.max_tokens  # of a pack; may be lowered where memory is short
+        self.largest = self.max_tokens  # tokens of the last packs
         self.packed = PackedPass(causal_lm(model), autocast_dtype=autocast_dtype, cuda_graphs=config.cuda_graphs)
 
     def check(self, model: Any = None) -> None:
@@ -51,7 +53,8 @@ class PackedLoss:
             raise PMCError("step_losses got no parts: give it all of step.split(size), each with its retain batch")
         self.check(model)
         parts = [_Part(part, self._kept(part, retain)) for part, retain in batches]
-        packs = pack([g for p in parts for g in p.groups], self.config.max_tokens, share_from=SHARED_PREFIX)
+        packs = pack([g for p in parts for g in p.groups], self.max_tokens, share_from=SHARED_PREFIX)
+        self.largest = max(map(len, packs), default=self.largest)
         own_tokens = sum(p.retain_tokens for p in parts) if retain_tokens is None else retain_tokens
         per_rank = self.ranks.gather((len(packs), own_tokens, [bool(p.lengths.any()) for p in parts]))
         if not all(any(trained) for trained in zip(*(theirs for *_, theirs in per_rank), strict=True)):

@@ -1,16 +1,24 @@
 """The rollout loop: plan a step, compute its logits, draw tokens, until every sample has ended."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..distributed import Ranks
 from ..errors import NotFiniteError, PMCError
 from ..models import patching
-from ..models.context import check_placement, known_tokens, plain_logps, require_same_logps
+from ..models.context import (
+    check_placement,
+    known_tokens,
+    out_of_memory,
+    plain_logps,
+    release_memory,
+    require_same_logps,
+)  # fmt: skip
 from ..models.fsdp import Lockstep, is_sharded
 from ..models.recognition import Recognised, own_errors, recognise
 from ..models.supported import check_adapters
@@ -23,6 +31,8 @@ from .request import Request, whole
 
 # Rows up to which n-gram drafts are added to a step: few rows cost hardly more than one, since all weights are read.
 NGRAM_ROWS = {"cpu": 12, "cuda": 64}
+logger = logging.get_logger(__name__)
+
 NGRAM = 4  # longest n-gram by which a draft is looked up
 
 
@@ -56,6 +66,8 @@ class RolloutEngine:
     process_group : torch.distributed.ProcessGroup, optional
         The processes that hold a sharded model (FSDP2). All of them must call the engine together, each with its own
         prompts, or with none.
+    pool_tokens : int, optional
+        Of calls that give none, unless one answer needs more.
 
     Raises
     ------
@@ -72,11 +84,15 @@ class RolloutEngine:
         cuda_graphs: bool = True,
         pad_steps: bool = False,
         process_group: Any = None,
+        pool_tokens: int | None = None,
     ) -> None:
         check_placement(model)
         self.model, self._ranks = model, Ranks(process_group)
         self._step = ModelStep(model, autocast_dtype)
         self._cuda_graphs, self._pads = cuda_graphs, pad_steps
+        # smaller after a rollout that did not fit the memory
+        self.pool_tokens = pool_tokens
+        self._max_rows: int | None = None
         self._inputs = StepInputs(self._step.device, pads=pad_steps)
         self._warned: set[str] = set()  # settings
         self._checked, self._recognised = False, Recognised(type(model).__name__)
@@ -162,9 +178,11 @@ class RolloutEngine:
         seed = whole("seed", seed)
         work = Request.checked(
             self.model, prompts, num_samples, max_new_tokens=max_new_tokens, max_length=max_length,
-            stream_ids=stream_ids, stop_ids=stop_ids, max_rows=max_rows, pool_tokens=pool_tokens, drafts=drafts,
-            positions=positions, logit_bias=logit_bias,
+            stream_ids=stream_ids, stop_ids=stop_ids, max_rows=self._max_rows if max_rows is None else max_rows,
+            pool_tokens=pool_tokens, drafts=drafts, positions=positions, logit_bias=logit_bias,
         )  # fmt: skip
+        if pool_tokens is None and self.pool_tokens is not None:
+            work.limit(self.pool_tokens)
         check_adapters(self.model)  # each time: another may have been added
         if not self._checked:
             self._check()
@@ -172,7 +190,43 @@ class RolloutEngine:
         self._recognised.require(*work.longest())
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         asked = settings_of(self.model, sampling=temperature > 0, warned=self._warned) if as_generate else {}
-        return self._run(work, draw, ngram_drafts=ngram_drafts, trie=trie, settings=asked)
+
+        def run() -> Rollouts:
+            return self._run(work, draw, ngram_drafts=ngram_drafts, trie=trie, settings=asked)
+
+        if (done := self._tried(run)) is None:  # and the error with the tensors that it held is gone
+            self._shrink(work)
+            done = run()
+        return done
+
+    def release(self) -> int:
+        """Release the memory that is kept between calls; return how many tokens the pool had room for."""
+        self._inputs = StepInputs(self._step.device, pads=self._pads)
+        return self._step.release()
+
+    def _tried(self, run: Callable[[], Rollouts]) -> Rollouts | None:
+        """Run a rollout; return None if the device has no memory left for it."""
+        try:
+            return run()
+        except Exception as error:
+            if is_sharded(self.model) or not out_of_memory(error):  # the other processes of a sharded one go on
+                raise
+            return None
+
+    def _shrink(self, work: Request) -> None:
+        """Release the engine's memory and take less from now on; samples do not depend on it."""
+        span = self.release()
+        self._cuda_graphs = False
+        self._step.use_graphs(False)
+        self.pool_tokens = span // 2 if self.pool_tokens is None else min(span, self.pool_tokens) // 2
+        self._max_rows = max(1, work.max_rows // 2)
+        work.max_rows = self._max_rows
+        work.limit(self.pool_tokens)
+        release_memory(self._step.device)
+        logger.warning(
+            f"a rollout ran out of memory: it starts again without CUDA graphs, with {work.pool_tokens} tokens of keys and "
+            f"values and {work.max_rows} rows a step, and so do later ones"
+        )
 
     def _run(
         self,
@@ -198,6 +252,7 @@ class RolloutEngine:
         pads = self._pads or self._step.graphs is not None
         if (self._inputs.device, self._inputs.pads) != (device, pads):
             self._inputs = StepInputs(device, pads=pads)
+        self._step.most_slots = work.pool_tokens + work.max_rows  # padded rows have slots too
         with Lockstep(self.model, self._ranks) as lockstep, self._step.prepared():
             ngram_rows = NGRAM_ROWS[device.type] if ngram_drafts else 0
             padded, before = 0, self._step.graph_counters()

@@ -40,6 +40,7 @@ class ModelStep:
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
         self.model, self.autocast_dtype = model, autocast_dtype
         self.graphs: StepGraphs | None = None
+        self.most_slots: int | None = None  # of the pool, which else grows ahead of what is needed
         self._logits: torch.Tensor | None = None  # the memory that graphs write logits to
         self._relies_on: Any = None
         self._forget_buffers()
@@ -165,6 +166,12 @@ class ModelStep:
         )
         return made[None, ..., :size]
 
+    def release(self) -> int:
+        """Release the pool, copied weights and graphs; return the tokens that the pool had room for."""
+        span = self._span
+        self._forget_buffers()
+        return span
+
     def pool_bytes(self) -> int:
         """Return the memory of the pool."""
         return sum(t.nbytes for pair in self.pool.values() for t in pair)
@@ -193,7 +200,7 @@ class ModelStep:
         if span <= self._span:
             return
         spare = self._span * 3 // 2 if self.graphs is None else max(2 * self._span, LEAST_SLOTS)
-        self._span = max(span, spare)
+        self._span = max(span, spare if self.most_slots is None else min(spare, self.most_slots))
         for layer, pair in self.pool.items():
             self.pool[layer] = tuple(_longer(t, self._span) for t in pair)  # type: ignore[assignment]
 

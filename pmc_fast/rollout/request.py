@@ -87,6 +87,11 @@ class Request:
         stops = [int(s) for s in stop_ids]
         return cls(lists, num_samples, streams, max_new, stops, rows, slots, drafted, places, biases)
 
+    def limit(self, pool_tokens: int) -> None:
+        """Bound the pool, but to no less than one answer needs."""
+        least = max((len(prompt) + new for prompt, new in zip(self.prompts, self.max_new, strict=True)), default=1)
+        self.pool_tokens = min(self.pool_tokens, max(pool_tokens, least))
+
     def longest(self) -> tuple[int, str]:
         """Return the most tokens that a prompt and its answer may take, masked ones included, and which prompt it is."""
         begins = [

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
@@ -16,10 +15,11 @@ from transformers.utils import logging
 from ..data import Encoded
 from ..errors import LostProcessError, PMCError
 from ..models import loading
-from ..pmc.algorithm import PMC
+from ..models.context import out_of_memory
 from ..utils.files import digest, file_sha256, one_error, sync
 from .arguments import training_settings
 from .callbacks import StopRule
+from .out_of_memory import ThriftyTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -126,14 +126,12 @@ def newest(
     return None
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(ThriftyTrainer):
     """A Trainer whose checkpoints also hold PMC's state."""
 
-    pmc: PMC
     retain: list[Encoded]
     retain_order: torch.Generator
     stop_rule: StopRule | None
-    model: Any
     weights_sha256 = ""  # `loading.weights_hash` of the untouched model, computed on first use
     _saving_to: Path | None = None
 
@@ -152,6 +150,10 @@ class ResumableTrainer(Trainer):
                 return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)
         except LostProcessError as error:
             raise LostProcessError(f"{error}; {self._how_to_resume()}") from error
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise self.out_of_memory(self._how_to_resume()) from error
 
     def _how_to_resume(self) -> str:
         kept = newest(Path(self.args.output_dir or "."), self._fingerprint())

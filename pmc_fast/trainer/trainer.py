@@ -182,6 +182,7 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
             switch()
         if self.pmc.pending([i for batch in all_indices for i in batch]):
             self._settle()  # a rollout waits for the device anyway
+        self.stage = "the rollout"
         start = time.perf_counter()
         indices = [batch[self._share(len(batch))] for batch in all_indices]
         try:
@@ -192,7 +193,7 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
             raise self.diverged() from error
         begin = time.perf_counter()
         self._step = {
-            "tokens": 0, "counters": step.counters, "indices": step.indices, "begin": begin,
+            "counters": step.counters, "indices": step.indices, "begin": begin,
             "rollout_seconds": begin - start,
         }  # fmt: skip
         retain = [self._draw_retain(len(batch))[self._share(len(batch))] for batch in all_indices]
@@ -213,21 +214,19 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
         0 is returned: the sum over the micro-batches is the step's loss. An override sees the same calls.
         """
         model.train()
-        total = torch.zeros((), device=self.args.device)
         if not inputs["parts"]:
-            return total
-        out = None
-        for out in self.pmc.step_losses(inputs["parts"], model=model):
-            with self.pmc.ranks.watched():
-                self.accelerator.backward(out.loss)
-            total += out.loss.detach()
-            self._step["tokens"] += out.counters["tokens"]
-        assert out is not None
+            return torch.zeros((), device=self.args.device)
+        total, tokens, out = self.accumulated(model, inputs["parts"])
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         asked = [bool(part.indices) for part, _ in inputs["parts"]]
-        self._step |= {"loss": total, "means": torch.stack([out.collapse, out.retain], dim=1), "asked": asked}
+        self._step |= {
+            "tokens": tokens,
+            "loss": total,
+            "means": torch.stack([out.collapse, out.retain], dim=1),
+            "asked": asked,
+        }
         return total
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
