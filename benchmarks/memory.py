@@ -52,21 +52,15 @@ def memory_of(name: str, *, lora: bool) -> Memory:
     return Memory(config, shape, work_of(config, lengths, "cuda"), "cuda", low)
 
 
-def rows() -> list[str]:
-    """Return the table of docs/gpu_status.md: GB, the runs as they are set and at their least."""
-    made = []
-    for name in SHAPES:
-        for lora in (False, True):
-            memory = memory_of(name, lora=lora)
-            asked = Choice.of(memory.config, "cuda")
-            eager = replace(asked, cuda_graphs=False)
-            weights = sum(i.most for i in memory.plan(eager).items if i.name in STATE)
-            sizes = [memory.plan(choice).peak(expected=True)[0] for choice in (asked, eager)]
-            least = fewest(memory)
-            cells = (weights, *sizes, memory.plan(asked).peak()[0], least)
-            kind = "LoRA request" if lora else "whole model"
-            made.append(f"| {name}, {kind} | " + " | ".join(f"{n / 1e9:.1f}" for n in cells) + " |")
-    return made
+def row(name: str, memory: Memory, *, lora: bool) -> str:
+    """Return a line of the table, in GB: what a run always holds, what is expected, at most, and needed at least."""
+    asked = Choice.of(memory.config, "cuda")
+    eager = replace(asked, cuda_graphs=False)
+    state = sum(i.most for i in memory.plan(eager).items if i.name in STATE)
+    expected = [memory.plan(choice).peak(expected=True)[0] for choice in (asked, eager)]
+    cells = (state, *expected, memory.plan(asked).peak()[0], fewest(memory))
+    kind = "LoRA request" if lora else "whole model"
+    return f"| {name}, {kind} | " + " | ".join(f"{n / 1e9:.1f}" for n in cells) + " |"
 
 
 def fewest(memory: Memory) -> int:
@@ -83,4 +77,6 @@ def fewest(memory: Memory) -> int:
 
 
 if __name__ == "__main__":
-    print(*rows(), sep="\n")
+    for name in SHAPES:
+        for lora in (False, True):
+            print(row(name, memory_of(name, lora=lora), lora=lora))

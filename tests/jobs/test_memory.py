@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import memory as benchmark
 from benchmarks.memory import SHAPES, TOFU
 from pmc_fast.config import RequestConfig
 from pmc_fast.errors import PMCError
@@ -13,6 +14,7 @@ from pmc_fast.models.pass_memory import Shape
 from pmc_fast.pmc.algorithm import PMC
 from pmc_fast.rollout import RolloutEngine
 from tests.command_line import run
+from tests.pages import ROOT
 
 # parameters, and numbers in the keys and values of a token: 2 x layers x 8 heads x size
 NUMBERS = {"1B": (1_235_814_400, 16_384), "3B": (3_212_749_824, 57_344), "8B": (8_030_261_248, 65_536),
@@ -137,3 +139,17 @@ def test_the_commands_print_the_plan(arguments, tiny_dir, capsys):
     assert "--model takes a directory" in capsys.readouterr().err
     assert not run(["env", "--model", str(tiny_dir), "--lora"])
     assert "merged weights for rollouts" in capsys.readouterr().out
+
+
+def test_the_page_has_the_table():
+    page = (ROOT / "docs/gpu_status.md").read_text(encoding="utf-8")
+    for name, free in (("3B", 12), ("8B", 24)):
+        memory = benchmark.memory_of(name, lora=True)
+        assert benchmark.row(name, memory, lora=True) in page
+        assert choose(memory, free * 10**9)[0].max_tokens == 8192
+
+
+def test_the_published_run_fits_60_gb(published):
+    choice, _ = choose(published("3B"), 60 * 10**9)
+    assert not choice.checkpointing
+    assert choice.max_tokens >= 1000
