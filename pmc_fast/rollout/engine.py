@@ -275,7 +275,8 @@ class RolloutEngine:
 
     def _check(self) -> None:
         """Compare the log-probs of short rollouts with those of the model's own forward pass."""
-        known = self._recognised = recognise(self.model)
+        with self._step.autocast():  # without it layers with adapters of another dtype may not compute
+            known = self._recognised = recognise(self.model)
         dtype = self._step.autocast_dtype or next(self.model.parameters()).dtype
         if self._step.device.type == "cpu" and dtype == torch.float16:
             raise PMCError(
