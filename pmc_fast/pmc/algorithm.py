@@ -365,7 +365,7 @@ class PMC:
 
         Losses and gradients stay as they are, up to rounding. `graph_tokens` 0: no graphs, None: of any pack.
         """
-        self._loss.max_tokens = max_tokens
+        self._loss.limit = max_tokens
         if graph_tokens == 0:
             self.packed.drop_graphs()
         else:

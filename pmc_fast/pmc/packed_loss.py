@@ -37,9 +37,14 @@ class PackedLoss:
 
     def __init__(self, model: Any, config: PMCConfig, ranks: Ranks, autocast_dtype: torch.dtype | None) -> None:
         self.model, self.config, self.ranks = model, config, ranks
-        self.max_tokens = config.max_tokens  # of a pack; may be lowered where memory is short
+        self.limit: int | None = None  # tokens of a pack, below the configuration's, where memory is short
         self.largest = self.max_tokens  # tokens of the last packs
         self.packed = PackedPass(causal_lm(model), autocast_dtype=autocast_dtype, cuda_graphs=config.cuda_graphs)
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a pack."""
+        return min(self.config.max_tokens, self.limit or self.config.max_tokens)
 
     def check(self, model: Any = None) -> None:
         """Refuse a model whose log-probs in a packed pass differ from its own forward pass."""
