@@ -1,5 +1,6 @@
 """Gradients of replayed passes: the parameters' own `.grad` are views of the buffers that graphs add to."""
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ class Gradients:
             ends[p.dtype] = round_up(begin + p.numel(), ALIGNED)
         some = next(iter(self._named.values()))
         self.buffers = {dtype: torch.zeros(n, dtype=dtype, device=some.device) for dtype, n in ends.items()}
-        self._idle = self._uses()  # references to the buffers where no gradient is handed out
+        self._idle = self._before = self._uses()  # references to the buffers where no gradient is handed out
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -70,15 +71,15 @@ class Gradients:
 
         As where a user keeps those of one pass and sets `.grad` to None: a replay would overwrite them.
         """
-        out = dict.fromkeys(self.buffers, 0)
-        for name, p in self._named.items():
-            out[p.dtype] += self._is_ours(name, p.grad)
-        uses = {dtype: n - out[dtype] for dtype, n in self._uses().items()}
+        uses = self._other_uses()
         self._idle = {dtype: min(n, self._idle[dtype]) for dtype, n in uses.items()}
-        return sum(out.values()) < len(self._named) and uses != self._idle
+        all_out = all(self._is_ours(name, p.grad) for name, p in self._named.items())
+        return not all_out and uses != self._idle
 
     def save(self) -> dict[torch.dtype, torch.Tensor] | None:
         """Return a copy of gradients that are in use, which a capture is about to overwrite."""
+        gc.collect()  # what is garbage would be counted now and not afterwards
+        self._before = self._other_uses()
         if not any(self._is_ours(name, p.grad) for name, p in self._named.items()):
             return None
         try:
@@ -87,13 +88,12 @@ class Gradients:
             return {dtype: buffer.cpu() for dtype, buffer in self.buffers.items()}
 
     def restore(self, saved: Mapping[torch.dtype, torch.Tensor] | None) -> None:
-        """Undo what a capture wrote, and count the references that it holds."""
+        """Undo what a capture wrote, and add the references that it holds to those that are no user's."""
         for dtype, buffer in (saved or {}).items():
             self.buffers[dtype].copy_(buffer)
-        out = dict.fromkeys(self.buffers, 0)
-        for name, p in self._named.items():
-            out[p.dtype] += self._is_ours(name, p.grad)
-        self._idle = {dtype: n - out[dtype] for dtype, n in self._uses().items()}
+        gc.collect()
+        now = self._other_uses()
+        self._idle = {dtype: self._idle[dtype] + now[dtype] - self._before[dtype] for dtype in now}
 
     def add(self, names: Iterable[str], replay: Callable[[], None]) -> None:
         """Add what a replay adds to the buffers to parameters' `.grad`, which are parts of the buffers from then on.
@@ -144,6 +144,13 @@ class Gradients:
         place = buffer.data_ptr() + self._places[name] * buffer.itemsize
         return grad.data_ptr() == place and grad.dtype == buffer.dtype and grad.is_contiguous()
 
+    def _other_uses(self) -> dict[torch.dtype, int]:
+        """Return the references to the buffers that are not parameters' `.grad`."""
+        uses = self._uses()
+        for name, p in self._named.items():
+            uses[p.dtype] -= self._is_ours(name, p.grad)
+        return uses
+
     def _uses(self) -> dict[torch.dtype, int]:
         assert _storage_use_count is not None
         return {dtype: _storage_use_count(b.untyped_storage()._cdata) for dtype, b in self.buffers.items()}
@@ -175,9 +182,13 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def needs_autograd(p: torch.nn.Parameter) -> bool:
-    """Return whether only autograd serves a parameter: it has hooks, a gradient of another dtype, or no elements."""
+    """Return whether only autograd serves a parameter.
+
+    It has hooks, a gradient of another dtype, no elements, or strides that a part of a buffer does not have.
+    """
     hooks = p._backward_hooks or p._post_accumulate_grad_hooks
-    return bool(hooks) or getattr(p, "grad_dtype", p.dtype) != p.dtype or not p.numel()
+    other = getattr(p, "grad_dtype", p.dtype) != p.dtype
+    return bool(hooks) or other or not p.numel() or not p.is_contiguous()
 
 
 class Pass:

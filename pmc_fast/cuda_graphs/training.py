@@ -51,6 +51,7 @@ class PassGraphs:
         self.cache: GraphCache[_Graph] = GraphCache(recorder, f"{type(base).__name__}: a training pass", LIMIT)
         self._gradients: Gradients | None = None
         self._last: weakref.ref[Pass] | None = None
+        self._waited = 0  # passes since a loss waits for its backward
 
     @property
     def nbytes(self) -> int:
@@ -75,10 +76,21 @@ class PassGraphs:
             What is called: the base model or PEFT's.
         """
         dtype = _computes_in(self._base)
-        if self._pending() or not self._serves(pack, call, dtype):
+        if self._pending():
+            self._waited += 1
+            if self._waited == LIMIT:  # a few are normal: packs whose losses are added up
+                warnings.warn(
+                    f"{LIMIT} passes ran eagerly, which is slower, while a loss waits for its backward: call it, or "
+                    "detach() losses that are kept",
+                    stacklevel=2,
+                )
+            return None
+        self._waited = 0
+        if not self._serves(pack, call, dtype):
             return None
         # by identity too: a new Parameter on the same memory needs its own gradient
-        if self.cache.require((dtype, fingerprint(call, {}), [id(p) for p in call.parameters()])):
+        exact = torch.are_deterministic_algorithms_enabled()
+        if self.cache.require((dtype, exact, fingerprint(call, {}), [id(p) for p in call.parameters()])):
             self._gradients = None
         if self._gradients is not None and self._gradients.held():
             warnings.warn(

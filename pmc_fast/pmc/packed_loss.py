@@ -62,6 +62,9 @@ class PackedLoss:
         self.largest = max(map(len, packs), default=self.largest)
         own_tokens = sum(p.retain_tokens for p in parts) if retain_tokens is None else retain_tokens
         per_rank = self.ranks.gather((len(packs), own_tokens, [bool(p.lengths.any()) for p in parts]))
+        counts = [len(theirs) for *_, theirs in per_rank]
+        if len(set(counts)) > 1:
+            raise PMCError(f"step_losses got {counts} parts on the processes: give each all of its step.split(size)")
         if not all(any(trained) for trained in zip(*(theirs for *_, theirs in per_rank), strict=True)):
             raise PMCError("a micro-batch has no token to train on: all its answers are empty")
         if retain_tokens is None and batches[0][0].parts > len(parts) and self.config.normalization == "step":
@@ -87,11 +90,13 @@ class PackedLoss:
                 row_scales(w[p.sequences], p.cu_targets, p.targets, reduction="sum") for w in (scale, means)
             )
             kind = kinds[p.sequences].repeat_interleave(p.cu_targets.diff()).to(device, non_blocking=True)
-            with nullcontext() if i == count else _no_sync(model):  # around the caller's backward, too
+            with (
+                nullcontext() if i == count else _no_sync(model)
+            ):  # DDP decides in forward; none is held across a yield
                 loss, logps = self.packed(p, row_scale, model=model)
-                # behind the pass in the queue: a copy that waits would keep the host from preparing the next pass
-                sums = sums.index_add(0, kind, -logps.double() * mean.double().to(device, non_blocking=True))
-                yield Loss(loss, sums[0::2], sums[1::2], _counters(p, real=i <= own))
+            # behind the pass in the queue: a copy that waits would keep the host from preparing the next pass
+            sums = sums.index_add(0, kind, -logps.double() * mean.double().to(device, non_blocking=True))
+            yield Loss(loss, sums[0::2], sums[1::2], _counters(p, real=i <= own))
 
     def _kept(self, part: Step, retain: Retain) -> list[Encoded]:
         kept = _sequences(retain)

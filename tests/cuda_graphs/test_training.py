@@ -315,6 +315,48 @@ def test_gradients_that_a_user_keeps_stay(warm, taken):
     assert packed.graphs.cache.replays == (3 if taken == "before forward" else 4)
 
 
+def test_gradients_that_are_kept_while_a_size_is_captured_stay(warm):
+    model, packed = warm
+    first, other, *_ = packs()
+    packed(*first)[0].backward()
+    kept = [p.grad.detach() for p in model.parameters()]
+    for _ in range(2):
+        packed(*other)[0].backward()
+    assert packed.graphs.cache.captures == 2
+    before = [g.clone() for g in kept]
+    model.zero_grad()
+    with pytest.warns(UserWarning, match="gradients of an earlier pass are still in use"):
+        packed(*first)[0].backward()
+    for g, was in zip(kept, before, strict=True):
+        assert torch.equal(g, was)
+
+
+def test_many_passes_while_a_loss_waits_are_warned_of(warm, monkeypatch):
+    monkeypatch.setattr("pmc_fast.cuda_graphs.training.LIMIT", 3)
+    _, packed = warm
+    made = next(packs())
+    waits, _ = packed(*made)
+    packed(*made), packed(*made)
+    with pytest.warns(UserWarning, match="3 passes ran eagerly, .* while a loss waits for its backward"):
+        packed(*made)
+    waits.backward()
+    before = packed.graphs.cache.replays
+    packed(*made)
+    assert packed.graphs.cache.replays == before + 1
+
+
+def test_a_weight_with_other_strides_is_left_to_autograd(warm):
+    model, packed = warm
+    made, layer = next(packs()), model.model.layers[0].self_attn.q_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous().t())
+    assert not layer.weight.is_contiguous()
+    before = packed.graphs.cache.replays
+    three_times(model, packed, made)
+    packed(*made)[0].backward()
+    assert layer.weight.grad.stride() == layer.weight.stride()
+    assert packed.graphs.cache.replays == before
+
+
 def test_hooks_of_parameters_run(warm):
     model, packed = warm
     made = next(packs())

@@ -276,6 +276,7 @@ def test_ddp_exchanges_gradients_once_a_step(ready, process_group, static):
     packs = 0
     for out in pmc.step_losses(parts, model=wrapped):
         assert static or not reduced
+        assert wrapped.require_backward_grad_sync  # also where a caller never asks for the other packs
         out.loss.backward()
         packs += 1
     assert packs > 2
