@@ -174,7 +174,7 @@ class PMCConfig(SharedConfig):
     tau: Positive = option(0.1, "temperature of bradley_terry and soft")
     answer_penalty: NotNegative = option(
         0.0,
-        "extension: subtract this from the logits of the tokens of a question's initial answer when it is sampled, so that "
+        "extension: subtract this from the logits of the words of a question's initial answer when it is sampled, so that "
         "samples are unlike it (0: off, as published)",
     )
     resample_above: Threshold = option(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from ..config import PromptConfig
@@ -152,6 +153,28 @@ class Encoder:
             return self.answers(generated)
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [text[len(ANSWER_TAG) :] for text in texts] if self.format == "tags" else texts
+
+    def tokens_alike(self, ids: Iterable[int]) -> set[int]:
+        """Return all tokens that read as one of `ids` does, but for case and spaces.
+
+        Tokens without a letter or digit, and those that end an answer, are alike to none.
+        """
+        words, spelled = self._spelled
+        return {token for t in set(ids) if (word := words[t]) for token in spelled[word]}
+
+    @cached_property
+    def _spelled(self) -> tuple[list[str], dict[str, list[int]]]:
+        """What each token reads, and the tokens that read so."""
+        special = {*self.stops, *self.tokenizer.all_special_ids}
+        texts = self.tokenizer.batch_decode([[t] for t in range(len(self.tokenizer))])
+        words = [
+            "" if t in special or not any(map(str.isalnum, text)) else text.strip().casefold()
+            for t, text in enumerate(texts)
+        ]
+        spelled: dict[str, list[int]] = {}
+        for t, word in enumerate(words):
+            spelled.setdefault(word, []).append(t)
+        return words, spelled
 
     def check_text(self, where: str, text: Question) -> None:
         """Refuse conversations in the tags format, and texts with control tokens, which could end the prompt."""

@@ -253,7 +253,7 @@ class PMC:
         return picks, {name: float(n) for name, n in rollouts.counters.items()}
 
     def _penalty(self, initial: Sequence[int]) -> dict[int, float]:
-        return dict.fromkeys(set(initial) - set(self.encoder.stops), -self.config.answer_penalty)
+        return dict.fromkeys(self.encoder.tokens_alike(initial), -self.config.answer_penalty)
 
     def _encode(self, index: int, answer: Any) -> Encoded:
         if self.keeps_text:

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pmc_fast.config import PMCConfig
 from pmc_fast.data import (
     Encoded,
+    Encoder,
     collate,
     decode_answers,
     encode_pair,
@@ -104,3 +106,11 @@ def test_answers_end_at_the_first_stop_and_lose_only_their_tag(tokenizer):
     answers = decode_answers(tokenizer, generated, [2], prompt_format="tags")
     assert answers == ["Ann did.", "Not tagged", "", ""]
     assert decode_answers(tokenizer, generated[:1], [2], prompt_format="chat") == ["Answer: Ann did."]
+
+
+def test_tokens_alike(tokenizer):
+    encoder = Encoder(tokenizer, PMCConfig(prompt_format="tags"))
+    token = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"][0]  # noqa: E731
+    assert encoder.tokens_alike([token("The")]) >= {token(text) for text in ("the", " the", " The", "The", " THE")}
+    assert encoder.tokens_alike([token("The")]) == encoder.tokens_alike([token(" the")])
+    assert not encoder.tokens_alike([token("."), token(" ("), *encoder.stops])
