@@ -6,6 +6,7 @@ too late.
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..utils.text import printable
 from .callbacks import StopRule
 
 DEFERS = ("cuda",)  # devices whose losses are read a step later
+KNOWN = ("transformers", "pmc_fast")  # packages whose callbacks only report what is logged
 MEANS = ("collapse_loss", "retain_loss")  # as the Trainer's loss
 STATES = ("mean_score", "pending")  # as of the last step; all others are sums
 
@@ -110,6 +112,8 @@ class LoggingTrainer(Trainer):
         """Return whether a step's numbers may be read a step later: nothing asks for them at once."""
         a = self.args
         at_once = self.stop_rule is not None or self.pmc.ranks.size > 1 or getattr(a, "log_text", False)
+        # a later step forgets what they set in `control`: to save, say
+        at_once = at_once or not all(map(_only_reports, [self, *self.callback_handler.callbacks]))
         return a.device.type in DEFERS and not at_once and a.include_num_input_tokens_seen == "no"
 
     def _settle(self) -> None:
@@ -155,6 +159,15 @@ class LoggingTrainer(Trainer):
             self._globalstep_last_logged = self.state.global_step
             c.should_log = False  # as after a log
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        except BaseException:
+            if self.pmc.ranks.size == 1:  # several log at once, and can't meet after an error
+                with suppress(Exception):  # the error that ends the run is the one to see
+                    self._settle()
+            raise
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._settle()
         return super()._finalize_training(*args, **kwargs)
@@ -198,6 +211,12 @@ class LoggingTrainer(Trainer):
             row = (str(pmc.questions[i]), pmc.initial_answers[i], stored, f"{pmc.store.score(i):.3f}")
             table.add_row(*(escape(printable(text)) for text in row))
         Console().print(table)
+
+
+def _only_reports(owner: Any) -> bool:
+    """Return whether a trainer's `log`, or a callback's `on_log`, is transformers' or ours."""
+    method = owner.log if isinstance(owner, Trainer) else owner.on_log
+    return str(getattr(method, "__module__", "")).split(".")[0] in KNOWN
 
 
 def _combined(window: list[dict[str, float]]) -> dict[str, float]:

@@ -26,7 +26,7 @@ def made(tiny_dir, tokenizer, path, dtype=torch.float32, pmc=None, **change):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=dtype)
     config = PMCConfig(num_samples=2, max_length=40, prompt_format="tags", **(pmc or {}))
     args = arguments(path, **{"num_train_epochs": 4, "use_cpu": not GPU} | change)
-    never = lambda initial, candidates, min_len: torch.zeros(len(candidates), 2).numpy()  # noqa: E731
+    never = lambda initial, candidates, min_len: torch.zeros(len(candidates), len(candidates[0])).numpy()  # noqa: E731
     return PMCTrainer(model, args, QUESTIONS, RETAIN, config, tokenizer, reward=never)
 
 
@@ -39,6 +39,8 @@ class Events(transformers.TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.seen.append(("log", state.global_step))
+
+    on_log.__module__ = "transformers.integrations"  # it only reports, as theirs
 
 
 def history(trainer):
@@ -66,6 +68,55 @@ def test_logged_values_are_the_same(how, tiny_dir, tokenizer, tmp_path, monkeypa
     ]
     assert late[0] == []
     assert late[1] == [n for n in range(3, 8) if ("log", n) in events[1] and not ("save_steps" in how and n % 3 == 0)]
+
+
+class Asks(transformers.TrainerCallback):
+    """A user's callback that asks for something when it is told step 3."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs and state.global_step == 3:
+            setattr(control, self.what, True)
+
+
+@pytest.mark.parametrize("what", ["should_save", "should_evaluate", "should_training_stop"])
+def test_a_callback_that_acts_on_a_log_acts_at_its_step(what, deferred, tiny_dir, tokenizer, tmp_path):
+    trainer = made(tiny_dir, tokenizer, tmp_path, save_strategy="no")
+    trainer.eval_dataset = trainer.encode_eval(RETAIN)
+    trainer.add_callback(Asks(what))
+    trainer.train()
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"] * (what == "should_save")
+    evaluated = [r["step"] for r in trainer.state.log_history if "eval_loss" in r]
+    assert evaluated == [3] * (what == "should_evaluate")
+    assert trainer.state.global_step == (3 if what == "should_training_stop" else 8)
+
+
+def test_a_trainer_that_acts_on_a_log_acts_at_its_step(deferred, tiny_dir, tokenizer, tmp_path, monkeypatch):
+    def log(self, logs, *args):
+        self.control.should_save |= "loss" in logs and self.state.global_step == 3
+        return PMCTrainer.log(self, logs, *args)
+
+    trainer = made(tiny_dir, tokenizer, tmp_path, save_strategy="no")
+    trainer.__class__ = type("Own", (PMCTrainer,), {"log": log})
+    trainer.train()
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_is_cut_short_has_logged_its_last_step(error, deferred, tiny_dir, tokenizer, tmp_path):
+    trainer = made(tiny_dir, tokenizer, tmp_path)
+
+    class Ends(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise error("in step 5")
+
+    trainer.add_callback(Ends())
+    with pytest.raises(error, match="in step 5"):
+        trainer.train()
+    assert [r["step"] for r in trainer.state.log_history if "loss" in r] == [1, 2, 3, 4]
 
 
 def test_what_needs_a_steps_numbers_has_them(deferred, tiny_dir, tokenizer, tmp_path):
