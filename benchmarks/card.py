@@ -14,6 +14,8 @@ import transformers
 
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import Pack, pack
+from pmc_fast.errors import PMCError
+from pmc_fast.models.context import out_of_memory
 from pmc_fast.trainer.master_weights import MasterWeights
 
 from . import harness
@@ -122,10 +124,13 @@ class Probe:
 
     @contextlib.contextmanager
     def unless_out_of_memory(self, block: str, name: str) -> Iterator[None]:
+        """Say that a mode has run out of memory, or that pmc_fast refused it; the other modes run."""
         try:
             yield
-        except torch.cuda.OutOfMemoryError as error:
-            self.say(block, f"{name}: OUT OF MEMORY", why=str(error)[:120], **self.memory())
+        except (torch.OutOfMemoryError, PMCError) as error:  # a trainer's PMCError comes from the device's
+            short = any(e is not None and out_of_memory(e) for e in (error, error.__cause__))
+            what = "OUT OF MEMORY" if short else f"FAILED: {type(error).__name__}"
+            self.say(block, f"{name}: {what}", why=str(error)[:300], **self.memory())
 
     # --- what is measured
 

@@ -13,7 +13,10 @@ block() {  # seconds, command: one that is too slow or fails does not end the re
   echo "== ${*:2}" | tee -a "$OUT/log"
   timeout "$1" "${@:2}" 2>&1 | tee -a "$OUT/log" | grep -v Warning | cut -c1-230
 }
-probe() { block "$1" "$python" -m benchmarks.card_probe "${@:2}" --json "$OUT/card-$shape-$2.json"; }
+probe() {  # seconds, arguments, by which its file is named: no later run may overwrite it
+  local name="card ${*:2}"; name=${name//--shape /}; name=${name// --/ }; name=${name// /-}
+  block "$1" "$python" -m benchmarks.card_probe "${@:2}" --json "$OUT/$name.json"
+}
 tests() { block "$1" "$python" -m pytest -q -p no:cacheprovider "${@:2}"; }
 
 if command -v nvidia-smi > /dev/null; then

@@ -11,7 +11,7 @@ import transformers
 from pmc_fast import PMCArguments, PMCConfig, PMCTrainer
 
 from .card import QUESTION, SYSTEM, Probe
-from .card_training import ENDS_AFTER, LENGTH, Parts, drawn, tokenizer, trainer_of
+from .card_training import ENDS_AFTER, LENGTH, Parts, drawn, graphs_of, tokenizer, trainer_of
 
 QUESTIONS = 400  # TOFU's forget10
 EPOCHS = 30  # the published run's
@@ -94,6 +94,7 @@ def run(probe: Probe) -> None:
     probe.say("run", f"stages, {probe.epochs} epochs (s)", model=built - start, **seconds)
     probe.say(
         "run", f"whole, {probe.epochs} epochs", s=whole, **estimated, steps=len(parts.steps), **drawn(trainer),
+        **graphs_of(trainer), waits="for the card after each step, to time its parts",
         weights=f"random; a bias of the head ends answers after {ENDS_AFTER} tokens in the mean before training (TOFU's "
         f"are as long; without it each would take all {LENGTH - SYSTEM - QUESTION})", **parts.spread(min(1, len(parts.steps) - 1))["step"],
     )  # fmt: skip

@@ -30,11 +30,14 @@ class Parts(transformers.TrainerCallback):
     """Times and peaks of a trainer's steps, by part: rollout, forward, backward, optimizer.
 
     On a card by events, whose times are read at the end of a step. "step" is the host's time from one end to the next,
-    in the first step with the initial answers.
+    in the first step with the initial answers. The host waits for the card between steps, so that nothing is gained by
+    numbers that are read a step later: so the last steps, as many as `whole` says, are timed as one, without parts.
     """
 
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
+    def __init__(self, probe: Probe, whole: int = 0) -> None:
+        self.probe, self.whole = probe, whole
+        self.whole_ms = 0.0  # of one of the last steps, in the mean
+        self.apart = True  # time by part
         self.steps: list[dict[str, float]] = []  # milliseconds
         self.peaks: dict[str, float] = defaultdict(float)  # gigabytes allocated
         self._seen: list[tuple[str, Any, Any]] = []
@@ -50,6 +53,9 @@ class Parts(transformers.TrainerCallback):
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
+        if not self.apart:
+            yield
+            return
         if self.probe.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         begin = self._now()
@@ -85,7 +91,13 @@ class Parts(transformers.TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._optimizer.close()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        left = state.max_steps - state.global_step
+        if not self.apart:
+            if not left:
+                self.probe.sync()
+                self.whole_ms = 1e3 * (time.perf_counter() - self._before) / self.whole
+            return
         self.probe.sync()
         times: dict[str, float] = defaultdict(float)
         for name, begin, end in self._seen:
@@ -94,6 +106,7 @@ class Parts(transformers.TrainerCallback):
         self.steps.append({"step": 1e3 * (now - self._before)} | times)
         self._before = now
         self._seen.clear()
+        self.apart = left > self.whole or not self.whole
 
     def spread(self, warm_up: int) -> dict[str, dict[str, Any]]:
         """Return each part's milliseconds over the steps after the first few."""
@@ -184,6 +197,18 @@ def drawn(trainer: PMCTrainer) -> dict[str, float]:
     return {"answers": reward.answers, "mean_tokens": reward.words / max(reward.answers, 1)}
 
 
+def graphs_of(trainer: PMCTrainer) -> dict[str, Any]:
+    """Return how often graphs of training passes were captured and replayed, and how packs were bounded since.
+
+    A step that runs out of memory is made again, and all later ones, without graphs and in packs of at most `pack_limit`
+    tokens: then the counts are of no graph. `None`: as the configuration says.
+    """
+    loss = trainer.pmc._loss
+    cache = None if loss.packed.graphs is None else loss.packed.graphs.cache
+    captures, replays = (0, 0) if cache is None else (cache.captures, cache.replays)
+    return {"graph_captures": captures, "graph_replays": replays, "pack_limit": loss.limit}
+
+
 def step(probe: Probe) -> None:
     """Measure optimizer steps of 2 x (8 + 8) sequences, rollout included: each part's median and range."""
     dtype, low = next(iter(probe.modes().values()))
@@ -210,15 +235,18 @@ def lora(probe: Probe) -> None:
 
 
 def _steps(probe: Probe, block: str, model: Any, rounds: int, name: str = "", **how: Any) -> None:
-    parts = Parts(probe)
+    parts, steps = Parts(probe, rounds), WARM_UP + 2 * rounds
     with tempfile.TemporaryDirectory() as directory:
-        trainer = trainer_of(probe, model, directory, 16 if probe.tiny else 64, max_steps=WARM_UP + rounds, **how)
+        trainer = trainer_of(probe, model, directory, 16 if probe.tiny else 64, max_steps=steps, **how)
         with parts.watching(trainer):
             trainer.train()
     measured = probe.memory()
     if parts.peaks:
         measured["peak_gb"] = max(parts.peaks.values())
+    graphs, before = graphs_of(trainer), f"{name}: " if name else ""
     for part, times in parts.spread(WARM_UP).items():
         peak = {"peak_gb": parts.peaks[part]} if part in parts.peaks else {}
-        probe.say(block, f"{name}: {part}" if name else part, **times, **peak)
-    probe.say(block, f"{name}: all" if name else "all", **drawn(trainer), **measured)
+        waits = {"waits": "for the card after each step"} if part == "step" else {}
+        probe.say(block, f"{before}{part}", **times, **peak, **graphs, **waits)
+    probe.say(block, f"{before}steps without a wait", ms=parts.whole_ms, steps=rounds, **graphs)
+    probe.say(block, f"{before}all", **drawn(trainer), **measured, **graphs)

@@ -1,8 +1,12 @@
 """The harness: fair order, right statistics, one schema, no mixing of machines. Tables of README and docs/. Compared methods."""
 
+import itertools
 import json
+import os
+import re
 import subprocess
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ from benchmarks import (
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row
 from pmc_fast.evaluation import EvalSet
+from pmc_fast.pmc.algorithm import PMC
 from pmc_fast.pmc.losses import npo
 from pmc_fast.report.environment import commit
 from tests.pages import ROOT
@@ -378,6 +383,11 @@ def test_the_cards_probe_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
         times = by_name[f"step: {part}"]
         assert times["rounds"] == 2
         assert times["range"][0] <= round(times["ms"], 3) <= times["range"][1]
+    whole = by_name["step: steps without a wait"]
+    assert whole["steps"] == 2
+    assert whole["ms"] > 0
+    assert "waits" in by_name["step: step"]
+    assert {by_name[f"memory: float32, graphs False: {part}"]["graph_replays"] for part in ("step", "all")} == {0}
     assert sum("shipped" in name for name in by_name) == 1  # of the row kernel's sizes
     whole = by_name["run: whole, 1 epochs"]
     assert whole["s_of_30_epochs_estimated"] > whole["s"]
@@ -386,6 +396,36 @@ def test_the_cards_probe_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     wrong = subprocess.run(["bash", str(script), "7"], check=False, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr) == (2, "usage: bash benchmarks/card.sh 10|25|45\n")
+    echoed = {**os.environ, "PYTHON": "echo", "OUT": str(tmp_path)}
+    said = subprocess.run(["bash", str(script), "45"], check=True, capture_output=True, text=True, env=echoed).stdout
+    files = re.findall(r"^-m benchmarks.card_probe .*--json (\S+)", said, flags=re.M)
+    assert tmp_path / "card-run-3b-epochs-30.json" in map(Path, files)
+    assert len(files) == len(set(files)) > 10  # a run that fails writes over no other
     named = {word for line in script.read_text().splitlines() for word in line.split() if word.startswith("tests/")}
     assert named
     assert all((ROOT / path).exists() for path in named)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_the_cards_probe_says_what_ran_out_of_memory(always, monkeypatch):
+    """A step made again in half packs is told from one that was not; one that fails again does not end the others."""
+    computes, calls = PMC.step_losses, itertools.count()
+
+    def short(self, *args, **how):
+        if always or not next(calls):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return computes(self, *args, **how)
+
+    monkeypatch.setattr(PMC, "step_losses", short)
+    monkeypatch.setattr(card_training, "WARM_UP", 1)
+    monkeypatch.setattr(card.Probe, "modes", lambda self: dict.fromkeys("ab", (torch.float32, None)))
+    probe = card.Probe("tiny", quick=True)
+    card_training.memory(probe)
+    by_name = {r["name"]: r for r in probe.results}
+    if always:
+        assert list(by_name) == [f"memory: {mode}, graphs False: OUT OF MEMORY" for mode in "ab"]
+        assert all("ran out of memory in a training pass" in r["why"] for r in probe.results)
+    else:
+        rows = {mode: by_name[f"memory: {mode}, graphs False: step"] for mode in "ab"}
+        assert rows["a"]["pack_limit"] > 0
+        assert rows["b"]["pack_limit"] is None
