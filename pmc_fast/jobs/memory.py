@@ -1,5 +1,6 @@
 """What a run will hold in memory, item by item, from the model's shape, the settings and the lengths of the data."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from ..config import UnlearnConfig
 from ..errors import PMCError
 from ..models.pass_memory import PassMemory, Shape, Sizes
-from ..ops.nll_cpu import CHUNK_BYTES, VOCAB_BLOCK
+from ..ops.adamw import replaces_torchs
+from ..ops.nll_cpu import VOCAB_BLOCK, Cpu
+from ..ops.nll_cuda import Cuda
 from ..ops.weighted_nll import WORKSPACE
 from ..rollout.request import MAX_ROWS
 
@@ -160,7 +163,8 @@ class Memory:
         eager = ("embedding", "optimizer") if one_pass else STEP
         # graphs write to the same gradients again and again; else they end with the step
         add("gradients", ALWAYS if choice.cuda_graphs else eager, _bytes(s.trained))
-        at_once = c.optimizer == "adamw_torch_fused" or (c.optimizer == "adamw_torch" and self.device == "cuda")
+        adam = c.optimizer in ("adamw_torch", "adamw_torch_fused")
+        at_once = adam and replaces_torchs(self.device, c.optimizer == "adamw_torch_fused")
         if masters and not at_once:
             add("float32 gradients for masters", ("optimizer",), 4 * masters)
         if (
@@ -225,16 +229,19 @@ class Memory:
     def _head(self, rows: float, in_place: bool) -> tuple[float, float, float]:
         """Return what `weighted_nll` holds in forward and when backward begins, and its gradient's size."""
         s, item, on_cpu = self.sizes, self.computes_in.itemsize, self.device == "cpu"
-        weight, wide = s.vocab * s.width, max(4, item) if on_cpu else item  # of the logits
-        limit = min(WORKSPACE, CHUNK_BYTES) if on_cpu else WORKSPACE
+        kernels: Any = Cpu if on_cpu else Cuda
+        shapes = [(math.ceil(rows), s.width), (s.vocab, s.width)]
+        hidden_rows, head = (torch.empty(n, dtype=self.computes_in, device="meta") for n in shapes)
+        weight, wide = head.numel(), kernels.logits_dtype(head).itemsize
         whole, hidden = rows * s.vocab * wide, 2 * rows * s.width * item
         cast = weight * item if self.low is not None and self.param_dtype == torch.float32 else 0
         cast += VOCAB_BLOCK * s.width * 4 if on_cpu and item < 4 else 0
-        chunk = min(max(limit, s.vocab * wide), whole)
+        # packs of fewer rows may fill a chunk that those of `rows` do not: they are divided equally
+        chunk = min(kernels.most_rows(head, WORKSPACE) * s.vocab * wide, whole)
         if not s.head_trained:
             return cast + chunk + hidden, hidden, 0
         gradient = 0 if in_place else weight * wide + (weight * item if wide != item else 0)
-        if whole <= limit:  # d(logits) are kept, and backward forms the gradient
+        if kernels.keeps(hidden_rows, head, WORKSPACE):  # d(logits) are kept, and backward forms the gradient
             kept = whole + rows * s.width * wide + hidden
             return cast + kept, kept + gradient, 0 if in_place else weight * item
         total = weight * max(4, item)  # chunks add up in float32

@@ -14,6 +14,11 @@ LOW = (torch.bfloat16, torch.float16)
 ALIGNED = 16  # bytes: what Triton reads at once
 
 
+def replaces_torchs(device: str, fused: bool | None) -> bool:
+    """Return whether `adamw` steps in place of torch's Adam: on CUDA, and on the CPU where that is the fused one."""
+    return device == "cuda" or (device == "cpu" and bool(fused))
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What torch.optim.AdamW is given, and the step to take, counted from 1."""

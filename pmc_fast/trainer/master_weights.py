@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..ops.adamw import ALIGNED, LOW, Settings, adamw
+from ..ops.adamw import ALIGNED, LOW, Settings, adamw, replaces_torchs
 
 ODD = ("amsgrad", "maximize", "capturable", "differentiable")  # settings of Adam that our step does not have
 
@@ -77,12 +77,7 @@ class MasterWeights(torch.optim.Optimizer):
         for master in group["params"]:
             if (parameter := self.parameters.get(master)) is None or (grad := parameter.grad) is None:
                 continue
-            kind = master.device.type
-            if (
-                not serves
-                or not _plain(parameter, grad)
-                or not (kind == "cuda" or (kind == "cpu" and group["fused"]))
-            ):
+            if not (serves and _plain(parameter, grad) and replaces_torchs(master.device.type, group["fused"])):
                 others.append(master)
                 continue
             state = self.state[master]
