@@ -51,8 +51,8 @@ class UnlearnConfig(EvaluationConfig, PMCConfig):
     optimizer: str = option("adamw_torch_fused", "a transformers optimizer, by its name in TrainingArguments.optim")
     param_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
-        "dtype of the parameters; with bfloat16 the optimizer keeps float32 masters (auto: bfloat16 on cuda, unless DTYPE "
-        "is float32; float32 on the CPU)",
+        "dtype of the parameters; with bfloat16 the optimizer keeps float32 masters (auto: bfloat16 on cuda if MODEL is "
+        "saved in it and DTYPE is not float32; else float32)",
     )
     allow_pure_bf16: bool = option(False, "bfloat16 parameters without masters: small updates are rounded away")
     checkpoint_steps: Count = option(0, "write a checkpoint into OUTPUT.checkpoints every this many steps (0: never)")

@@ -54,12 +54,17 @@ def check_request(config: RequestConfig) -> Plan:
 def _param_dtype(config: RequestConfig, stack: Stack) -> loading.ParamDtype:
     """Return the dtype of the frozen parameters: that of the earlier requests, which were measured with it."""
     made = stack.param_dtype
+    if made == "bfloat16" and config.dtype == "float32":
+        raise PMCError(
+            f"dtype is 'float32' but the requests in {stack.directory} were made with bfloat16 parameters, which compute in "
+            "bfloat16: leave --dtype out"
+        )
     if made and config.param_dtype not in ("auto", made):
         raise PMCError(
             f"param_dtype is {config.param_dtype!r} but the requests in {stack.directory} were made with {made}: leave it out"
         )
     return made or loading.resolve_param_dtype(
-        config.param_dtype, config.dtype, loading.resolve_device(config.device)
+        config.param_dtype, config.dtype, loading.resolve_device(config.device), config.model
     )
 
 

@@ -86,7 +86,7 @@ def memory_of(
     prepare: Callable[[Any], Any] = lambda model: model,
 ) -> Memory:
     """Return what makes plans of a run on a kind of device; `prepare` makes of a model the one that is trained."""
-    kept_in = loading.resolve_param_dtype(config.param_dtype, config.dtype, device)
+    kept_in = loading.resolve_param_dtype(config.param_dtype, config.dtype, device, config.model)
     low = loading.autocast_dtype(kept_in, config.dtype, device)
     if kept_in == "bfloat16" and getattr(config, "lora", False):
         low = torch.bfloat16  # adapters are float32 and compute with the frozen weights

@@ -111,7 +111,10 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]]) -> Pl
     generation_config = None if config.accidents else loading.load_generation_config(config.model)
     encoder = Encoder(tokenizer, config, generation_config)
     warnings += encoder.warnings + (encoder.text_warnings() if config.store != "ids" else [])
-    param_dtype = loading.resolve_param_dtype(config.param_dtype, config.dtype, loading.resolve_device(config.device))
+    param_dtype = loading.resolve_param_dtype(
+        config.param_dtype, config.dtype, loading.resolve_device(config.device), config.model
+    )
+    warnings += loading.rounding_warning(param_dtype, config.model, dtype)
     config = dataclasses.replace(config, prompt_format=encoder.format, param_dtype=param_dtype)
     warnings += earlier_runs.check_prompts(config.model, config)
     # the evaluation alone sees the forget answers: training gets the questions

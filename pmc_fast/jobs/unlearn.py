@@ -17,6 +17,7 @@ from ..distributed import Ranks, launched
 from ..errors import Terminated
 from ..evaluation import truths_of, with_initial_answers
 from ..models import loading
+from ..models.context import release_memory
 from ..models.fused_layers import use_checkpointing
 from ..models.packed_forward import PackedPass, causal_lm
 from ..pmc.algorithm import PMC
@@ -121,8 +122,12 @@ def _run(plan: Plan, target: TrainingTarget, stages: Stages) -> dict[str, Any]:
     _train(trainer, resumed, stages)
     other = _unround(trainer, loaded, target.rounds_to, plan.config.dtype)
     model = target.finalize(loaded.model.eval(), stages)
+    trainer.drop_optimizer()
     if plan.config.evaluate:
         if other or model is not loaded.model:
+            engine.release()  # another engine and pass will hold as much again
+            trainer.pmc.packed.drop_graphs()
+            release_memory(base.device)
             loaded.model = model
             _, evaluator = _evaluator(loaded, plan, stages.monitor)
         evaluator.weights_changed()

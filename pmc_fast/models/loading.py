@@ -121,7 +121,7 @@ def check_source(source: str, device: str) -> tuple[int, torch.dtype]:
     except Exception as error:  # of the modelling file, or no such architecture
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PMCError(f"model {source} can't be made from its config.json: {reason}") from error
-    return sum(p.numel() for p in model.parameters()), getattr(config, "dtype", None) or torch.float32
+    return sum(p.numel() for p in model.parameters()), checkpoint_dtype(config)
 
 
 def _check_files(directory: Path) -> None:
@@ -165,10 +165,18 @@ def low_precision(dtype: str, device: torch.device) -> bool:
     return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
 
 
-def resolve_param_dtype(param_dtype: ParamDtype, dtype: str, device: torch.device) -> Literal["float32", "bfloat16"]:
-    """Return what parameters are kept in. auto: bfloat16 on cuda where they compute in it, else float32.
+def checkpoint_dtype(config: Any) -> torch.dtype:
+    """Return the dtype that a model is saved in, by its config; float32 if it does not say."""
+    return getattr(config, "dtype", None) or torch.float32
 
-    Under accelerate's FSDP auto is float32: it shards what the optimizer steps, and masters are copies of their own.
+
+def resolve_param_dtype(
+    param_dtype: ParamDtype, dtype: str, device: torch.device, source: str
+) -> Literal["float32", "bfloat16"]:
+    """Return what the parameters of the model `source` are kept in.
+
+    auto is bfloat16 on cuda where the model computes in it and is saved in it, so that no weight is rounded; else
+    float32, also under accelerate's FSDP: it shards what the optimizer steps, and masters are copies of their own.
     """
     if param_dtype != "auto":
         return param_dtype
@@ -176,7 +184,20 @@ def resolve_param_dtype(param_dtype: ParamDtype, dtype: str, device: torch.devic
         return "float32"
     from accelerate.utils import parse_flag_from_env
 
-    return "float32" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "bfloat16"
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "float32"
+    return "bfloat16" if checkpoint_dtype(load_config(source)) == torch.bfloat16 else "float32"
+
+
+def rounding_warning(param_dtype: str, source: str, saved: torch.dtype) -> list[str]:
+    """Return a warning if bfloat16 parameters are not the weights of the model `source`, saved in the dtype `saved`."""
+    if param_dtype != "bfloat16" or saved == torch.bfloat16:
+        return []
+    name = str(saved).removeprefix("torch.")
+    return [
+        f"param_dtype is bfloat16 but {source} is saved in {name}: its weights are rounded before they are measured and "
+        "trained; --param-dtype float32 keeps them"
+    ]
 
 
 def load_config(source: str) -> Any:
@@ -206,7 +227,7 @@ def load_model(
         What its parameters are kept in; see `resolve_param_dtype`.
     """
     config = _load("AutoConfig", source)
-    param_dtype = resolve_param_dtype(param_dtype, dtype, device)
+    param_dtype = resolve_param_dtype(param_dtype, dtype, device, source)
     how: dict[str, Any] = {"dtype": getattr(torch, param_dtype), "use_safetensors": True, "output_loading_info": True}
     model, found = _load("AutoModelForCausalLM", source, **how)
     if missing := sorted(found["missing_keys"]):  # transformers would initialise them at random, and print a table
@@ -218,8 +239,7 @@ def load_model(
             raise PMCError(f"{source} holds NaN or infinite weights in {name}: use a sound checkpoint")
     _make_savable(model.generation_config, source)
     model.eval()
-    checkpoint_dtype = getattr(config, "dtype", None) or torch.float32
-    return LoadedModel(model, autocast_dtype(param_dtype, dtype, device), checkpoint_dtype)
+    return LoadedModel(model, autocast_dtype(param_dtype, dtype, device), checkpoint_dtype(config))
 
 
 def _make_savable(generation_config: Any, source: str) -> None:

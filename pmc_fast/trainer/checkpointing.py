@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 MANIFEST = "pmc_manifest.json"
 STATE = "pmc_state.json"
 ASIDE = ".unfinished"
+DTYPES = "parameters' dtypes"
 
 
 @contextmanager
@@ -100,6 +101,8 @@ def check_fingerprint(directory: Path, recorded: dict[str, Any], fingerprint: di
     """Refuse a checkpoint whose recorded fingerprint is not that of this run."""
     for name, value in fingerprint.items():
         if name not in recorded:
+            if name == DTYPES and value == digest({}):
+                continue  # an older one, which was float32 unless its weights' hash says otherwise
             raise PMCError(f"checkpoint {directory} is of an older pmc_fast: it does not say of which {name} it is")
         if recorded[name] != value:
             raise PMCError(f"checkpoint {directory} belongs to another run: its {name} differ from this one's")
@@ -227,6 +230,8 @@ class ResumableTrainer(ThriftyTrainer):
         if config.normalization == "micro_batch":
             settings["group"] = str(a.train_batch_size)
         shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
+        trained = ((n, p.dtype) for n, p in self.model.named_parameters() if p.requires_grad)
+        low = {n: str(dtype) for n, dtype in trained if dtype != torch.float32}  # float32 ones have no masters
         adapters = getattr(self.model, "peft_config", None)  # alpha and dropout are not in an adapter's weights
         lora = {name: _settings(c) for name, c in adapters.items()} if isinstance(adapters, dict) else {}
         return {
@@ -236,6 +241,7 @@ class ResumableTrainer(ThriftyTrainer):
             "PMC settings": digest(config.algorithm()),
             "training settings": digest(settings),
             "parameters": digest(shapes),
+            DTYPES: digest(low),
             "model's weights": self.weights_sha256,
         }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..errors import PMCError
 from ..ops.adamw import ALIGNED, LOW, Settings, adamw, replaces_torchs
 
 ODD = ("amsgrad", "maximize", "capturable", "differentiable")  # settings of Adam that our step does not have
@@ -100,7 +101,18 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def unround(self) -> None:
-        """Make the masters the parameters' values, in float32. The optimizer can't step afterwards."""
+        """Make the masters the parameters' values, in float32. The optimizer can't step afterwards.
+
+        Raises
+        ------
+        PMCError
+            The parameters are not the masters rounded: a checkpoint was loaded into them, or they were set, since.
+        """
+        if not all(torch.equal(p, master.to(p.dtype)) for master, p in self.parameters.items()):
+            raise PMCError(
+                "the model's weights are not those that the optimizer has masters of (load_best_model_at_end loads other "
+                "ones): they can't be had in float32"
+            )
         for master, parameter in self.parameters.items():
             parameter.grad = None
             parameter.data = master.detach()

@@ -258,13 +258,25 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
         return self.optimizer
 
     def unround(self) -> bool:
-        """Give a trained model its float32 masters for parameters; return whether there are any."""
+        """Give a trained model its float32 masters for parameters; return whether there are any.
+
+        Raises
+        ------
+        PMCError
+            The model's weights are other ones than the optimizer's, as after load_best_model_at_end.
+        """
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's
         if not isinstance(optimizer, MasterWeights):
             return False
         optimizer.unround()
         self.model.float()
         return True
+
+    def drop_optimizer(self) -> None:
+        """Release the optimizer of a trained model, its moments and its masters."""
+        self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.accelerator.free_memory()
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Create the schedule; where warmup_steps is 0, with `PMCArguments.warmup_epochs` of warm-up."""

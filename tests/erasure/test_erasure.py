@@ -439,6 +439,9 @@ def test_a_stack_has_one_dtype(low, two, tiny_dir, capsys):
         assert f"param_dtype is '{other}' but the requests in {directory}/stack were made with {theirs}" in error(
             capsys
         )
+    assert run(command(low, tiny_dir, 3, "--dtype", "float32")) == 2
+    told = f"dtype is 'float32' but the requests in {low}/stack were made with bfloat16 parameters"
+    assert error(capsys).startswith(f"pmc-fast: error: {told}")
 
 
 def test_what_a_request_on_a_bfloat16_base_computes_with(data, tiny_dir, monkeypatch):

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from pmc_fast import PMCTrainer
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
-from pmc_fast.jobs import evaluator
+from pmc_fast.jobs import evaluator, memory_limits
 from pmc_fast.models import loading
 from pmc_fast.pmc import schedule
 from pmc_fast.reference import Reference
+from pmc_fast.trainer import checkpointing
 from pmc_fast.utils import files
 from tests.command_line import SECRET, cut_short, left_behind, replaced, run
 from tests.evaluation.test_questions import write_tofu
@@ -145,33 +147,118 @@ def test_two_processes_are_one(pytestconfig, arguments, data, monkeypatch):
 @pytest.mark.parametrize("save", ["float32", "bfloat16"])
 def test_bfloat16_parameters_are_trained_through_masters(save, arguments, data, monkeypatch):
     """Where the saved dtype has room for them, the masters are what is saved and evaluated."""
-    trainers = []
+    trained = []
     train = PMCTrainer.train
-    monkeypatch.setattr(PMCTrainer, "train", lambda self, **how: [trainers.append(self), train(self, **how)][1])
+
+    def kept_train(self, **how):
+        train(self, **how)
+        trained.append((self.model, self.optimizer.optimizer.state_dict()["masters"]))
+
+    monkeypatch.setattr(PMCTrainer, "train", kept_train)
     how = [*replaced(arguments, lr="1e-3"), "--param-dtype", "bfloat16", "--save-dtype", save]
     assert run(how) == 0
     made = json.loads((data / "out/report.json").read_text())
     assert made["settings"]["param_dtype"] == "bfloat16"
     saved = transformers.AutoModelForCausalLM.from_pretrained(data / "out", dtype="auto")
     assert saved.dtype == getattr(torch, save)
-    masters = trainers[0].optimizer.optimizer.state_dict()["masters"]
+    model, masters = trained[0]
     kept = {p.data_ptr() for p in masters}
-    for p, q in zip(trainers[0].model.parameters(), saved.parameters(), strict=True):
+    for p, q in zip(model.parameters(), saved.parameters(), strict=True):
         assert (p.data_ptr() in kept) == (save == "float32")
         assert torch.equal(p, q)
     assert any(torch.equal(m, m.bfloat16().float()) for m in masters) is False
 
 
-def test_what_parameters_are_kept_in(monkeypatch):
+@pytest.fixture
+def saved_in(tiny_dir, tmp_path):
+    """Return configs of the tiny model as saved in a dtype, or in none that it says."""
+
+    def config_of(dtype):
+        path = tmp_path / str(dtype)
+        path.mkdir()
+        content = json.loads((tiny_dir / "config.json").read_text()) | {"dtype": dtype}
+        content.pop("torch_dtype", None)
+        (path / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+        return str(path)
+
+    return config_of
+
+
+def test_what_parameters_are_kept_in(saved_in, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda:1")
-    resolve = loading.resolve_param_dtype
-    assert [resolve("auto", dtype, cuda) for dtype in ("auto", "bfloat16", "float32")] == [
+    low, resolve = saved_in("bfloat16"), loading.resolve_param_dtype
+    assert [resolve("auto", dtype, cuda, low) for dtype in ("auto", "bfloat16", "float32")] == [
         "bfloat16", "bfloat16", "float32",
     ]  # fmt: skip
-    assert {resolve("auto", dtype, cpu) for dtype in ("auto", "bfloat16", "float32")} == {"float32"}
-    assert {resolve(name, "auto", device) for name in ("float32",) for device in (cpu, cuda)} == {"float32"}
+    assert {resolve("auto", dtype, cpu, low) for dtype in ("auto", "bfloat16", "float32")} == {"float32"}
+    assert {resolve("float32", "auto", device, low) for device in (cpu, cuda)} == {"float32"}
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert resolve("auto", "auto", cuda) == "float32"
+    assert resolve("auto", "auto", cuda, low) == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", None])
+def test_by_default_no_weight_is_rounded(dtype, saved_in):
+    """bfloat16 has fewer bits than float16 too; the plan of the memory counts what will be loaded."""
+    source, cuda = saved_in(dtype), torch.device("cuda:0")
+    assert loading.resolve_param_dtype("auto", "auto", cuda, source) == "float32"
+    for param_dtype, kept in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        config = UnlearnConfig(model=source, param_dtype=param_dtype)
+        memory = memory_limits.memory_of(config, memory_limits.Lengths(), cuda)
+        assert memory.param_dtype == kept
+        assert memory.low == (torch.bfloat16 if kept == torch.float32 else None)
+
+
+def test_rounding_a_checkpoint_is_said_once(arguments, tiny, tokenizer, tmp_path, capsys):
+    told = "is saved in float32: its weights are rounded"
+    assert run([*arguments, "--param-dtype", "bfloat16", "--dry-run"]) == 0
+    assert capsys.readouterr().err.count(told) == 1
+    tiny.bfloat16().save_pretrained(tmp_path / "low")
+    tokenizer.save_pretrained(tmp_path / "low")
+    assert run([*replaced(arguments, model=tmp_path / "low"), "--param-dtype", "bfloat16", "--dry-run"]) == 0
+    assert "rounded" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_what_training_held_is_released_before_the_evaluation(param_dtype, arguments, monkeypatch):
+    held, left = [], []
+    train, measure = PMCTrainer.train, evaluator.Evaluator.measure
+
+    def seen_train(self, **how):
+        train(self, **how)
+        optimizer = self.optimizer.optimizer
+        moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+        pool = [t for pair in self.pmc.engine._step.pool.values() for t in pair]
+        held.extend((name, weakref.ref(t)) for name, ts in (("moments", moments), ("pool", pool)) for t in ts)
+
+    def seen_measure(self, when, *how):
+        if when == "after":
+            left.extend(name for name, ref in held if ref() is not None)
+        return measure(self, when, *how)
+
+    monkeypatch.setattr(PMCTrainer, "train", seen_train)
+    monkeypatch.setattr(evaluator.Evaluator, "measure", seen_measure)
+    assert run([*arguments, "--param-dtype", param_dtype]) == 0
+    assert {name for name, _ in held} == {"moments", "pool"}
+    assert set(left) == ({"pool"} if param_dtype == "float32" else set())  # the same engine goes on
+
+
+@pytest.mark.parametrize(("first", "second"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_checkpoint_is_of_its_parameters_dtype(
+    first, second, arguments, data, tiny, tokenizer, monkeypatch, capsys
+):
+    """A bfloat16 model has one hash in both, but the optimizer's state has masters in one of them."""
+    tiny.bfloat16().save_pretrained(data / "low")
+    tokenizer.save_pretrained(data / "low")
+    how = [*replaced(arguments, epochs="2", model=data / "low"), "--checkpoint-steps", "1", "--no-evaluate"]
+    cut_short([*how, "--param-dtype", first], monkeypatch)
+    path = data / "out.checkpoints/checkpoint-2"
+    capsys.readouterr()
+    assert run([*how, "--param-dtype", second, "--resume", str(path)]) == 2
+    assert "its parameters' dtypes differ from this one's" in capsys.readouterr().err
+    manifest = json.loads((path / checkpointing.MANIFEST).read_text())
+    del manifest["fingerprint"][checkpointing.DTYPES]  # an older pmc_fast's
+    (path / checkpointing.MANIFEST).write_text(json.dumps(manifest))
+    assert run([*how, "--param-dtype", first, "--resume", str(path)]) == (0 if first == "float32" else 2)
 
 
 def test_a_checkpoint_has_one_hash_in_both_dtypes(tiny):

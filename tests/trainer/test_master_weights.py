@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from pmc_fast.errors import PMCError
 from pmc_fast.ops import adamw as op
 from pmc_fast.trainer.master_weights import MasterWeights
 
@@ -167,3 +168,25 @@ def test_a_closures_gradients_are_stepped_with(kind):
 
     assert float(optimizer.step(closure)) == 4
     assert float(low.max()) < 1
+
+
+@pytest.mark.parametrize("triton_step", [False, True])
+def test_masters_of_other_weights_are_refused(triton_step, request):
+    """As after load_best_model_at_end: the masters are the last step's, the weights an earlier one's."""
+    if triton_step:
+        request.getfixturevalue("triton")
+    weights = parameters()
+    optimizer = optimizer_of(torch.optim.AdamW, weights)
+    run(optimizer, weights, range(2))
+    best = [p.detach().clone() for p in weights]
+    run(optimizer, weights, range(2, 4))
+    last, masters = [p.detach().clone() for p in weights], optimizer.state_dict()["masters"]
+    for p, value in zip(weights, best, strict=True):
+        p.data.copy_(value)
+    with pytest.raises(PMCError, match="load_best_model_at_end"):
+        optimizer.unround()
+    assert all(torch.equal(p, value) for p, value in zip(weights, best, strict=True))
+    for p, value in zip(weights, last, strict=True):
+        p.data.copy_(value)
+    optimizer.unround()
+    assert all(torch.equal(p, m) for p, m in zip(weights, masters, strict=False))
