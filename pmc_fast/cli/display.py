@@ -91,6 +91,7 @@ def print_memory(memory: "Memory", name: str) -> None:
     from ..jobs import memory_limits
     from ..jobs.memory import GIB, PHASES, Choice
     from ..models import loading
+    from ..models.fsdp import fsdp_launched
 
     device = loading.resolve_device(name)
     plan = memory.plan(Choice.of(memory.config, memory.device))
@@ -104,11 +105,15 @@ def print_memory(memory: "Memory", name: str) -> None:
     if found is not None:
         click.echo(f"          {'free':40}{found[0] / GIB:8.2f} of {found[1] / GIB:.2f}")
     click.echo("          * in a part of a step; together: at any one time, with what an allocator may lose")
-    for what in plan.unknown:
-        click.echo(f"warning: not counted: {what}", err=True)
-    if found is not None and device.type in memory_limits.LIMITED:
-        for text in memory_limits.choose(memory, found[0])[1]:
-            click.echo(f"warning: {text}", err=True)
+    if not known:
+        click.echo("          evaluations are not counted: unlearn --dry-run knows how many questions they ask")
+    texts = plan.warnings()
+    if fsdp_launched():
+        texts.append("memory: a process of FSDP holds a part of this, and the run is not bounded")
+    elif found is not None and device.type in memory_limits.LIMITED:
+        texts += memory_limits.choose(memory, found[0])[1]
+    for text in texts:
+        click.echo(f"warning: {text}", err=True)
 
 
 def print_gates(made: dict[str, Any]) -> int:

@@ -22,8 +22,7 @@ from .options import config_options, given, read_yaml
 # settings that the memory of a run depends on
 MEMORY = (
     "model", "device", "dtype", "param_dtype", "max_length", "max_tokens", "cuda_graphs", "num_samples", "selection",
-    "attack_samples", "batch_size", "gradient_accumulation_steps", "optimizer", "allow_pure_bf16", "lora", "lora_r",
-    "lora_target",
+    "batch_size", "gradient_accumulation_steps", "optimizer", "allow_pure_bf16", "lora", "lora_r", "lora_target",
 )  # fmt: skip
 
 

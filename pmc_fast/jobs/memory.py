@@ -102,6 +102,10 @@ class MemoryPlan:
         """Return the largest sum of a phase, and which that is."""
         return max((self.at(phase, expected=expected), phase) for phase in PHASES)
 
+    def warnings(self) -> list[str]:
+        """Return a warning for each thing that is not counted."""
+        return [f"memory: not counted, so the run may hold more than is said: {what}" for what in self.unknown]
+
 
 class Memory:
     """Makes plans of one run.
@@ -119,8 +123,7 @@ class Memory:
     def __init__(self, config: UnlearnConfig, shape: Shape, work: Work, device: str, low: torch.dtype | None) -> None:
         self.config, self.shape, self.work, self.device, self.low = config, shape, work, device, low
         self.sizes: Sizes = shape.sizes
-        weight = shape.base.get_input_embeddings().weight
-        self.param_dtype, self.computes_in = weight.dtype, low or weight.dtype
+        self.param_dtype, self.computes_in = shape.dtype, low or shape.dtype
 
     def plan(self, choice: Choice) -> MemoryPlan:
         """Return what a run holds under a choice."""

@@ -1,6 +1,5 @@
 """Whether a run fits its device, and what is chosen where it does not."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..data.packing import num_targets
 from ..distributed import Ranks
 from ..errors import PMCError
 from ..models import loading
+from ..models.fsdp import fsdp_launched
 from ..models.pass_memory import Shape
 from ..rollout.request import MAX_ROWS
 from .memory import GIB, Amount, Choice, Memory, Work
@@ -51,9 +51,9 @@ def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
     expected = questions * (prompt + trained * answer + _mean(lengths.retain)) if known else None
     targets = questions * (trained * answer + _mean(lengths.retain_answers)) if known else None
     most_targets = questions * (trained * (longest - shortest) + max(lengths.retain_answers, default=longest - 1))
-    rollouts = [(questions, n), *((count, 1) for count in (len(prompts) * known, *lengths.asked))]
-    if c.attack_samples:
-        rollouts.append((len(prompts), c.attack_samples))
+    rollouts = [(questions, n), *((count, 1) for count in lengths.asked)]
+    if known:
+        rollouts += (len(prompts), 1), (len(prompts), c.attack_samples)
     rows = MAX_ROWS[device]
 
     def slots(count: int, samples: int, prompt: float, answer: float) -> float:
@@ -149,7 +149,7 @@ def _candidates(asked: Choice, memory: Memory) -> Iterator[Choice]:
     for tokens in _halves(pack, max(LEAST_TOKENS, work.longest)):
         choice = replace(choice, max_tokens=tokens)
         yield choice
-    if memory.shape.base.supports_gradient_checkpointing:
+    if memory.shape.supports_checkpointing:
         yield replace(choice, checkpointing=True)
 
 
@@ -187,16 +187,23 @@ def _too_large(memory: Memory, least: Choice, free: int) -> str:
     total, phase = plan.peak()
     largest = sorted((i for i in plan.items if phase in i.phases), key=lambda i: -i.most)[:3]
     named = ", ".join(f"{i.name} {i.most / GIB:.1f}" for i in largest)
+    return (
+        f"the run takes at least {total / GIB:.1f} GiB of {memory.device} memory ({named}), and {free / GIB:.1f} GiB are "
+        f"free: use {', '.join(_remedies(memory))}, or a larger device"
+    )
+
+
+def _remedies(memory: Memory) -> list[str]:
+    """Return the settings that can still be changed for less memory: max_length, at least."""
     c = memory.config
     remedies = [] if getattr(c, "lora", False) else ["--lora"]
     if memory.param_dtype == torch.float32:
-        remedies.append("--param-dtype bfloat16")
-    if c.batch_size > 1 or c.num_samples > 1:
-        remedies.append("a smaller --batch-size or --max-length")
-    return (
-        f"the run takes at least {total / GIB:.1f} GiB of {memory.device} memory ({named}), and {free / GIB:.1f} GiB are "
-        f"free: use {', '.join(remedies)}, or a larger device"
-    )
+        remedies.append(
+            "--dtype bfloat16 --param-dtype bfloat16" if c.dtype == "float32" else "--param-dtype bfloat16"
+        )
+    smaller = [f"--{n.replace('_', '-')}" for n in ("batch_size", "num_samples") if getattr(c, n) > 1]
+    either = f"{', '.join(smaller)} or " if smaller else ""
+    return [*remedies, f"a smaller {either}--max-length"]
 
 
 def planned(plan: Plan, prepare: Callable[[Any], Any]) -> Memory:
@@ -228,8 +235,8 @@ class Limits:
     def __init__(self, plan: Plan, target: TrainingTarget) -> None:
         self.plan, self.memory, self.free = plan, None, 0
         device = loading.resolve_device(plan.config.device)
-        if device.type not in LIMITED or _sharded():
-            return
+        if device.type not in LIMITED or fsdp_launched():
+            return  # a process of FSDP holds a part of what is counted
         if (found := device_memory(device)) is not None:
             self.memory, self.free = planned(plan, target.trained), found[0]
             choose(self.memory, self.free)  # refused before any work
@@ -239,9 +246,4 @@ class Limits:
         if self.memory is not None:
             free = min(ranks.gather(self.free))
             self.plan.choice, said = choose(self.memory, free)
-            self.plan.warn(said, monitor)
-
-
-def _sharded() -> bool:
-    """Return whether a launcher asks for FSDP, under which a process holds a part of what the plan counts."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+            self.plan.warn([*self.memory.plan(self.plan.choice).warnings(), *said], monitor)

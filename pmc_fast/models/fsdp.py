@@ -10,6 +10,16 @@ from ..errors import PMCError
 from .context import eval_mode
 
 
+def fsdp_launched() -> bool:
+    """Return whether a launcher asks for FSDP: accelerate will shard the model, and is not asked to yet."""
+    from accelerate.utils import parse_flag_from_env
+
+    try:
+        return parse_flag_from_env("ACCELERATE_USE_FSDP")
+    except ValueError as error:
+        raise PMCError(f"ACCELERATE_USE_FSDP can't be read ({error}): use true or false") from error
+
+
 def is_sharded(model: Any) -> bool:
     """Return whether FSDP2 (torch.distributed.fsdp.fully_shard) holds parameters of `model`.
 

@@ -14,6 +14,7 @@ import torch
 from ..errors import PMCError
 from ..ops.dispatch import why_refused
 from . import context
+from .fsdp import fsdp_launched
 
 ParamDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -182,9 +183,7 @@ def resolve_param_dtype(
         return param_dtype
     if device.type != "cuda" or not low_precision(dtype, device):
         return "float32"
-    from accelerate.utils import parse_flag_from_env
-
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if fsdp_launched():
         return "float32"
     return "bfloat16" if checkpoint_dtype(load_config(source)) == torch.bfloat16 else "float32"
 

@@ -72,6 +72,11 @@ class Sizes:
     head_trained: bool
     tied: bool
 
+    @classmethod
+    def nothing(cls) -> "Sizes":
+        """Return what is counted where nothing is known."""
+        return cls(Counter(), Counter(), 0, 0, 0, 0, 0, 0, False, False)
+
 
 class Shape:
     """A model without data.
@@ -83,19 +88,43 @@ class Shape:
         Of the parameters.
     prepare : callable, optional
         Makes of the model what is trained, such as PEFT's around it.
+
+    Notes
+    -----
+    Of a model that can't be made without data nothing is counted: its sizes are 0, and `passes` says why.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, prepare: Callable[[Any], Any] = lambda model: model) -> None:
+        self.dtype = dtype
+        self.base: Any = None
+        self.model: Any = None
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._known: dict[Any, PassMemory] = {}
+        self._why: PMCError | None = None
+        try:
+            self._make(config, prepare)
+            self.sizes = self._sizes()
+        except PMCError:  # of settings: the run would raise it too
+            raise
+        except Exception as error:  # whatever a modelling file does where there are no numbers
+            self.sizes = Sizes.nothing()
+            self._why = PMCError(f"what {config.model_type} holds: it can't be made without data ({_reason(error)})")
+
+    @property
+    def supports_checkpointing(self) -> bool:
+        """Whether layers can be computed again in backward."""
+        return getattr(self.base, "supports_gradient_checkpointing", False)
+
+    def _make(self, config: Any, prepare: Callable[[Any], Any]) -> None:
         import transformers
 
         with torch.device("meta"):
-            self.base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            self.base = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, trust_remote_code=False
+            )
             self.model = prepare(self.base).train()
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             _make_fake(self.model)
-        self.sizes = self._sizes()
-        self._known: dict[Any, PassMemory] = {}
 
     def _sizes(self) -> Sizes:
         parameters = list(self.model.parameters())  # each once
@@ -133,15 +162,19 @@ class Shape:
         Raises
         ------
         PMCError
-            What the layers hold depends on numbers, as in a mixture of experts.
+            What the layers hold depends on numbers, as in a mixture of experts; or there is no model.
         """
+        if self._why is not None:
+            raise self._why
         key = device, low, checkpointing
         if key not in self._known:
             try:
                 self._known[key] = self._extrapolated(*key)
             except Exception as error:  # whatever a modelling file asks of numbers that are not there
-                name, reason = type(self.base).__name__, (str(error).splitlines() or [type(error).__name__])[0]
-                raise PMCError(f"{name}: what its passes hold can't be counted without data ({reason})") from error
+                name = type(self.base).__name__
+                raise PMCError(
+                    f"{name}: what its passes hold can't be counted without data ({_reason(error)})"
+                ) from error
         return self._known[key]
 
     def _extrapolated(self, device: str, low: torch.dtype | None, checkpointing: bool) -> PassMemory:
@@ -216,6 +249,10 @@ class Shape:
         for p in trained:
             p.grad = None
         return saved, max(0, live.peak - saved), plain.peak, sum(cached.values())
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

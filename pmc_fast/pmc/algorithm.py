@@ -371,6 +371,11 @@ class PMC:
         else:
             self.packed.graph_tokens = graph_tokens
 
+    @property
+    def passes_divide(self) -> bool:
+        """Whether a lower limit makes packs smaller: the largest is no single group, which has a pack of any size."""
+        return 1 < self._loss.largest <= self._loss.max_tokens
+
     def halve_passes(self) -> int:
         """Release what is kept to be faster, let packs be half as large as the last ones, and return how large."""
         tokens = max(1, min(self._loss.max_tokens, self._loss.largest) // 2)

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 class ThriftyTrainer(Trainer):
-    """A Trainer whose steps are made again, in passes of half the size, if the device's memory does not suffice.
+    """A Trainer whose steps are made again, in passes of half the size, while the device's memory does not suffice.
 
     Gradients of a step are computed in one call, `accumulated`, before which there are none. So what a failed pass has
     added to them is dropped with the rest, and nothing counts twice. With several processes a step can't be made again,
@@ -31,23 +31,33 @@ class ThriftyTrainer(Trainer):
 
     def accumulated(self, model: Any, parts: Sequence[tuple[Any, Any]]) -> tuple[torch.Tensor, int, Loss]:
         """Compute the gradients of a whole optimizer step; return its loss, tokens, and the means of its last pass."""
-        self.stage = "a training pass"
-        made = self._attempted(model, parts)
-        if made is None:  # and the error with the activations that it held is gone
-            self._shrink()
-            made = self._accumulated(model, parts)
+        self.stage, first = "a training pass", True
+        while (made := self._attempted(model, parts, first=first)) is None:
+            self._shrink()  # the error with the activations that it held is gone
+            first = False
         self.stage = "the optimizer step"
         return made
 
-    def _attempted(self, model: Any, parts: Sequence[tuple[Any, Any]]) -> tuple[torch.Tensor, int, Loss] | None:
+    def _attempted(
+        self, model: Any, parts: Sequence[tuple[Any, Any]], *, first: bool
+    ) -> tuple[torch.Tensor, int, Loss] | None:
+        """Return what `_accumulated` does, or None if less memory can be tried; the first time graphs are released."""
         try:
             return self._accumulated(model, parts)
         except Exception as error:
             # a subclass may have computed gradients of its own before these
             own = type(self).training_step.__module__.startswith(f"{__package__}.")
-            if self.pmc.ranks.size > 1 or not own or not out_of_memory(error):
+            smaller = first or self.pmc.passes_divide
+            if self.pmc.ranks.size > 1 or not own or not smaller or not out_of_memory(error):
                 raise
             return None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does; what runs is noted for the error."""
+        before, self.stage = self.stage, "an evaluation"
+        made = super().evaluate(*args, **kwargs)
+        self.stage = before  # not after an error, which asks for it
+        return made
 
     def _accumulated(self, model: Any, parts: Sequence[tuple[Any, Any]]) -> tuple[torch.Tensor, int, Loss]:
         total, tokens = torch.zeros((), device=self.args.device), 0
@@ -67,15 +77,34 @@ class ThriftyTrainer(Trainer):
         release_memory(self.args.device)
         logger.warning(
             f"step {self.state.global_step + 1} ran out of memory: it is made again without CUDA graphs, in passes of at "
-            f"most {tokens} tokens, and so are later ones"
+            f"most {tokens} tokens or one longer sequence, and so are later ones"
         )
 
     def out_of_memory(self, resume: str) -> PMCError:
         """Return the error that names what ran, with remedies; `resume` says what checkpoints there are."""
-        step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
-        remedies = "a smaller max_tokens or num_samples"
-        if self.stage == "the optimizer step":
-            remedies = "bfloat16 parameters, LoRA, or an optimizer of fewer or 8-bit moments"
+        done, of = self.state.global_step, self.state.max_steps
+        within = self.stage in ("the rollout", "a training pass", "the optimizer step")
+        step = f"step {done + 1} of {of}" if within else f"after step {done} of {of}"
+        use = "".join(f"{remedy}, " for remedy in self._remedies())
         return PMCError(
-            f"the device ran out of memory in {self.stage} ({step}): use {remedies}, or a larger device; {resume}"
+            f"the device ran out of memory in {self.stage} ({step}): use {use}or a larger device; {resume}"
         )
+
+    def _remedies(self) -> list[str]:
+        parameters = list(self.model.parameters())
+        lighter = ["bfloat16 parameters"] if any(p.dtype.itemsize > 2 for p in parameters) else []
+        lighter += ["LoRA"] if all(p.requires_grad for p in parameters) else []
+        fewer = ["a smaller num_samples"] if self.pmc.config.num_samples > 1 else []
+        match self.stage:
+            case "the rollout":
+                return [*fewer, "a smaller max_length", *lighter]
+            case "a training pass":
+                return [
+                    *(["a smaller max_tokens"] if self.pmc.passes_divide else [*fewer, "a smaller max_length"]),
+                    *lighter,
+                ]
+            case "the optimizer step":
+                return [*lighter, "an optimizer of fewer or 8-bit moments"]
+            case "an evaluation":
+                return ["a smaller per_device_eval_batch_size", "eval_accumulation_steps", "prediction_loss_only"]
+        return lighter

@@ -70,6 +70,7 @@ class Queued:
 class LoggingTrainer(Trainer):
     """A Trainer that logs PMC's numbers beside its own, and ends a run whose loss is not finite."""
 
+    stage: str
     pmc: PMC
     args: Any
     stop_rule: StopRule | None
@@ -236,6 +237,9 @@ class StepEnd(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._window, self.trainer._queued = [], None  # as the Trainer's own sum
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.stage = "a callback or checkpoint"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.trainer._finish_step(control)

@@ -1,5 +1,7 @@
 """The plan of a run's memory, by arithmetic; what is chosen where it does not fit; what the commands print."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,9 +9,11 @@ from benchmarks import memory as benchmark
 from benchmarks.memory import SHAPES, TOFU
 from pmc_fast.config import RequestConfig
 from pmc_fast.errors import PMCError
-from pmc_fast.jobs import memory_limits
+from pmc_fast.jobs import memory, memory_limits
 from pmc_fast.jobs.memory import GIB, Choice, Memory
 from pmc_fast.jobs.memory_limits import choose, work_of
+from pmc_fast.models import loading
+from pmc_fast.models.fsdp import fsdp_launched
 from pmc_fast.models.pass_memory import Shape
 from pmc_fast.pmc.algorithm import PMC
 from pmc_fast.rollout import RolloutEngine
@@ -71,7 +75,7 @@ def test_choices_come_in_order_and_bound_what_they_say(published):
         choose(memory, 48 * GIB)
     assert str(error.value).startswith("the run takes at least ")
     assert "moments of the optimizer 23.9" in str(error.value)
-    assert "use --lora, a smaller --batch-size or --max-length, or a larger device" in str(error.value)
+    assert "use --lora, a smaller --batch-size, --num-samples or --max-length, or a larger device" in str(error.value)
     assert seen[0] == (True, None, 8192, False)
     graphs = [k[1] for k in seen if k[0] and k[1]]
     assert graphs
@@ -139,6 +143,85 @@ def test_the_commands_print_the_plan(arguments, tiny_dir, capsys):
     assert "--model takes a directory" in capsys.readouterr().err
     assert not run(["env", "--model", str(tiny_dir), "--lora"])
     assert "merged weights for rollouts" in capsys.readouterr().out
+
+
+def test_remedies_are_what_can_still_be_changed(published):
+    base = published("3B").shape
+
+    def said(**change):
+        config = RequestConfig.merge("llama", change)
+        shape = copy.copy(base)
+        shape.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+        with pytest.raises(PMCError) as error:
+            choose(Memory(config, shape, work_of(config, TOFU, "cuda"), "cuda", None), GIB)
+        return str(error.value).split("free: ")[1]
+
+    lora = {"lora": True, "stack": "s"}
+    least = {"batch_size": 1, "num_samples": 1}
+    assert said(**lora, **least) == "use a smaller --max-length, or a larger device"
+    assert said(**lora, batch_size=1) == "use a smaller --num-samples or --max-length, or a larger device"
+    assert said(**lora, **least, dtype="float32") == (
+        "use --dtype bfloat16 --param-dtype bfloat16, a smaller --max-length, or a larger device"
+    )
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """Memory of the CPU is bounded as a GPU's."""
+    monkeypatch.setattr(memory_limits, "LIMITED", ("cpu",))
+    monkeypatch.setattr(memory_limits, "device_memory", lambda device: (1 << 34, 1 << 34))
+
+
+def test_a_run_says_what_is_not_counted(arguments, limited, monkeypatch, capsys):
+    def fails(self, *args, **how):
+        raise PMCError("its passes depend on numbers")
+
+    monkeypatch.setattr(Shape, "passes", fails)
+    monkeypatch.setattr(memory, "MOMENTS", {})
+    assert run([*arguments, "--no-evaluate"]) == 0
+    err = capsys.readouterr().err
+    assert "not counted, so the run may hold more than is said: its passes depend on numbers" in err
+    assert "not counted, so the run may hold more than is said: what the optimizer " in err
+
+
+def test_a_model_that_cant_be_made_without_data_is_not_counted(arguments, limited, monkeypatch, capsys):
+    def fails(self):
+        raise AttributeError("no numbers\nhere")
+
+    monkeypatch.setattr(Shape, "_sizes", fails)
+    for more in (["--dry-run"], ["--no-evaluate"]):
+        assert run([*arguments, *more]) == 0
+        assert "what llama holds: it can't be made without data (no numbers)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["true", "1", "yes"])
+def test_fsdp_is_asked_for_in_one_way(value, arguments, limited, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
+    assert loading.resolve_param_dtype("auto", "auto", torch.device("cuda"), "") == "float32"
+    chosen = []
+    monkeypatch.setattr(memory_limits, "choose", lambda *how: chosen.append(how))
+    assert run([*arguments, "--dry-run"]) == 0
+    assert "a process of FSDP holds a part of this, and the run is not bounded" in capsys.readouterr().err
+
+    class Bare:
+        class config:
+            device = "cpu"
+
+    assert memory_limits.Limits(Bare, None).memory is None
+    assert not chosen
+
+
+def test_an_unreadable_flag_of_fsdp_is_named(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "perhaps")
+    with pytest.raises(PMCError, match="ACCELERATE_USE_FSDP can't be read"):
+        fsdp_launched()
+
+
+def test_evaluations_are_not_counted_without_data(tiny_dir, capsys):
+    assert run(["env", "--model", str(tiny_dir), "--attack-samples", "9"]) == 2
+    assert "No such option" in capsys.readouterr().err
+    assert not run(["env", "--model", str(tiny_dir)])
+    assert "evaluations are not counted" in capsys.readouterr().out
 
 
 def test_the_page_has_the_table():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from pmc_fast import PMCConfig, PMCError, PMCTrainer
 from pmc_fast.trainer import checkpointing
@@ -112,16 +113,68 @@ def test_an_optimizer_step_without_memory_leaves_the_checkpoint(model_of, tokeni
 
 def test_a_step_that_never_fits_says_so(model_of, tokenizer, tmp_path):
     trainer = trainer_of(model_of(), tokenizer, arguments(tmp_path, **SGD))
-    mlp = trainer.model.model.layers[1].mlp
-    inner = mlp.forward
+    full(trainer, 0)
+    with pytest.raises(PMCError) as error:
+        trainer.train()
+    assert str(error.value).startswith(
+        "the device ran out of memory in a training pass (step 1 of 2): use a smaller num_samples, a smaller max_length, "
+        "bfloat16 parameters, LoRA, or a larger device; "
+    )
 
-    def full(x):
+
+def full(trainer, most):
+    """Let training passes of more than `most` tokens run out of memory; return the numbers that come."""
+    mlp = trainer.model.model.layers[1].mlp
+    inner, seen = mlp.forward, []
+
+    def forward(x):
         if torch.is_grad_enabled():
-            raise OOM
+            seen.append(x.shape[-2])
+            if seen[-1] > most:
+                raise OOM
         return inner(x)
 
-    mlp.forward = full
-    with pytest.raises(PMCError, match=r"in a training pass \(step 1 of 2\): use a smaller max_tokens"):
+    mlp.forward = forward
+    return seen
+
+
+def test_a_step_is_halved_until_it_fits(undisturbed, model_of, tokenizer, tmp_path, caplog):
+    """One that needs a quarter fits; the least is the longest group."""
+    trainer = trainer_of(model_of(), tokenizer, arguments(tmp_path, **SGD))
+    start = flat(trainer.model)
+    probe = full(trainer, 1 << 30)
+    trainer.train()
+    whole = probe[0]
+    trainer = trainer_of(model_of(), tokenizer, arguments(tmp_path / "short", **SGD))
+    seen = full(trainer, whole // 4)
+    trainer.train()
+    tries = [text for text in caplog.messages if "step 1 ran out of memory" in text]
+    assert len(tries) > 1
+    assert f"at most {whole // 2} tokens" in tries[0]
+    assert max(seen[len(tries) :]) <= whole // 4 < seen[len(tries) - 1]
+    moved = (flat(undisturbed.model) - start).norm()
+    assert (flat(trainer.model) - flat(undisturbed.model)).norm() <= 1e-6 * moved
+
+
+def test_an_evaluation_is_named(model_of, tokenizer, tmp_path, monkeypatch):
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1, **SGD)
+    trainer = trainer_of(model_of(), tokenizer, args, eval_dataset=RETAIN)
+    monkeypatch.setattr(trainer, "prediction_step", fail_once(trainer.prediction_step, 1)[0])
+    with pytest.raises(PMCError) as error:
+        trainer.train()
+    assert str(error.value).startswith(
+        "the device ran out of memory in an evaluation (after step 1 of 2): use a smaller per_device_eval_batch_size, "
+    )
+    assert "LoRA" not in str(error.value)
+
+
+def test_what_follows_the_optimizer_step_is_not_the_optimizer_step(model_of, tokenizer, tmp_path):
+    class Callback(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise OOM
+
+    trainer = trainer_of(model_of(), tokenizer, arguments(tmp_path, **SGD), callbacks=[Callback()])
+    with pytest.raises(PMCError, match=r"out of memory in a callback or checkpoint \(after step 1 of 2\)"):
         trainer.train()
 
 
