@@ -232,6 +232,8 @@ class Memory:
     def _head(self, rows: float, in_place: bool) -> tuple[float, float, float]:
         """Return what `weighted_nll` holds in forward and when backward begins, and its gradient's size."""
         s, item, on_cpu = self.sizes, self.computes_in.itemsize, self.device == "cpu"
+        if not s.vocab:
+            return 0, 0, 0  # of a model of which nothing is known
         kernels: Any = Cpu if on_cpu else Cuda
         shapes = [(math.ceil(rows), s.width), (s.vocab, s.width)]
         hidden_rows, head = (torch.empty(n, dtype=self.computes_in, device="meta") for n in shapes)
