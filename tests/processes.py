@@ -1,8 +1,10 @@
-"""Starts scripts on several processes, as launchers do."""
+"""Several processes: scripts started as launchers do, and what DDP exchanges between them."""
 
 import os
 import subprocess
 import sys
+
+import torch
 
 
 def start(pytestconfig, *arguments, processes=2, timeout=300, monitor_interval=0.1):
@@ -19,3 +21,17 @@ def start(pytestconfig, *arguments, processes=2, timeout=300, monitor_interval=0
     }
     return subprocess.run([sys.executable, *launch, *map(str, arguments)], cwd=pytestconfig.rootpath, timeout=timeout,
                           capture_output=True, text=True, env=environment)  # fmt: skip
+
+
+def exchanged(wrapped):
+    """Return a list that gets the size of each bucket of gradients which a DDP model exchanges."""
+    sizes = []
+
+    def hook(state, bucket):
+        sizes.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, hook)
+    return sizes

@@ -1,6 +1,6 @@
 """What a model's passes hold in memory, from its shape alone.
 
-A pass runs through a few of the layers on tensors without data, with stand-ins for kernels that keep what they keep.
+A pass runs through a few of the layers on tensors without data, with stand-ins for kernels (`stand_ins`).
 What more layers and more tokens take is proportional.
 """
 
@@ -20,10 +20,9 @@ from torch.utils._pytree import tree_leaves
 from ..errors import PMCError
 from . import patching
 from .context import autocast
-from .fused_layers import ROTARY, is_silu, modelling_files, use_checkpointing
-from .layer_sources import is_gated_mlp, is_rms_norm, is_rotary
+from .fused_layers import use_checkpointing
+from .stand_ins import ATTENTION, Step, kernels_replaced
 
-ATTENTION = "pmc_fast_pass_memory"
 FEW, MORE = 1024, 2048  # tokens of the two passes whose difference is what a token takes
 
 
@@ -199,7 +198,7 @@ class Shape:
             stack.enter_context(self._mode)
             stack.enter_context(patching.attention(self.base, ATTENTION))
             if fused:
-                stack.enter_context(_kernels(self.model))
+                stack.enter_context(kernels_replaced(self.model))
             if checkpointing:
                 stack.enter_context(_checkpointed(self.base))
             total = one = run(some)
@@ -229,7 +228,7 @@ class Shape:
         cached: dict[int, int] = {}
 
         def call(cached: dict[int, int]) -> torch.Tensor:
-            step = _Step(device, cached)
+            step = Step(device, cached)
             out = self.model(input_ids=ids, position_ids=positions, use_cache=False, packed_segments=step)
             return out.logits
 
@@ -325,95 +324,3 @@ class _Live(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-# --- stand-ins for kernels: they make and keep what the kernels do
-
-
-@dataclass(slots=True)
-class _Step:
-    device: str
-    cached: dict[int, int]  # bytes of a pass's keys and values, by layer
-
-
-class _Made(torch.autograd.Function):
-    """Makes tensors of the shapes and types `made`; backward makes gradients like the inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, made: Sequence[tuple[Any, torch.dtype]], kept: bool, *inputs: torch.Tensor) -> Any:
-        ctx.like = [(t.shape, t.dtype) for t in inputs]
-        out = tuple(inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in made)
-        if kept:
-            ctx.save_for_backward(*inputs)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        like = zip(ctx.like, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(grads[0].new_empty(s, dtype=d) if need else None for (s, d), need in like)
-
-
-class _Attended(torch.autograd.Function):
-    """Keeps queries, keys, values, the output and a number for each row and head, as flash attention does."""
-
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = q.new_empty((*q.shape[:2], v.shape[2]))
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
-
-
-def _attention(
-    module: Any, query: Any, key: Any, value: Any, *args: Any, packed_segments: Any = None, **how: Any
-) -> Any:
-    step: _Step = packed_segments
-    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    q, k, v = (t[0].transpose(0, 1).to(low if t.dtype == torch.float32 else t.dtype) for t in (query, key, value))
-    step.cached[module.layer_idx] = 2 * k.numel() * k.element_size()  # values are widened to the size of keys
-    made = _Attended.apply(q, k, v)
-    if step.device == "cpu":
-        made = made.clone()  # sequence by sequence, and then put together
-    return made[None], None
-
-
-patching.register_attention(ATTENTION, _attention)
-
-
-@contextmanager
-def _kernels(model: Any) -> Iterator[None]:
-    """Replace the layers that `FusedLayers` replaces."""
-
-    def norm(module: Any) -> Callable[..., torch.Tensor]:
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            weight = module.weight
-            _Made.apply([(x.shape[:-1], torch.float32)], False, x)
-            (y,) = _Made.apply([(x.shape, torch.promote_types(x.dtype, weight.dtype))], True, x, weight)
-            return y
-
-        return forward
-
-    def gated(module: Any) -> Callable[..., torch.Tensor]:
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            gate, up = module.gate_proj(x), module.up_proj(x)
-            (y,) = _Made.apply([(gate.shape, gate.dtype)], True, gate, up)
-            return module.down_proj(y)
-
-        return forward
-
-    def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        dtype = torch.promote_types(q.dtype, cos.dtype)
-        return _Made.apply([(q.shape, dtype), (k.shape, dtype)], False, q, k)
-
-    free = [m for m in model.modules() if "forward" not in vars(m)]
-    replaced = {m: norm(m) for m in free if is_rms_norm(m)}
-    replaced |= {m: gated(m) for m in free if hasattr(m, "act_fn") and is_gated_mlp(m) and is_silu(m.act_fn)}
-    with ExitStack() as stack:
-        stack.enter_context(patching.forwards(replaced))
-        for file in modelling_files(model):
-            if is_rotary(getattr(file, ROTARY)):
-                stack.enter_context(patching.attribute(file, ROTARY, rotary))
-        yield

@@ -59,9 +59,8 @@ class MasterWeights(torch.optim.Optimizer):
             grad = self.parameters[master].grad
             assert grad is not None
             master.grad = grad.float()
-            if (
-                grad.layout == torch.strided and grad.stride() != master.stride()
-            ):  # torch's fused kernels go by memory
+            # torch's fused kernels go by memory
+            if grad.layout == torch.strided and grad.stride() != master.stride():
                 master.grad = torch.empty_like(master).copy_(grad)
         self.optimizer.step()  # also of parameters without masters
         for master in others:

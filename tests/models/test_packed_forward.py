@@ -13,6 +13,7 @@ from pmc_fast.models import packed_forward, patching
 from pmc_fast.models.packed_forward import PackedPass, causal_lm
 from pmc_fast.ops import row_scales, weighted_nll
 from tests.families import FAMILIES, REFUSED, build
+from tests.processes import exchanged
 
 IGNORED = -100
 
@@ -148,15 +149,7 @@ def test_ddp_sees_the_pass(llama, process_group, unused):
     """Its hooks run (a gradient bucket is reduced), and it finds the loss in the output."""
     theirs = gradients(llama, plain_loss(llama))
     wrapped = DistributedDataParallel(llama, find_unused_parameters=unused)
-    reduced = []
-
-    def hook(state, bucket):
-        reduced.append(bucket.buffer().numel())
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    wrapped.register_comm_hook(None, hook)
+    reduced = exchanged(wrapped)
     same(gradients(llama, packed_loss(llama, model=wrapped)), theirs)
     assert sum(reduced) == sum(p.numel() for p in llama.parameters())
 

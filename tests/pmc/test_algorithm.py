@@ -19,6 +19,7 @@ from pmc_fast.pmc.selection import bradley_terry, draw
 from pmc_fast.reference import Reference
 from pmc_fast.rollout import engine
 from pmc_fast.rollout.engine import Rollouts
+from tests.processes import exchanged
 
 QUESTIONS = ["Who wrote it?", "Where was the author born, and when?", "Why?", "What is the name of the cat?"]
 RETAIN = [Row("Is 4 even?", "It is."), Row("And 5?", "No, it is odd."), Row("6?", "Yes."), Row("7?", "No, never.")]
@@ -264,16 +265,8 @@ def test_ddp_exchanges_gradients_once_a_step(ready, process_group, static):
     for out in pmc.step_losses(parts):
         out.loss.backward()
     theirs = gradients(pmc.model)
-    wrapped, reduced = DistributedDataParallel(pmc.model, static_graph=static), []
-
-    def hook(state, bucket):
-        reduced.append(bucket.buffer().numel())
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    wrapped.register_comm_hook(None, hook)
-    packs = 0
+    wrapped = DistributedDataParallel(pmc.model, static_graph=static)
+    reduced, packs = exchanged(wrapped), 0
     for out in pmc.step_losses(parts, model=wrapped):
         assert static or not reduced
         assert wrapped.require_backward_grad_sync  # also where a caller never asks for the other packs
