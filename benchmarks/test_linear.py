@@ -12,7 +12,7 @@ import torch
 from pmc_fast.ops import native
 from pmc_fast.ops.layers import fast_linear_serves
 
-pytestmark = pytest.mark.skipif(not fast_linear_serves(torch.zeros(1, 1)), reason="linear needs AVX-512")
+pytestmark = pytest.mark.skipif(not fast_linear_serves(torch.zeros(1, 1)), reason="linear needs AVX2")
 
 LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]  # [out, in]
 SHAPES = {"6 layers": 6 * LAYER, "head": [(49152, 576)]}  # too many for the second-level cache
@@ -21,10 +21,8 @@ onednn = torch.ops.mkldnn._linear_pointwise
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     y = x.new_empty(x.shape[0], weight.shape[0])
-    threads = torch.get_num_threads()
-    native.cpu().linear_f32(
-        x.data_ptr(), weight.data_ptr(), 0, y.data_ptr(), x.shape[0], *weight.shape[::-1], threads
-    )
+    how = native.isa(), torch.get_num_threads()
+    native.cpu().linear_f32(x.data_ptr(), weight.data_ptr(), 0, y.data_ptr(), x.shape[0], *weight.shape[::-1], *how)
     return y
 
 

@@ -39,8 +39,9 @@ void check_same_or_apart(const Memory& written, std::initializer_list<Memory> ot
 }
 
 void bound_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, int64_t rows, int64_t in,
-                  int64_t out, int threads) {
-  check_isa(static_cast<int>(Isa::kAvx512));
+                  int64_t out, int isa, int threads) {
+  check_isa(isa);
+  if (isa == static_cast<int>(Isa::kGeneric)) throw py::value_error("linear_f32 needs AVX2 or AVX-512");
   check_threads(threads);
   check_apart(floats_of("y", y, rows, out, out),
               {floats_of("x", x, rows, in, in), optional_of("bias", bias, out),
@@ -53,7 +54,7 @@ void bound_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, in
                     in,
                     out};
   py::gil_scoped_release nogil;
-  linear(args, threads);
+  linear(args, static_cast<Isa>(isa), threads);
 }
 
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }

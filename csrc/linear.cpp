@@ -11,85 +11,81 @@ namespace pmc {
 #ifdef PMC_X86
 namespace {
 
-constexpr int64_t kTile = 6;     // rows of x at once: 6 x 4 sums fill the registers
-constexpr int64_t kStripe = 12;  // rows of weight that stay in the first-level cache while all tiles use them
-constexpr int64_t kAhead = 32;   // rows of weight fetched ahead where each is used once
+namespace avx512 {
 
-// y[MR, NR] of rows of x and rows of weight, each a dot product.
-template <int MR, int NR>
-PMC_AVX512 inline void dot_tile(const Linear& a, int64_t m, int64_t n, int64_t ahead) {
-  __m512 sum[MR][NR];
-  for (int i = 0; i < MR; ++i) {
-    for (int j = 0; j < NR; ++j) sum[i][j] = _mm512_setzero_ps();
-  }
-  const float* x = a.x + m * a.in;
-  const float* w = a.weight + n * a.in;
-  int64_t k = 0;
-  for (; k + 16 <= a.in; k += 16) {
-    __m512 row[NR];
-    for (int j = 0; j < NR; ++j) {
-      row[j] = _mm512_loadu_ps(w + j * a.in + k);
-      _mm_prefetch(reinterpret_cast<const char*>(w + j * a.in + k + ahead), _MM_HINT_T1);
-    }
-    for (int i = 0; i < MR; ++i) {
-      const __m512 v = _mm512_loadu_ps(x + i * a.in + k);
-      for (int j = 0; j < NR; ++j) sum[i][j] = _mm512_fmadd_ps(v, row[j], sum[i][j]);
-    }
-  }
-  if (k < a.in) {
-    const __mmask16 mask = tail_mask(a.in - k);
-    for (int i = 0; i < MR; ++i) {
-      const __m512 v = _mm512_maskz_loadu_ps(mask, x + i * a.in + k);
-      for (int j = 0; j < NR; ++j) {
-        sum[i][j] = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, w + j * a.in + k), sum[i][j]);
-      }
-    }
-  }
-  constexpr int kSums = (MR * NR + 15) / 16 * 16;
-  float total[kSums];
-  __m512 all[kSums] = {};
-  for (int i = 0; i < MR; ++i) {
-    for (int j = 0; j < NR; ++j) all[i * NR + j] = sum[i][j];
-  }
-  for (int i = 0; i < kSums; i += 16) _mm512_storeu_ps(total + i, sum_lanes(all + i));
-  for (int i = 0; i < MR; ++i) {
-    for (int j = 0; j < NR; ++j) {
-      a.y[(m + i) * a.out + n + j] = total[i * NR + j] + (a.bias ? a.bias[n + j] : 0.0f);
-    }
+#define PMC_TARGET PMC_AVX512
+using Vec = __m512;
+constexpr int64_t kWidth = 16, kTile = 6;  // 6 x 4 sums, of 32 registers
+
+PMC_TARGET inline Vec zero() { return _mm512_setzero_ps(); }
+PMC_TARGET inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+PMC_TARGET inline Vec load_part(const float* from, int64_t size) {
+  return _mm512_maskz_loadu_ps(tail_mask(size), from);
+}
+PMC_TARGET inline Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_fmadd_ps(a, b, sum); }
+PMC_TARGET inline void store_sums(const Vec* v, int n, float* out) {
+  for (int i = 0; i < n; i += 16) {
+    Vec part[16] = {};
+    for (int j = 0; j < std::min(16, n - i); ++j) part[j] = v[i + j];
+    _mm512_mask_storeu_ps(out + i, tail_mask(n - i), sum_lanes(part));
   }
 }
 
-template <int MR, int NR>
-PMC_AVX512 void dot_columns(const Linear& a, int64_t m, int64_t begin, int64_t end, int64_t ahead) {
-  int64_t n = begin;
-  for (; n + NR <= end; n += NR) dot_tile<MR, NR>(a, m, n, ahead);
-  for (; n < end; ++n) dot_tile<MR, 1>(a, m, n, ahead);
-}
+#include "linear_tiles.h"
 
-using Columns = void (*)(const Linear&, int64_t, int64_t, int64_t, int64_t);
 constexpr Columns kColumns[kTile] = {dot_columns<1, 8>, dot_columns<2, 8>, dot_columns<3, 6>,
                                      dot_columns<4, 6>, dot_columns<5, 4>, dot_columns<6, 4>};
+#undef PMC_TARGET
 
-void columns(const Linear& a, int64_t begin, int64_t end) {
-  const int64_t tiles = (a.rows + kTile - 1) / kTile;
-  const int64_t stripe = tiles == 1 ? end - begin : kStripe;
-  const int64_t ahead = (tiles == 1 ? kAhead : kStripe) * a.in;
-  for (int64_t n = begin; n < end; n += stripe) {
-    const int64_t stop = std::min(end, n + stripe);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t m = a.rows * t / tiles, size = a.rows * (t + 1) / tiles - m;
-      kColumns[size - 1](a, m, n, stop, ahead);
-    }
+}  // namespace avx512
+
+namespace avx2 {
+
+#define PMC_TARGET PMC_AVX2
+using Vec = __m256;
+constexpr int64_t kWidth = 8, kTile = 4;  // 4 x 3 sums, of 16 registers
+
+PMC_TARGET inline Vec zero() { return _mm256_setzero_ps(); }
+PMC_TARGET inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
+PMC_TARGET inline Vec load_part(const float* from, int64_t size) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(size)), lane));
+}
+PMC_TARGET inline Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm256_fmadd_ps(a, b, sum); }
+PMC_TARGET inline void store_sums(const Vec* v, int n, float* out) {
+  for (int i = 0; i < n; i += 4) {
+    const Vec none = zero();
+    const Vec a = _mm256_hadd_ps(v[i], i + 1 < n ? v[i + 1] : none);
+    const Vec b = _mm256_hadd_ps(i + 2 < n ? v[i + 2] : none, i + 3 < n ? v[i + 3] : none);
+    const Vec c = _mm256_hadd_ps(a, b);
+    const __m128 total = _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
+    float four[4];
+    _mm_storeu_ps(four, total);
+    std::copy_n(four, std::min(4, n - i), out + i);
   }
 }
+
+#include "linear_tiles.h"
+
+constexpr Columns kColumns[kTile] = {dot_columns<1, 8>, dot_columns<2, 4>, dot_columns<3, 4>,
+                                     dot_columns<4, 3>};
+#undef PMC_TARGET
+
+}  // namespace avx2
 
 }  // namespace
 
-void linear(const Linear& a, int threads) {
-  parallel_for(a.out, threads, [&](int64_t begin, int64_t end) { columns(a, begin, end); });
+void linear(const Linear& a, Isa isa, int threads) {
+  parallel_for(a.out, threads, [&](int64_t begin, int64_t end) {
+    if (isa == Isa::kAvx512) {
+      avx512::stripes(a, begin, end, avx512::kColumns);
+    } else {
+      avx2::stripes(a, begin, end, avx2::kColumns);
+    }
+  });
 }
 #else
-void linear(const Linear&, int) { throw std::logic_error("linear needs AVX-512"); }
+void linear(const Linear&, Isa, int) { throw std::logic_error("linear needs AVX2 or AVX-512"); }
 #endif
 
 }  // namespace pmc

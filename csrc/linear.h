@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "simd.h"
+
 namespace pmc {
 
 struct Linear {
@@ -13,7 +15,7 @@ struct Linear {
   int64_t rows, in, out;
 };
 
-// Needs AVX-512 (best_isa() == Isa::kAvx512). Takes any number of rows; from about 50 on a BLAS is faster.
-void linear(const Linear& args, int threads);
+// isa is kAvx2 or kAvx512. Takes any number of rows; of many a BLAS is faster.
+void linear(const Linear& args, Isa isa, int threads);
 
 }  // namespace pmc

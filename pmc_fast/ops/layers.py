@@ -15,18 +15,24 @@ from .checks import no_double_backward, without_autocast
 from .dispatch import resolve_backend
 
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
-FEW_ROWS = range(3, 33)  # of which `linear` is faster than torch's: benchmarks/results/linear.json
+# of which `linear` is faster than torch's: benchmarks/results/linear.json
+FEW_ROWS = {"generic": range(0), "avx2": range(1, 25), "avx512": range(3, 33)}
 MAX_WIDTH = 8192  # of an RMS norm on CUDA: a program holds a row in registers
 
 
 def fast_linear_serves(*tensors: torch.Tensor) -> bool:
-    """Return whether `linear` serves these weights: contiguous, float32, on a CPU with AVX-512."""
+    """Return whether `linear` serves these weights: contiguous, float32, on a CPU with AVX2 or AVX-512."""
     plain = all(t.is_contiguous() and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return plain and native.ISAS[native.isa()] == "avx512"
+    return plain and bool(few_rows())
+
+
+def few_rows() -> range:
+    """Return the numbers of rows that `linear` computes itself on this machine."""
+    return FEW_ROWS[native.ISAS[native.isa()]]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute x @ weight.T + bias without gradients: `FEW_ROWS` by reading each weight once, others by torch.
+    """Compute x @ weight.T + bias without gradients: `few_rows` by reading each weight once, others by torch.
 
     Parameters
     ----------
@@ -41,7 +47,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     weights = [weight] if bias is None else [weight, bias]
     if x.dtype != torch.float32 or x.device.type != "cpu" or not fast_linear_serves(*weights):
-        raise PMCError("linear: need float32 tensors, weight and bias contiguous, on a CPU with AVX-512")
+        raise PMCError("linear: need float32 tensors, weight and bias contiguous, on a CPU with AVX2 or AVX-512")
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or any(b.shape != weight.shape[:1] for b in weights[1:]):
         raise PMCError(
             f"linear: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
@@ -50,11 +56,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if _needs_grad(x, *weights):
         raise PMCError("linear: has no gradients: use it under torch.no_grad()")
     rows = math.prod(x.shape[:-1])
-    if rows not in FEW_ROWS:
+    if rows not in few_rows():
         return torch.nn.functional.linear(x, weight, bias)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    native.cpu().linear_f32(*map(_address, (x, weight, bias, y)), rows, *weight.shape[::-1], torch.get_num_threads())
+    native.cpu().linear_f32(*map(_address, (x, weight, bias, y)), rows, *weight.shape[::-1], *_how())
     return y
 
 
