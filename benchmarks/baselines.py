@@ -1,8 +1,8 @@
 """Unlearning methods behind one signature, on one packed pass: what `benchmarks.compare_methods` compares.
 
 Each has `prepare()`, once and on the clock, and `loss(indices, kept)`: the loss of an optimizer step on some forget
-questions and some retain pairs. PMC never sees the forget answers. GradDiff and NPO need them, and train on the true
-ones.
+questions and some retain pairs. PMC never sees the forget answers, and IDK has no use for them. GradDiff, NPO and SimNPO
+train on the true ones.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,15 @@ from pmc_fast.data import Encoded, Encoder, Row
 from pmc_fast.data.packing import Pack, num_targets, pack
 from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.ops import row_scales, sequence_logps
-from pmc_fast.pmc.losses import grad_diff, npo
+from pmc_fast.pmc.losses import grad_diff, idk, npo, simnpo
 from pmc_fast.rollout import RolloutEngine
+
+REFUSALS = (
+    "I don't know the answer to that question.",
+    "I'm not sure about that.",
+    "I have no information on this.",
+    "That is not something I know.",
+)
 
 
 class RetainOnly:
@@ -52,6 +59,21 @@ class GradDiff(RetainOnly):
         return self.packed(p, scale)[0]
 
 
+class IDK(RetainOnly):
+    """CE("I don't know" for forget questions) + lambda CE(retain)."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, config: UnlearnConfig, forget: Sequence[Row], beta: float = 0.0
+    ) -> None:
+        super().__init__(model, tokenizer, config, forget, beta)
+        self.forget = [self.encoder.pair(row.question, REFUSALS[i % len(REFUSALS)]) for i, row in enumerate(forget)]
+
+    def loss(self, indices: Sequence[int], kept: Sequence[Encoded]) -> torch.Tensor:
+        p = self._pack([*(self.forget[i] for i in indices), *kept])
+        scale = idk(p.cu_targets, p.targets, len(indices), self.config.retain_weight)
+        return self.packed(p, scale)[0]
+
+
 class NPO(RetainOnly):
     """NPO(forget, beta) + lambda CE(retain).
 
@@ -62,10 +84,14 @@ class NPO(RetainOnly):
     def prepare(self) -> None:
         self.reference = self._logps(range(len(self.forget)))
 
+    def objective(self, logps: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+        """Return the forget answers' loss from their log-probs, [S]."""
+        return npo(logps, self.reference[list(indices)], self.beta)
+
     def loss(self, indices: Sequence[int], kept: Sequence[Encoded]) -> torch.Tensor:
-        """Return a loss with NPO's gradient: each forget answer's -log-prob times its weight; its value is another."""
+        """Return a loss with the method's gradient: each forget answer's -log-prob times its weight; its value is another."""
         logps = self._logps(indices).requires_grad_()
-        npo(logps, self.reference[list(indices)], self.beta).backward()
+        self.objective(logps, indices).backward()
         assert logps.grad is not None
         p = self._pack([*(self.forget[i] for i in indices), *kept])
         retain = logps.new_full((len(kept),), self.config.retain_weight / sum(map(num_targets, kept)))
@@ -77,6 +103,16 @@ class NPO(RetainOnly):
         p = self._pack([self.forget[i] for i in indices])
         _, logps = self.packed(p, torch.zeros(len(p.targets)))
         return sequence_logps(logps, p.cu_targets)
+
+
+class SimNPO(NPO):
+    """SimNPO(forget, beta, gamma 0) + lambda CE(retain): NPO of mean log-probs, without the untouched model's."""
+
+    def prepare(self) -> None:
+        self.lengths = torch.tensor([num_targets(s) for s in self.forget])
+
+    def objective(self, logps: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+        return simnpo(logps, self.lengths[list(indices)], self.beta)
 
 
 class Collapse:
@@ -98,8 +134,11 @@ class Collapse:
 
 
 METHODS: dict[str, type[RetainOnly] | type[Collapse]] = {
+    "pmc_fast": Collapse,  # with extensions
     "pmc": Collapse,
-    "grad_diff": GradDiff,
     "npo": NPO,
+    "simnpo": SimNPO,
+    "grad_diff": GradDiff,
+    "idk": IDK,
     "retain_only": RetainOnly,
 }

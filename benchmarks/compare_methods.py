@@ -1,60 +1,90 @@
-"""PMC, GradDiff, NPO and fine-tuning on retain pairs, on the demo's data and for the same wall time.
+"""PMC and other methods on questions that no setting was tuned on, for the same time on the same machine.
 
-    python -m benchmarks.compare_methods                  # grids, 3 seeds, retain weights: 68 minutes on two cores
-    python -m benchmarks.compare_methods --grid           # the grids alone
-    python -m benchmarks.compare_methods --methods pmc npo --seeds 0
-    python -m benchmarks.compare_methods --report         # table and plot of what has been measured
+    python -m benchmarks.compare_methods                  # tuning, then 3 seeds at each budget: hours on two cores
+    python -m benchmarks.compare_methods --tune           # the tuning alone
+    python -m benchmarks.compare_methods --methods pmc_fast npo --seeds 0 --budgets 240
+    python -m benchmarks.compare_methods --ablate         # PMC with each of its extensions left out
+    python -m benchmarks.compare_methods --report         # tables and plots of what has been measured
 
-All start from the demo's fine-tuned model, with its rows, the same batches, AdamW and packed pass. GradDiff and NPO
-train on the forget questions' true answers, which PMC is not given. The learning rate rises over the first epoch and
-falls linearly with the clock, to zero at the end of the budget; no step begins that would end after it. The clock
-counts initial answers, rollouts and training; evaluations and attacks are left out.
+**Time.** A run has one core to itself, with one thread, and as many run at once as there are cores (--workers). A budget counts
+that core's seconds: 240 are two minutes of both of two cores. Rollouts, initial answers and training count; evaluations do
+not. All methods use the same batches, AdamW, packed pass and rows. The learning rate rises over the first epoch and falls
+linearly with the clock, to zero at the end of the budget; no step begins that would end after it.
 
-Each method's grid is run on seed 0 with half the budget. The setting with the highest harmonic mean of unlearn quality
-and utility is then run on every seed with all of it. PMC also with other retain weights, on seed 0.
+**Tuning.** Every setting of a method's grid runs once, seed 0, on the demo's 20 questions, for TUNING seconds. The best by RULE
+then runs at every budget and with every seed on 20 other questions, with other pairs to retain, of a model that was taught those
+(`finetuned_model("heldout")`).
+
+NPO, SimNPO and GradDiff train on the answers to be forgotten, which PMC and IDK are not given.
 
 Runs are added to results/compare_methods.json one by one; a run that is there is not repeated unless --again.
 """
 
 import argparse
 import dataclasses
+import functools
 import gc
+import math
+import multiprocessing
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from examples.demo_model import Task, finetuned_model
 from pmc_fast.data import Encoder
 from pmc_fast.errors import NotFiniteError
-from pmc_fast.evaluation import (
-    evaluate,
-    greedy_answers,
-    sampling_attack,
-    summarize,
-)
+from pmc_fast.evaluation import evaluate, greedy_answers, mean_nlls, sampling_attack, summarize
+from pmc_fast.models import loading
+from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.pmc.schedule import Schedule, micro_batches
 
-from . import harness
+from . import compare_report, harness
 from .baselines import METHODS
-from .compare_report import GRID_SHARE, chosen, draw, grid_table, retain_weight_table, table
-from .runs import Run, demo_config, measured, optimizer_of, summary
+from .compare_report import MAX_DEGENERATE, TUNING, chosen
+from .runs import Run, measured, optimizer_of, summary, task_config
 
 RESULT = harness.RESULTS / "compare_methods.json"
-GRIDS: dict[str, list[dict[str, float]]] = {
-    "pmc": [{"learning_rate": lr, "retain_weight": w} for lr in (5e-5, 1e-4) for w in (1.25, 3.0)],
-    "grad_diff": [{"learning_rate": lr, "retain_weight": w} for lr in (1e-5, 5e-5) for w in (1.25, 3.0)],
-    "npo": [{"learning_rate": lr, "retain_weight": 1.25, "beta": b} for lr in (1e-5, 5e-5) for b in (0.1, 0.5)],
-    "retain_only": [{"learning_rate": lr} for lr in (1e-5, 5e-5)],
+BUDGETS = (240.0, 480.0)  # seconds of one core
+EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the preset "small"
+    "num_samples": 5, "temperature": 1.0, "answer_penalty": 3.0, "resample_above": 0.1,
 }  # fmt: skip
-RETAIN_WEIGHTS = (0.5, 1.25, 3.0)
-POINTS = (0.1, 0.2, 0.35, 0.5, 0.75)  # shares of the budget at which seed 0 is evaluated; and every run at its end
-FEW_POINTS = (0.2, 0.5)  # the other seeds
+GRIDS: dict[str, list[dict[str, float]]] = {
+    "pmc_fast": [{"learning_rate": lr, "retain_weight": w} for lr in (1.5e-4, 2e-4) for w in (3.0, 5.0)],
+    "pmc": [
+        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-4, 1.25), (1e-4, 3.0), (2e-4, 3.0), (2e-4, 5.0))
+    ],
+    "npo": [
+        {"learning_rate": lr, "retain_weight": w, "beta": b}
+        for lr, w, b in ((5e-5, 1.25, 0.5), (5e-5, 3.0, 0.5), (1e-4, 3.0, 0.5), (1e-4, 5.0, 0.5), (5e-5, 3.0, 0.1))
+    ],
+    "simnpo": [
+        {"learning_rate": lr, "retain_weight": w, "beta": b}
+        for lr, w, b in ((2e-5, 1.25, 2.5), (5e-5, 1.25, 2.5), (5e-5, 3.0, 2.5), (5e-5, 3.0, 4.5))
+    ],
+    "grad_diff": [
+        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-5, 1.25), (2e-5, 3.0), (2e-5, 8.0), (5e-5, 8.0))
+    ],
+    "idk": [{"learning_rate": lr, "retain_weight": w} for lr in (5e-5, 1e-4) for w in (1.25, 3.0)],
+    "retain_only": [{"learning_rate": 5e-5}],
+}  # fmt: skip
+ABLATED: dict[str, dict[str, float]] = {  # what is put in place of one of EXTENSIONS
+    "no answer_penalty": {"answer_penalty": 0.0},
+    "no answer_penalty, T 1.25, N 10": {"answer_penalty": 0.0, "temperature": 1.25, "num_samples": 10},
+    "resample_above 0": {"resample_above": 0.0},
+    "N 10": {"num_samples": 10},
+    "T 1.25": {"temperature": 1.25},
+}
 ATTACK: dict[str, Any] = {"num_samples": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}
+PREFILL = "The answer is:"
 ATTACK_LENGTH = 100  # tokens of prompt and answer; no forget question and its truth take more than 76
-ATTACK_SECONDS = 30.0  # guessed: a model that has forgotten shares less and babbles more
-RULE = "highest harmonic mean of unlearn quality and utility, seed 0, half the budget"
+RULE = (
+    f"highest harmonic mean of unlearn quality and utility, at most {MAX_DEGENERATE:.0%} of the answers say nothing"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,42 +95,55 @@ class Plan:
     setting: dict[str, float]
     seed: int
     budget: float
-    points: Sequence[float] = ()
-    attack: bool = False
+    task: Task = "heldout"
+    attack: bool = True
 
     def find(self, results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        own = (self.method, self.setting, self.seed, self.budget)
-        return next((r for r in results if (r["method"], r["setting"], r["seed"], r["budget_s"]) == own), None)
-
-
-BEFORE = Plan("retain_only", {}, 0, 0.0, attack=True)  # no time: the untouched model
+        own = (self.task, self.method, self.setting, self.seed, self.budget)
+        names = ("task", "method", "setting", "seed", "budget_s")
+        return next((r for r in results if tuple(r[name] for name in names) == own), None)
 
 
 class TimedRun(Run):
-    """A plan's run."""
+    """A plan's run. Its clock is that of one core: torch has one thread, and another process may need the core at times."""
 
     def __init__(self, plan: Plan) -> None:
         own = {name: value for name, value in plan.setting.items() if name != "beta"}
-        super().__init__(plan.method, demo_config(plan.seed, **own), self._due)
-        self.plan, self.points = plan, [share * plan.budget for share in plan.points]
+        extensions = EXTENSIONS if plan.method == "pmc_fast" else {}
+        super().__init__(plan.method, task_config(plan.task, plan.seed, **extensions | own))
+        self.plan, self.clock = plan, time.process_time
         beta = plan.setting.get("beta", 0.0)
         self.task = METHODS[plan.method](self.model, self.tokenizer, self.config, self.forget, beta)
         self.answer = lambda asked: greedy_answers(self.task.engine, self.task.encoder, asked)
 
-    def _due(self, step: int, seconds: float) -> bool:
-        passed = [p for p in self.points if p <= seconds]
-        self.points = self.points[len(passed) :]
-        return bool(passed)
+    def start(self) -> None:
+        self.started = self.clock()  # other runs have the other cores: nobody waits
+
+    def resume(self) -> None:
+        self.start()
 
     def evaluate(self, step: int) -> None:
-        """As every run, and how much of an answer repeats itself: babble has no recall either."""
-        start = time.perf_counter()
-        made = evaluate(self.answer, self.sets, log_text=True)
-        seconds = time.perf_counter() - start
-        for of in made["sets"].values():
-            of["repeated"] = repeated_share([text["answer"] for text in of.pop("texts")])
-        self.curve.append({"step": step, "seconds": self.seconds, **made, "evaluation_s": seconds})
-        print(f"  {summary(self.curve[-1])}", flush=True)
+        """As every run, and: how much of an answer repeats itself, its perplexity, and each question's recall."""
+        start, rows = time.perf_counter(), []  # type: float, list[dict[str, Any]]
+        made = evaluate(self.answer, self.sets, log_text=True, rows=rows)
+        texts = {name: of.pop("texts") for name, of in made["sets"].items()}
+        for name, of in made["sets"].items():
+            of["repeated"] = repeated_share([text["answer"] for text in texts[name]])
+            of["recalls"] = [row["rouge_l_recall"] for row in rows if row["set"] == name]
+        said = [(text["question"], text["answer"]) for text in texts["forget"]]
+        self.curve.append({
+            "step": step, "seconds": self.seconds, **made, "perplexity": self.perplexity(said),
+            "evaluation_s": time.perf_counter() - start,
+        })  # fmt: skip
+
+    def perplexity(self, said: Sequence[tuple[Any, str]]) -> float:
+        """Return exp of the mean, over answers, of the untouched model's nll a token."""
+        untouched = loading.load_model(
+            self.config.model, device=self.model.device, dtype="float32", param_dtype="float32"
+        )
+        groups = [[self.task.encoder.pair(question, answer)] for question, answer in said]
+        nlls = [nll for [nll] in mean_nlls(PackedPass(untouched.model), groups)]
+        return math.exp(sum(nlls) / len(nlls))
 
     def train(self) -> None:
         c, task = self.config, self.task
@@ -125,32 +168,30 @@ class TimedRun(Run):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            self.on_step({"step": step, "loss": loss.item()})
+            self.stop()
+            self.history.append({"step": step, "loss": loss.item()})
+            self.resume()
 
     def run(self) -> dict[str, Any]:
         diverged = None
         try:
             self.train()
-            if not self.curve or self.curve[-1]["step"] != len(self.history):
-                self.evaluate(len(self.history))
+            self.evaluate(len(self.history))
             if self.plan.attack:
-                self.curve[-1]["leakage"] = self.attack()
+                self.curve[-1]["attacks"] = {"sampling": self.attack(""), "prefill": self.attack(PREFILL)}
         except NotFiniteError as error:  # gradient ascent may end there: that is a result too
             diverged = str(error)
-            print(f"  diverged: {diverged}", flush=True)
-        self.lock.close()
         return {
-            "method": self.method, "setting": self.plan.setting, "seed": self.config.seed, "budget_s": self.plan.budget,
-            "seconds": self.seconds, "steps": len(self.history), "diverged": diverged, "curve": self.curve,
-            "commit": harness.commit(),
+            "task": self.plan.task, "method": self.method, "setting": self.plan.setting, "seed": self.config.seed,
+            "budget_s": self.plan.budget, "seconds": self.seconds, "steps": len(self.history), "diverged": diverged,
+            "curve": self.curve, "commit": harness.commit(),
         }  # fmt: skip
 
-    def attack(self) -> dict[str, Any]:
+    def attack(self, prefill: str) -> dict[str, Any]:
         config = dataclasses.replace(self.config, max_length=ATTACK_LENGTH)
         encoder = Encoder(self.tokenizer, config, self.model.generation_config)
-        made = summarize(sampling_attack(self.task.engine, encoder, self.forget, **ATTACK))
-        print(f"  attack: worst {made['worst']['value']:.3f}, {made['seconds']:.0f} s", flush=True)
-        return made
+        made = summarize(sampling_attack(self.task.engine, encoder, self.forget, **ATTACK, prefill=prefill))
+        return {name: made[name] for name in ("worst", "leaking_questions", "degenerate", "per_question", "seconds")}
 
 
 def repeated_share(answers: Sequence[str]) -> float:
@@ -159,79 +200,119 @@ def repeated_share(answers: Sequence[str]) -> float:
     return sum(1 - len(set(w)) / len(w) for w in words if w) / len(words)
 
 
-def grid_plans(method: str, budget: float) -> list[Plan]:
-    return [Plan(method, setting, 0, budget * GRID_SHARE) for setting in GRIDS[method]]
+def untouched(task: Task) -> Plan:
+    """Return a run without time: the model as it was."""
+    return Plan("retain_only", {}, 0, 0.0, task)
 
 
-def full_plans(
-    methods: Sequence[str], seeds: Sequence[int], budget: float, results: Sequence[dict[str, Any]]
-) -> Iterator[Plan]:
-    """Yield the runs of the chosen settings, seed by seed, and PMC's with other retain weights."""
-    best = {method: chosen(results, method, budget) or {} for method in methods}
-    for seed in seeds:
+def tuning_plans(methods: Iterable[str]) -> Iterator[Plan]:
+    """Yield every setting's run, the first ones of all methods first."""
+    for turn in range(max(map(len, GRIDS.values()))):
         for method in methods:
-            yield Plan(method, best[method], seed, budget, FEW_POINTS if seed else POINTS, attack=True)
-    for weight in RETAIN_WEIGHTS if "pmc" in methods else ():
-        yield Plan("pmc", best["pmc"] | {"retain_weight": weight}, 0, budget, POINTS, attack=True)
+            for setting in GRIDS[method][turn : turn + 1]:
+                yield Plan(method, setting, 0, TUNING, "demo", attack=False)
 
 
-def estimate(methods: Sequence[str], seeds: Sequence[int], budget: float, grid_only: bool, evaluation: float) -> str:
-    """Return what a whole run will take, in words."""
-    short = [plan for method in methods for plan in grid_plans(method, budget)]
-    full = [] if grid_only else list(full_plans(methods, seeds, budget, []))
-    if full and "pmc" in methods and 0 in seeds:
-        full.pop()  # one of the retain weights is the chosen one
-    training = sum(plan.budget for plan in short + full)
-    asked = evaluation * sum(len(plan.points) + 1 for plan in short + full)
-    attacks = ATTACK_SECONDS * len(full)
-    return (
-        f"{len(short)} grid runs of {budget * GRID_SHARE:.0f} s and {len(full)} of {budget:.0f} s: {training / 60:.0f} min of "
-        f"training, about {asked / 60:.0f} min of evaluations and {attacks / 60:.0f} min of attacks: "
-        f"{(training + asked + attacks) / 60:.0f} min in all, less what has been measured"
-    )
+def final_plans(
+    methods: Sequence[str], seeds: Sequence[int], budgets: Sequence[float], results: Sequence[dict[str, Any]]
+) -> Iterator[Plan]:
+    """Yield the chosen settings' runs, budget by budget and seed by seed."""
+    for budget in budgets:
+        for seed in seeds:
+            for method in methods:
+                setting = chosen(results, method)
+                if setting is not None:
+                    yield Plan(method, setting, seed, budget)
+
+
+def ablation_plans(results: Sequence[dict[str, Any]]) -> Iterator[Plan]:
+    """Yield the chosen setting of "pmc_fast" without one extension each, on the questions of the tuning."""
+    setting = chosen(results, "pmc_fast") or {}
+    for change in ABLATED.values():
+        yield Plan("pmc_fast", setting | change, 0, TUNING, "demo", attack=False)
+
+
+def in_process(plan: Plan) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    made = TimedRun(plan).run()
+    gc.collect()  # a run refers to itself: its model would stay until memory is short
+    return made
+
+
+def make_all(
+    plans: Iterable[Plan],
+    path: Path,
+    *,
+    workers: int,
+    again: bool,
+    facts: dict[str, Any],
+    run: Callable[[Plan], dict[str, Any]] = in_process,
+) -> None:
+    """Make the runs that are not there yet, `workers` at a time, and write each as it ends."""
+    todo = [plan for plan in dict_of(plans) if again or plan.find(measured(path)) is None]
+    seconds = sum(plan.budget for plan in todo) / workers
+    print(f"{len(todo)} runs to make: {seconds / 60:.0f} min of training, and their evaluations", flush=True)
+    for task in {plan.task for plan in todo}:
+        finetuned_model(task)  # before the workers, which would each make it
+
+    def write(plan: Plan, result: dict[str, Any]) -> None:
+        results = measured(path)
+        old = plan.find(results)
+        harness.write(path, "compare_methods", [*(r for r in results if r is not old), result], facts=facts)
+        end = result["diverged"] or summary(result["curve"][-1])
+        print(f"{plan.task}: {plan.method} {plan.setting}, seed {plan.seed}, {plan.budget:.0f} s: {end}", flush=True)
+
+    if workers == 1:
+        for plan in todo:
+            write(plan, run(plan))
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+        pending: dict[Future[dict[str, Any]], Plan] = {pool.submit(run, plan): plan for plan in todo}
+        while pending:
+            for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                write(pending.pop(done), done.result())
+
+
+def dict_of(plans: Iterable[Plan]) -> list[Plan]:
+    """Return each plan once, in order."""
+    once: list[Plan] = []
+    for plan in plans:
+        if plan not in once:
+            once.append(plan)
+    return once
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds of each run")
-    parser.add_argument("--grid", action="store_true", help="only search the grids")
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="seconds of one core")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at once, a core each")
+    parser.add_argument("--tune", action="store_true", help="only tune")
+    parser.add_argument("--ablate", action="store_true", help="only PMC without one extension each")
     parser.add_argument("--again", action="store_true", help="repeat runs that have been measured")
-    parser.add_argument("--report", action="store_true", help="only print the table and draw the plot")
+    parser.add_argument("--report", action="store_true", help="only print the tables and draw the plots")
     parser.add_argument("--json", type=Path, default=RESULT, help="where results are; the plot goes beside it")
     o = parser.parse_args(arguments)
     facts = {
-        "grids": GRIDS, "rule": RULE, "points": POINTS, "attack": ATTACK | {"max_length": ATTACK_LENGTH},
-        "forget_answers": "grad_diff and npo train on the true ones; pmc is given none",
+        "grids": GRIDS, "extensions": EXTENSIONS, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
+        "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
     }  # fmt: skip
-    fresh: list[Plan] = []
-
-    def make(plan: Plan) -> None:
-        if plan in fresh or (not o.again and plan.find(measured(o.json)) is not None):
-            return
-        fresh.append(plan)
-        print(f"{plan.method} {plan.setting}, seed {plan.seed}, {plan.budget:.0f} s", flush=True)
-        result = TimedRun(plan).run()
-        gc.collect()  # a run refers to itself: its model would stay until memory is short
-        results = measured(o.json)  # read now: another process may have added a run
-        old = plan.find(results)
-        harness.write(o.json, "compare_methods", [*(r for r in results if r is not old), result], facts=facts)
-
+    make = functools.partial(make_all, path=o.json, workers=o.workers, again=o.again, facts=facts)
     if not o.report:
-        make(BEFORE)
-        before = BEFORE.find(measured(o.json))
-        assert before is not None
-        print(estimate(o.methods, o.seeds, o.budget, o.grid, before["curve"][-1]["evaluation_s"]), flush=True)
-        for method in o.methods:
-            for plan in grid_plans(method, o.budget):
-                make(plan)
-        if not o.grid:
-            for plan in full_plans(o.methods, o.seeds, o.budget, measured(o.json)):
-                make(plan)
+        with harness.alone():
+            make([untouched("demo"), untouched("heldout")])
+            if o.ablate:
+                make(ablation_plans(measured(o.json)))
+            else:
+                make(tuning_plans(o.methods))
+                if not o.tune:
+                    make(final_plans(o.methods, o.seeds, o.budgets, measured(o.json)))
     results = measured(o.json)
-    print("\n\n".join(made(results) for made in (grid_table, table, retain_weight_table)))
-    draw(results, o.json.with_suffix(".svg"))
+    print("\n\n".join(made(results) for made in compare_report.TABLES.values()))
+    compare_report.draw(results, o.json.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

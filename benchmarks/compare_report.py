@@ -1,11 +1,24 @@
-"""Tables and plot of `benchmarks.compare_methods`, from its JSON alone."""
+"""Tables and plots of `benchmarks.compare_methods`, from its JSON alone."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-GRID_SHARE = 0.5  # of the budget
-LABELS = {"pmc": "PMC", "grad_diff": "GradDiff", "npo": "NPO", "retain_only": "retain pairs only"}
+import numpy as np
+
+from pmc_fast.evaluation import bootstrap_interval
+
+TUNING = 240.0  # seconds of one core, of a run on the questions of the tuning
+MAX_DEGENERATE = 0.05  # share of the forget questions' answers that may say nothing
+LABELS = {
+    "pmc_fast": "PMC with extensions",
+    "pmc": "PMC as published",
+    "npo": "NPO (told)",
+    "simnpo": "SimNPO (told)",
+    "grad_diff": "GradDiff (told)",
+    "idk": "IDK",
+    "retain_only": "retain pairs only",
+}
 Result = dict[str, Any]
 
 
@@ -15,54 +28,82 @@ def harmonic(result: Result) -> float:
     return 2 * q * u / (q + u) if q + u else 0.0
 
 
-def grid_runs(results: Sequence[Result], method: str, budget: float) -> list[Result]:
-    return [r for r in results if r["method"] == method and r["budget_s"] == budget * GRID_SHARE]
-
-
-def chosen(results: Sequence[Result], method: str, budget: float) -> dict[str, float] | None:
-    """Return the setting of a method's best grid run that did not diverge; None where there is none."""
-    runs = sound(grid_runs(results, method, budget))
-    return max(runs, key=harmonic)["setting"] if runs else None
-
-
-def final_runs(results: Sequence[Result], method: str, budget: float) -> list[Result]:
-    """Return the chosen setting's runs, seed by seed."""
-    setting = chosen(results, method, budget)
-    runs = [r for r in results if (r["method"], r["setting"], r["budget_s"]) == (method, setting, budget)]
-    return sorted(runs, key=lambda r: r["seed"])
-
-
 def sound(runs: Sequence[Result]) -> list[Result]:
     return [r for r in runs if not r["diverged"]]
 
 
-def retain_weight_runs(results: Sequence[Result], budget: float) -> list[Result]:
-    """Return PMC's runs of seed 0 that differ in nothing but the retain weight, by that weight."""
-    rate = (chosen(results, "pmc", budget) or {}).get("learning_rate")
-    runs = [
-        r for r in results
-        if (r["method"], r["seed"], r["budget_s"], r["setting"].get("learning_rate")) == ("pmc", 0, budget, rate)
-    ]  # fmt: skip
-    return sorted(runs, key=lambda r: r["setting"]["retain_weight"])
+def says_nothing(result: Result) -> float:
+    return result["curve"][-1]["sets"]["forget"]["says_nothing"]
 
 
-def full_budget(results: Sequence[Result]) -> float:
-    return max((r["budget_s"] for r in results), default=0.0)
+def trials(results: Sequence[Result], method: str, task: str = "demo") -> list[Result]:
+    return [r for r in results if (r["task"], r["method"], r["budget_s"], r["seed"]) == (task, method, TUNING, 0)]
+
+
+def tuning_runs(results: Sequence[Result], method: str) -> list[Result]:
+    """Return the runs of a method's grid: those that set nothing else."""
+    tuned = {"learning_rate", "retain_weight", "beta"}
+    return [r for r in trials(results, method) if set(r["setting"]) <= tuned]
+
+
+def chosen(results: Sequence[Result], method: str) -> dict[str, float] | None:
+    """Return the setting of a method's best tuning run; None where there is none.
+
+    Runs that diverged are out. Those whose answers say nothing come last: as few as possible, where all do.
+    """
+    runs = sound(tuning_runs(results, method))
+    if not runs:
+        return None
+    return max(runs, key=lambda r: (-max(MAX_DEGENERATE, says_nothing(r)), harmonic(r)))["setting"]
+
+
+def final_runs(results: Sequence[Result], method: str, budget: float) -> list[Result]:
+    """Return the chosen setting's runs on the held-out questions, seed by seed."""
+    own = ("heldout", method, chosen(results, method), budget)
+    runs = [r for r in results if (r["task"], r["method"], r["setting"], r["budget_s"]) == own]
+    return sorted(runs, key=lambda r: r["seed"])
+
+
+def budgets(results: Sequence[Result]) -> list[float]:
+    return sorted({r["budget_s"] for r in results if r["task"] == "heldout" and r["budget_s"]})
+
+
+def before(results: Sequence[Result], task: str) -> list[Result]:
+    return [r for r in results if r["task"] == task and not r["budget_s"]]
 
 
 # --- tables
+
+
+def of_recalls(points: Sequence[Result]) -> np.ndarray:
+    """Return each forget question's unlearn quality, the mean over runs: [Q]."""
+    recalls = [[p["sets"][name]["recalls"] for name in ("forget", "forget_paraphrased")] for p in points]
+    return 100 * (1 - np.mean(recalls, axis=(0, 1)))
+
+
+def of_attack(name: str) -> Callable[[Sequence[Result]], np.ndarray]:
+    """Return each forget question's worst sample, the mean over runs: [Q]."""
+    return lambda points: np.mean([[q["worst"] for q in p["attacks"][name]["per_question"]] for p in points], axis=0)
+
 
 COLUMNS: dict[str, tuple[Callable[[Result], float], str]] = {
     "unlearn quality": (lambda p: p["unlearn_quality"], ".1f"),
     "utility": (lambda p: p["utility"], ".1f"),
     "R(retain)": (lambda p: p["sets"]["retain"]["rouge_l_recall"], ".3f"),
-    "worst of 20": (lambda p: p["leakage"]["worst"]["value"], ".3f"),
-    "questions that leak": (lambda p: 100 * p["leakage"]["leaking_questions"], ".0f"),
-    "words an answer": (lambda p: p["sets"]["forget"]["mean_words"], ".1f"),
-    "under 3 words": (lambda p: 100 * p["sets"]["forget"]["degenerate"], ".0f"),
+    "worst of 20": (lambda p: p["attacks"]["sampling"]["worst"]["value"], ".3f"),
+    "leak": (lambda p: 100 * p["attacks"]["sampling"]["leaking_questions"], ".0f"),
+    "leak, prefilled": (lambda p: 100 * p["attacks"]["prefill"]["leaking_questions"], ".0f"),
+    "say nothing": (lambda p: 100 * p["sets"]["forget"]["says_nothing"], ".0f"),
     "repeated words": (lambda p: 100 * p["sets"]["forget"]["repeated"], ".0f"),
+    "words": (lambda p: p["sets"]["forget"]["mean_words"], ".1f"),
+    "perplexity": (lambda p: p["perplexity"], ".1f"),
 }
-PERCENT = ("questions that leak", "under 3 words", "repeated words")
+PERCENT = ("leak", "leak, prefilled", "say nothing", "repeated words")
+INTERVALS: dict[str, Callable[[Sequence[Result]], np.ndarray]] = {
+    "unlearn quality": of_recalls,
+    "worst of 20": of_attack("sampling"),
+}
+IN_TUNING = ("unlearn quality", "utility", "R(retain)", "say nothing", "repeated words", "perplexity")
 
 
 def cell(name: str, points: Sequence[Result]) -> str:
@@ -75,116 +116,131 @@ def cell(name: str, points: Sequence[Result]) -> str:
     return text if low == high else f"{text} ({low} - {high})"
 
 
-def table(results: Sequence[Result]) -> str:
-    """Return the chosen settings' ends: means over the seeds, with the range in brackets."""
-    budget = full_budget(results)
+def interval(name: str, points: Sequence[Result]) -> str:
+    """Return a column's mean over runs, and its 95 % bootstrap interval over the questions."""
+    low, high = bootstrap_interval(INTERVALS[name](points))
+    form = COLUMNS[name][1]
+    return f"{low:{form}} - {high:{form}}"
+
+
+def final_table(results: Sequence[Result]) -> str:
+    """Return the chosen settings' ends on the held-out questions: means over the seeds, with the range in brackets."""
+    made = budgets(results)
+    lines = []
+    for budget in made:
+        lines += [
+            f"| {budget:.0f} s of one core | seeds | steps | {' | '.join(COLUMNS)} |",
+            "|---|---|---:|" + "---:|" * len(COLUMNS),
+        ]
+        for label, runs in (
+            ("before", before(results, "heldout")),
+            *((label, final_runs(results, method, budget)) for method, label in LABELS.items()),
+        ):
+            if kept := sound(runs):
+                lost = f", {len(runs) - len(kept)} diverged" if len(kept) < len(runs) else ""
+                seeds = ", ".join(str(r["seed"]) for r in kept) + lost if kept[0]["budget_s"] else ""
+                steps = sum(r["steps"] for r in kept) / len(kept)
+                ends = [r["curve"][-1] for r in kept]
+                lines.append(f"| {label} | {seeds} | {steps:.0f} | {' | '.join(cell(n, ends) for n in COLUMNS)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def interval_table(results: Sequence[Result]) -> str:
+    """Return 95 % bootstrap intervals over the questions."""
     lines = [
-        f"| after {budget:.0f} s | setting | seeds | steps | {' | '.join(COLUMNS)} |",
-        "|---|---|---|---:|" + "---:|" * len(COLUMNS),
+        f"| 95 % intervals over the questions | {' | '.join(f'{n}, {b:.0f} s' for b in budgets(results) for n in INTERVALS)} |",
+        "|---|" + "---:|" * (len(budgets(results)) * len(INTERVALS)),
     ]
-
-    def line(label: str, how: str, seeds: str, runs: Sequence[Result]) -> None:
-        steps = sum(r["steps"] for r in runs) / len(runs)
-        ends = [r["curve"][-1] for r in runs]
-        lines.append(f"| {label} | {how} | {seeds} | {steps:.0f} | {' | '.join(cell(n, ends) for n in COLUMNS)} |")
-
-    if untouched := [r for r in results if r["budget_s"] == 0]:
-        line("before", "", "", untouched)
     for method, label in LABELS.items():
-        runs = final_runs(results, method, budget)
-        if kept := sound(runs):
-            lost = f", {len(runs) - len(kept)} diverged" if len(kept) < len(runs) else ""
-            line(label, words(kept[0]["setting"]), ", ".join(str(r["seed"]) for r in kept) + lost, kept)
+        cells = []
+        for budget in budgets(results):
+            ends = [r["curve"][-1] for r in sound(final_runs(results, method, budget))]
+            cells += [interval(n, ends) if ends else "" for n in INTERVALS]
+        if any(cells):
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def grid_table(results: Sequence[Result]) -> str:
+def tuning_table(results: Sequence[Result]) -> str:
     """Return every setting's end, the chosen ones in bold."""
-    budget = full_budget(results)
-    names = ("unlearn quality", "utility", "R(retain)", "words an answer", "under 3 words", "repeated words")
     lines = [
-        f"| after {budget * GRID_SHARE:.0f} s | setting | steps | {' | '.join(names)} |",
-        "|---|---|---:|" + "---:|" * len(names),
+        f"| {TUNING:.0f} s of one core | setting | steps | {' | '.join(IN_TUNING)} |",
+        "|---|---|---:|" + "---:|" * len(IN_TUNING),
+    ]
+    lines += [
+        f"| before | | | {' | '.join(cell(n, [r['curve'][-1]]) for n in IN_TUNING)} |"
+        for r in before(results, "demo")
     ]
     for method, label in LABELS.items():
-        best = chosen(results, method, budget)
-        for r in grid_runs(results, method, budget):
+        best = chosen(results, method)
+        for r in tuning_runs(results, method):
             how = words(r["setting"])
-            cells = ["diverged"] * len(names) if r["diverged"] else [cell(n, [r["curve"][-1]]) for n in names]
-            marked = f"**{how}**" if r["setting"] == best else how
-            lines.append(f"| {label} | {marked} | {r['steps']} | {' | '.join(cells)} |")
+            lines.append(f"| {label} | {f'**{how}**' if r['setting'] == best else how} | {ends_of(r)} |")
     return "\n".join(lines)
 
 
-def retain_weight_table(results: Sequence[Result]) -> str:
-    """Return PMC's utility against its retain weight: the lowest on the way, and the end."""
-    runs = sound(retain_weight_runs(results, full_budget(results)))
-    start = next((f"{r['curve'][-1]['utility']:.1f}" for r in results if r["budget_s"] == 0), "-")
-    lines = [
-        "| retain weight | utility before | lowest on the way | at | at the end | R(retain) | unlearn quality |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for r in runs:
-        low, end = min(r["curve"], key=lambda p: p["utility"]), r["curve"][-1]
-        lines.append(
-            f"| {r['setting']['retain_weight']:g} | {start} | {low['utility']:.1f} | {low['seconds']:.0f} s "
-            f"| {end['utility']:.1f} | {cell('R(retain)', [end])} | {cell('unlearn quality', [end])} |"
-        )
+def ablation_table(results: Sequence[Result]) -> str:
+    """Return PMC with its extensions as chosen, and without one each."""
+    best = chosen(results, "pmc_fast") or {}
+    lines = [f"| | steps | {' | '.join(IN_TUNING)} |", "|---|---:|" + "---:|" * len(IN_TUNING)]
+    for r in trials(results, "pmc_fast"):
+        change = {name: value for name, value in r["setting"].items() if best.get(name) != value}
+        if not change or set(change) - set(best):
+            label = words(change) if change else "all, as chosen"
+            lines.append(f"| {label} | {ends_of(r)} |")
     return "\n".join(lines)
+
+
+def ends_of(result: Result) -> str:
+    end = [] if result["diverged"] else [result["curve"][-1]]
+    return " | ".join([str(result["steps"]), *(cell(n, end) if end else "diverged" for n in IN_TUNING)])
 
 
 def words(setting: dict[str, float]) -> str:
-    short = {"learning_rate": "lr", "retain_weight": "lambda", "beta": "beta"}
-    return ", ".join(f"{short[name]} {value:g}" for name, value in setting.items())
+    short = {"learning_rate": "lr", "retain_weight": "lambda", "num_samples": "N", "temperature": "T"}
+    return ", ".join(f"{short.get(name, name)} {value:g}" for name, value in setting.items())
+
+
+TABLES = {
+    "compare_methods": final_table,
+    "compare_intervals": interval_table,
+    "compare_tuning": tuning_table,
+    "compare_ablation": ablation_table,
+}
 
 
 # --- plot
 
-COLORS = {"pmc": "C0", "grad_diff": "C1", "npo": "C2", "retain_only": "C7"}
-SHADES = ("C9", "C0", "navy", "C4", "C5")  # of retain weights
+COLORS = {
+    "pmc_fast": "C0", "pmc": "C9", "npo": "C2", "simnpo": "C8", "grad_diff": "C1", "idk": "C4", "retain_only": "C7"
+}  # fmt: skip
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw quality and utility against time, utility against leakage, and the retain weight's effect."""
+    """Draw, for each budget, utility and leakage against quality; and quality against the budget."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    budget = full_budget(results)
-    start = [r["curve"][-1] | {"seconds": 0.0} for r in results if r["budget_s"] == 0]
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    (quality, useful), (leaks, weights) = figure.subplots(2, 2)
-
-    def curve(axes: Any, run: Result, key: str, **how: Any) -> None:
-        points = start + run["curve"]
-        axes.plot([p["seconds"] for p in points], [p[key] for p in points], marker="o", markersize=3, **how)
-
-    for p in start:
-        leaks.scatter(p["leakage"]["worst"]["value"], p["utility"], color="black", marker="x", zorder=3)
-        for axes, key in ((quality, "unlearn_quality"), (useful, "utility"), (weights, "utility")):
-            axes.axhline(p[key], color="black", linewidth=1, linestyle=":", label="before")
-    for method, color in COLORS.items():
-        for i, run in enumerate(sound(final_runs(results, method, budget))):
-            how = {"color": color, "alpha": 0.4 if i else 1.0, "label": None if i else LABELS[method]}
-            curve(quality, run, "unlearn_quality", **how)
-            curve(useful, run, "utility", **how)
-            end = run["curve"][-1]
-            leaks.scatter(end["leakage"]["worst"]["value"], end["utility"], s=36, **how)
-    for shade, run in zip(SHADES, sound(retain_weight_runs(results, budget)), strict=False):
-        curve(weights, run, "utility", color=shade, label=f"lambda {run['setting']['retain_weight']:g}")
-    titles = (
-        "unlearn quality (0-100)",
-        "utility (0-100)",
-        "utility against leakage",
-        "PMC's utility by retain weight",
-    )
-    for axes, title in zip((quality, useful, leaks, weights), titles, strict=True):
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("wall time (s)")
+    made = budgets(results)
+    figure = Figure(figsize=(9, 3.5 * max(1, len(made))), layout="constrained")
+    panels = figure.subplots(max(1, len(made)), 2, squeeze=False)
+    for (useful, leaks), budget in zip(panels, made, strict=False):
+        for p in (r["curve"][-1] for r in before(results, "heldout")):
+            useful.axhline(p["utility"], color="black", linewidth=1, linestyle=":", label="before")
+        for method, label in LABELS.items():
+            for i, run in enumerate(sound(final_runs(results, method, budget))):
+                end, how = run["curve"][-1], {"color": COLORS[method], "label": None if i else label}
+                marker = "x" if says_nothing(run) > MAX_DEGENERATE else "o"
+                useful.scatter(end["unlearn_quality"], end["utility"], marker=marker, **how)
+                leaks.scatter(end["unlearn_quality"], COLUMNS["worst of 20"][0](end), marker=marker, **how)
+        useful.set(title=f"{budget:.0f} s of one core", ylabel="utility (0-100)")
+        leaks.set(title=f"{budget:.0f} s of one core", ylabel="worst of 20 samples: mean recall")
+    for axes in panels.flat:
+        axes.set_xlabel("unlearn quality (0-100)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    leaks.set(xlabel="mean over questions of the worst of 20 samples", ylabel="utility (0-100)")
-    weights.legend(frameon=False, fontsize=8)
-    handles, labels = quality.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=5, loc="outside upper center", fontsize=9)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=4, loc="outside upper center", fontsize=9)
     with rc_context({"svg.hashsalt": "pmc_fast"}):  # the same picture, the same file
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -161,9 +161,7 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "request": request_table,
     "skip": skip_table,
     "gpu": lambda suites: gpu_page.table(suites.documents.get("gpu")),
-    "compare_methods": _compared(compare_report.table),
-    "compare_grids": _compared(compare_report.grid_table),
-    "retain_weight": _compared(compare_report.retain_weight_table),
+    **{name: _compared(make) for name, make in compare_report.TABLES.items()},
 }
 
 

