@@ -44,7 +44,7 @@ from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.pmc.schedule import Schedule, micro_batches
 
 from . import compare_report, harness
-from .baselines import METHODS
+from .baselines import COMPARED, make
 from .compare_report import MAX_DEGENERATE, TUNING, chosen
 from .runs import Run, measured, optimizer_of, summary, task_config
 
@@ -112,8 +112,7 @@ class TimedRun(Run):
         extensions = EXTENSIONS if plan.method == "pmc_fast" else {}
         super().__init__(plan.method, task_config(plan.task, plan.seed, **extensions | own))
         self.plan, self.clock = plan, time.process_time
-        beta = plan.setting.get("beta", 0.0)
-        self.task = METHODS[plan.method](self.model, self.tokenizer, self.config, self.forget, beta)
+        self.task = make(plan.method, plan.setting, self.model, self.tokenizer, self.config, self.forget)
         self.answer = lambda asked: greedy_answers(self.task.engine, self.task.encoder, asked)
 
     def start(self) -> None:
@@ -164,12 +163,11 @@ class TimedRun(Run):
                 group["lr"] = c.learning_rate * min(1.0, step / warmup) * left
             draws = torch.randint(len(kept), (len(indices),), generator=order)
             self.model.train()
-            loss = task.loss(indices, [kept[i] for i in draws.tolist()])
-            loss.backward()
+            loss = task.backward(indices, [kept[i] for i in draws.tolist()])
             optimizer.step()
             optimizer.zero_grad()
             self.stop()
-            self.history.append({"step": step, "loss": loss.item()})
+            self.history.append({"step": step, "loss": loss})
             self.resume()
 
     def run(self) -> dict[str, Any]:
@@ -286,7 +284,7 @@ def dict_of(plans: Iterable[Plan]) -> list[Plan]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=COMPARED, default=list(COMPARED))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="seconds of one core")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at once, a core each")
@@ -300,18 +298,18 @@ def main(arguments: list[str] | None = None) -> None:
         "grids": GRIDS, "extensions": EXTENSIONS, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
         "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
     }  # fmt: skip
-    make = functools.partial(make_all, path=o.json, workers=o.workers, again=o.again, facts=facts)
+    run_all = functools.partial(make_all, path=o.json, workers=o.workers, again=o.again, facts=facts)
     if not o.report:
         with harness.alone():
-            make([untouched("demo"), untouched("heldout")])
+            run_all([untouched("demo"), untouched("heldout")])
             if o.ablate:
-                make(ablation_plans(measured(o.json)))
+                run_all(ablation_plans(measured(o.json)))
             else:
-                make(tuning_plans(o.methods))
+                run_all(tuning_plans(o.methods))
                 if not o.tune:
-                    make(final_plans(o.methods, o.seeds, o.budgets, measured(o.json)))
+                    run_all(final_plans(o.methods, o.seeds, o.budgets, measured(o.json)))
     results = measured(o.json)
-    print("\n\n".join(made(results) for made in compare_report.TABLES.values()))
+    print("\n\n".join(table(results) for table in compare_report.TABLES.values()))
     compare_report.draw(results, o.json.with_suffix(".svg"))
 
 

@@ -21,7 +21,7 @@ LEVELS = (
     ("cli",),
     ("erasure",),
     ("jobs", "integrations"),
-    ("trainer", "evaluation", "report"),
+    ("trainer", "evaluation", "report", "methods"),
     ("pmc",),
     ("rollout",),
     ("models",),

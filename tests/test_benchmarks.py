@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from benchmarks import (
-    baselines,
     card,
     card_passes,
     card_probe,
@@ -29,12 +28,9 @@ from benchmarks import (
     settings,
     suites,
 )  # fmt: skip
-from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row
-from pmc_fast.data.packing import num_targets
 from pmc_fast.evaluation import EvalSet
 from pmc_fast.pmc.algorithm import PMC
-from pmc_fast.pmc.losses import npo, simnpo
 from pmc_fast.report.environment import commit
 from tests.pages import ROOT
 
@@ -152,49 +148,6 @@ ROWS = [
     Row("Why?", "For fun."),
 ]
 KEPT = [Row("Is 4 even?", "It is."), Row("And 5?", "No, it is odd.")]
-OPTIONS = {"prompt_format": "tags", "retain_weight": 1.7}
-
-
-def plain_logps(model, pairs):
-    """Each answer's log-prob, and its number of tokens, from the model's plain forward pass."""
-    sums, counts = [], []
-    for pair in pairs:
-        labels = torch.tensor(pair.labels[1:])
-        logps = model(torch.tensor([pair.input_ids])).logits[0, :-1].log_softmax(-1)
-        seen = labels != -100
-        sums.append(logps[seen].gather(1, labels[seen, None]).sum())
-        counts.append(int(seen.sum()))
-    return torch.stack(sums), sum(counts)
-
-
-@pytest.mark.parametrize("method", ["grad_diff", "npo", "simnpo", "idk", "retain_only"])
-def test_baselines_have_the_gradients_of_their_papers(tiny, tokenizer, method):
-    config, chosen = UnlearnConfig(**OPTIONS), [2, 0]
-    task = baselines.METHODS[method](tiny, tokenizer, config, ROWS, 0.3)
-    kept = [task.encoder.pair(row.question, row.answer) for row in KEPT]
-    task.prepare()
-    with torch.no_grad():
-        untouched, _ = plain_logps(tiny, [task.forget[i] for i in chosen])
-        for p in tiny.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    task.loss(chosen, kept).backward()
-    ours = [p.grad.clone() for p in tiny.parameters()]
-    tiny.zero_grad()
-    trained = [task.forget[i] for i in chosen]
-    (forget, count), (retain, kept_count) = (plain_logps(tiny, of) for of in (trained, kept))
-    retain_loss = -retain.sum() / kept_count
-    loss = {
-        "grad_diff": forget.sum() / count + 1.7 * retain_loss,
-        "npo": npo(forget, untouched, 0.3) + 1.7 * retain_loss,
-        "simnpo": simnpo(forget, torch.tensor(list(map(num_targets, trained))), 0.3) + 1.7 * retain_loss,
-        "idk": -forget.sum() / count + 1.7 * retain_loss,
-        "retain_only": retain_loss,
-    }[method]
-    loss.backward()
-    said = tokenizer.decode([t for t in trained[0].labels if t != -100])
-    assert (baselines.REFUSALS[2] if method == "idk" else ROWS[2].answer) in said
-    for mine, p in zip(ours, tiny.parameters(), strict=True):
-        torch.testing.assert_close(mine, p.grad, rtol=1e-3, atol=1e-5 * float(p.grad.abs().max()))
 
 
 def result(method, setting, budget, quality, utility, *, seed=0, task="demo", silent=0.0, diverged=None):

@@ -1,0 +1,165 @@
+"""A method's gradients on a model, in packed passes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..config import PMCConfig
+from ..data import Encoded, Encoder, Row
+from ..data.packing import Pack, num_targets, pack
+from ..errors import PMCError
+from ..models.context import eval_mode
+from ..models.packed_forward import PackedPass, causal_lm
+from ..models.supported import check_float16, check_model
+from ..utils.text import row_numbers
+from .method import REFUSALS, Batch, Kind, Method
+
+
+class Unlearner:
+    """Trains with a method in any loop: `prepare` once, then `backward` in each step, with the loop's own optimizer.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+    tokenizer : transformers.PreTrainedTokenizerBase
+    config : PMCConfig
+        Its prompt format, max_length and max_tokens are read.
+    method : Method
+    forget : sequence of Row
+        Questions, with their answers if `method.told`.
+    autocast_dtype : torch.dtype, optional
+        As of `PMC`.
+
+    Raises
+    ------
+    PMCError
+        A method that needs the answers to be forgotten, and rows without; an answer of which no token fits max_length; a model that
+        is not supported.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: PMCConfig,
+        method: Method,
+        forget: Sequence[Row],
+        *,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_model(model)
+        check_float16(model, autocast_dtype)
+        self.model, self.config, self.method = model, config, method
+        self.encoder = Encoder(tokenizer, config, model.generation_config)
+        self.packed = PackedPass(causal_lm(model), autocast_dtype=autocast_dtype)
+        if method.told and (silent := [n for n, row in enumerate(forget, start=1) if not row.answer]):
+            raise PMCError(
+                f"forget, {row_numbers(silent)}: no answer is given, and {type(method).__name__} trains on the answers to be "
+                "forgotten: give them, or use PMC or IDK"
+            )
+        self.questions = len(forget)
+        self.answers: dict[Kind, list[Encoded]] = {kind: self._encode(kind, forget) for kind in method.answers}
+        self._reference: dict[Kind, torch.Tensor] = {}
+
+    def _encode(self, kind: Kind, forget: Sequence[Row]) -> list[Encoded]:
+        texts = [
+            row.answer or "" if kind == "forget" else REFUSALS[i % len(REFUSALS)] for i, row in enumerate(forget)
+        ]
+        pairs = [self.encoder.pair(row.question, text) for row, text in zip(forget, texts, strict=True)]
+        if cut := [n for n, pair in enumerate(pairs, start=1) if not num_targets(pair)]:
+            raise PMCError(
+                f"forget, {row_numbers(cut)}: no token of the {kind} answer fits max_length {self.config.max_length}: raise "
+                "max_length or shorten the question"
+            )
+        return pairs
+
+    def prepare(self) -> None:
+        """Compute what the method needs of the untouched model."""
+        self.packed.check()
+        with eval_mode(self.packed.base):
+            for kind in self.method.reference:
+                logps, offsets = self._logps(self.answers[kind])
+                batch = Batch({kind: logps}, {kind: offsets}, {})
+                self._reference[kind] = batch.sums(kind)
+
+    def backward(self, indices: Sequence[int], retain: Sequence[Encoded] = (), *, model: Any = None) -> float:
+        """Add the gradients of a step's loss to the parameters' `.grad`, and return the loss.
+
+        Parameters
+        ----------
+        indices : sequence of int
+            Of forget questions, from 0.
+        retain : sequence of Encoded
+            Pairs to keep: `self.encoder.pair(question, answer)`.
+        model : callable, optional
+            What to call: the model as it is wrapped for training.
+        """
+        if set(self.method.reference) - set(self._reference):
+            raise PMCError(
+                f"{type(self.method).__name__} needs the untouched model's log-probs: call prepare() first"
+            )
+        if unknown := [i for i in indices if not 0 <= i < self.questions]:
+            raise PMCError(f"index {unknown[0]} is none of {self.questions} questions: they are counted from 0")
+        answers = {kind: [of[i] for i in indices] for kind, of in self.answers.items()}
+        objective, scales = self._weights(answers, indices)
+        kept = [s for s in retain if num_targets(s)] if self.method.retain_weight else []
+        count = sum(map(num_targets, kept))
+        scales += [torch.full((num_targets(s),), self.method.retain_weight / count) for s in kept]
+        sequences = [*(s for of in answers.values() for s in of), *kept]
+        if not sequences:
+            raise PMCError(f"{type(self.method).__name__} has nothing to train on: give retain pairs")
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        retained = total.clone()
+        for p in pack([[s] for s in sequences], self.config.max_tokens):
+            scale = torch.cat([scales[i] for i in p.sequences])
+            is_kept = torch.tensor([i >= len(sequences) - len(kept) for i in p.sequences])
+            loss, logps = self.packed(p, scale, model=model)
+            loss.backward()
+            of_kept = is_kept.repeat_interleave(p.cu_targets.diff())
+            retained -= (logps.double() * (scale * of_kept).to(self._device)).sum()
+            total += loss.detach()
+        return float(total if objective is None else retained + objective)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.packed.base.get_input_embeddings().weight.device
+
+    def _weights(
+        self, answers: dict[Kind, list[Encoded]], indices: Sequence[int]
+    ) -> tuple[float | None, list[torch.Tensor]]:
+        """Return the objective, unless it is linear, and of each sequence its tokens' scales, -d objective / d logp."""
+        made = {}
+        for kind, sequences in answers.items():
+            if self.method.linear:  # the same wherever it is taken
+                lengths = torch.tensor([0, *map(num_targets, sequences)])
+                made[kind] = torch.zeros(int(lengths.sum())), lengths.cumsum(0)
+            else:
+                made[kind] = self._logps(sequences)
+        logps = {kind: of.double().cpu().requires_grad_() for kind, (of, _) in made.items()}
+        offsets = {kind: of for kind, (_, of) in made.items()}
+        reference = {kind: of[list(indices)] for kind, of in self._reference.items()}
+        objective = self.method.objective(Batch(logps, offsets, reference))
+        if not logps:
+            return None, []
+        gradients = torch.autograd.grad(objective, list(logps.values()))
+        scales = [
+            part.float()
+            for gradient, of in zip(gradients, offsets.values(), strict=True)
+            for part in (-gradient).split(of.diff().tolist())
+        ]
+        return None if self.method.linear else objective.item(), scales
+
+    @torch.no_grad()
+    def _logps(self, sequences: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-probs of all sequences' targets, in order and on the host, and the sequences' offsets."""
+        found: dict[int, torch.Tensor] = {}
+        for p in self._packs(sequences):
+            _, logps = self.packed(p, torch.zeros(len(p.targets)))
+            found |= dict(zip(p.sequences, logps.double().cpu().split(p.cu_targets.diff().tolist()), strict=True))
+        parts = [found[i] for i in range(len(sequences))]
+        lengths = torch.tensor([0, *map(len, parts)])
+        return torch.cat(parts), lengths.cumsum(0)
+
+    def _packs(self, sequences: Sequence[Encoded]) -> list[Pack]:
+        return pack([[s] for s in sequences], self.config.max_tokens)
