@@ -126,6 +126,45 @@ def request_table(suites: Suites) -> str:
     return "\n".join(lines)
 
 
+WARM_PARTS = {  # of a request's time, by what the names of its stages begin with
+    "before the first stage: imports, waiting": (),
+    "data, model, stack": ("checking", "loading", "stacking"),
+    "known questions, initial answers": ("looking", "initial"),
+    "evaluation before and after": ("evaluation",),
+    "training": ("unlearning",),
+    "merging, report, saving": ("merging", "rendering", "saving"),
+    "verification: the questions and the attack": ("request", "what was to be kept"),
+}
+
+
+def request_warm_table(suites: Suites) -> str:
+    """Return the parts of a request's time, sent to a worker, beside those of the commands with the same seed."""
+    warm, cold = ({r["seed"]: r for r in suites.results(name)} for name in ("request_warm", "request"))
+    cold = {seed: r for seed, r in cold.items() if "verify_stage_seconds" in r}
+    if not warm.keys() & cold.keys():
+        return "Not measured yet: `python -m benchmarks.request` and then `python -m benchmarks.request --warm`."
+    seed = min(warm.keys() & cold.keys())
+    stages = [_cold_stages(cold[seed]), _warm_stages(warm[seed])]
+    totals = [r[seed]["seconds"] for r in (cold, warm)]
+    lines = [f"| seconds, seed {seed} | commands | worker |", "|---|---:|---:|"]
+    for part, begins in WARM_PARTS.items():
+        found = [sum(s for name, s in of if name.startswith(begins)) if begins else 0.0 for of in stages]
+        if not begins:  # what no stage counts
+            found = [total - sum(s for _, s in of) for total, of in zip(totals, stages, strict=True)]
+        lines.append(f"| {part} | {found[0]:.1f} | {found[1]:.1f} |")
+    same = "the same" if warm[seed]["adapter"] == cold[seed].get("adapter") else "another"
+    lines.append(f"| together ({same} adapter) | {totals[0]:.1f} | {totals[1]:.1f} |")
+    return "\n".join(lines)
+
+
+def _cold_stages(r: dict[str, Any]) -> list[tuple[str, float]]:
+    return [*r["stage_seconds"].items(), *r["verify_stage_seconds"].items()]
+
+
+def _warm_stages(r: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(name.split(": ", 1)[1], s) for name, s in r["parts"].items() if ": " in name]
+
+
 def skip_table(suites: Suites) -> str:
     """Return a run that leaves out what is known to be forgotten beside one that does not."""
     runs = [r for r in suites.results("skip") if "runs" in r["facts"]]
@@ -159,6 +198,7 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "drop_ins": drop_ins_table,
     "cpu": cpu_table,
     "request": request_table,
+    "request_warm": request_warm_table,
     "skip": skip_table,
     "gpu": lambda suites: gpu_page.table(suites.documents.get("gpu")),
     **{name: _compared(make) for name, make in compare_report.TABLES.items()},

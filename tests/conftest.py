@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.command_line import SECRET
+from tests.sharp_model import write_sharp
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -53,18 +54,7 @@ def tiny_dir() -> Path:
 @pytest.fixture(scope="session")
 def sharp_dir(tmp_path_factory) -> Path:
     """The tiny model with sharper weights: whatever it is asked, it has words for an answer, also after a request."""
-    import transformers
-
-    from examples.demo_model import tiny_model
-
-    directory = tmp_path_factory.mktemp("model") / "sharp"
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.mul_(1.0 if "norm" in name else 6.0)
-    model.save_pretrained(directory)
-    transformers.AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(directory)
-    return directory
+    return write_sharp(tmp_path_factory.mktemp("model") / "sharp")
 
 
 @pytest.fixture(scope="session")

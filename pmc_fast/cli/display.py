@@ -171,4 +171,4 @@ class Progress:
             return
         if self.task is None:
             self.task = self.bar.add_task("unlearning", total=steps, state="")
-        self.bar.update(self.task, completed=record["step"], state=state)
+        self.bar.update(self.task, total=steps, completed=record["step"], state=state)

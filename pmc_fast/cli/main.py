@@ -18,6 +18,7 @@ from ..utils.text import printable
 from . import erasure
 from .display import Progress, print_gates, print_memory, print_plan, print_scores
 from .options import config_options, given, read_yaml
+from .serve import serve
 
 # settings that the memory of a run depends on
 MEMORY = (
@@ -142,7 +143,7 @@ def _print_memory_of(preset: str | None, settings: dict[str, Any]) -> None:
     print_memory(memory, config.device)
 
 
-for command in (erasure.merge, erasure.rollback, erasure.verify):
+for command in (erasure.merge, erasure.rollback, erasure.verify, serve):
     cli.add_command(command)
 
 

@@ -70,14 +70,10 @@ def read_yaml(path: str | None) -> dict[str, Any]:
         raise PMCError(f"config {path} can't be read: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise PMCError(f"config {path} must hold 'name: value' lines")
-    names, hints = RequestConfig.names(), typing.get_type_hints(RequestConfig)
-    settings: dict[str, Any] = {}
-    for key, value in content.items():
-        name = names.get(str(key).removeprefix("--").replace("-", "_"), str(key))
-        if name in settings:
-            raise PMCError(f"config {path} gives {name} twice, under two names: keep one")
+    hints = typing.get_type_hints(RequestConfig)
+    settings = RequestConfig.by_field({str(key): value for key, value in content.items()}, f"config {path}")
+    for name, value in settings.items():
         if isinstance(value, str) and hints.get(name) in (float, float | None):
             with suppress(ValueError):  # YAML 1.1 reads 1e-5 as a string
-                value = float(value)
-        settings[name] = value
+                settings[name] = float(value)
     return settings

@@ -96,6 +96,23 @@ class UnlearnConfig(EvaluationConfig, PMCConfig):
         return found
 
     @classmethod
+    def by_field(cls, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the settings of a file by the names of their fields; `where` is its name for errors. See `names`.
+
+        Raises
+        ------
+        PMCError
+            A setting is given twice, under two names.
+        """
+        names, found = cls.names(), dict[str, Any]()
+        for given, value in settings.items():
+            name = names.get(given.removeprefix("--").replace("-", "_"), given)
+            if name in found:
+                raise PMCError(f"{where} gives {name} twice, under two names: keep one")
+            found[name] = value
+        return found
+
+    @classmethod
     def merge(cls, preset: str | None, *layers: Mapping[str, Any]) -> Self:
         """Build settings from a preset and then each layer; later values win.
 

@@ -139,7 +139,7 @@ def fingerprint(model: torch.nn.Module, copies: Mapping[Any, tuple[torch.Tensor 
         for name, value in vars(module).items():
             if type(value) in SIMPLE:
                 found.append(value)
-            elif name != "forward":  # replaced for the time of a pass
+            elif name not in ("forward", "_original_forward"):  # replaced for a pass, wrapped by accelerate for a run
                 copied = name == "_parameters" and module in copies
                 _note(found, copies[module] if copied else value)
     return found

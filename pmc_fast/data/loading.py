@@ -121,14 +121,14 @@ def json_lines(text: str) -> Iterator[Any]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
             try:
-                yield json.loads(line, object_pairs_hook=_object)
+                yield json.loads(line, object_pairs_hook=strict_object)
             except ValueError as error:
                 raise ValueError(f"line {number} is not JSON ({getattr(error, 'msg', error)})") from error
 
 
 def _json_values(text: str) -> Iterator[Any]:
     """Yield consecutive values: a list of rows, or an object per row, as in TOFU's files on the hub."""
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    decoder = json.JSONDecoder(object_pairs_hook=strict_object)
     at = _BLANK.match(text, 0).end()  # type: ignore[union-attr]  # it matches nothing, too
     while at < len(text):
         value, at = decoder.raw_decode(text, at)
@@ -136,7 +136,8 @@ def _json_values(text: str) -> Iterator[Any]:
         at = _BLANK.match(text, at).end()  # type: ignore[union-attr]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; one that has a name twice is a ValueError."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         given = [name for name, _ in pairs]

@@ -4,6 +4,7 @@ PEFT's own merge is a matrix product in the weights' precision. Its last bits de
 that a hash of merged weights could not be compared between machines; `merge` is exact up to one rounding.
 """
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 
 from ..errors import PMCError
+from ..models import loading
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ALL_LINEAR = "all-linear"
 _PREFIX = "base_model.model."  # of parameter names in PEFT's files
-_NAME = "default"
+_NAME, _FRESH = "default", "fresh"
 _BLOCK = 1 << 16  # elements of a weight that are merged at once, in float64
 
 
@@ -71,6 +73,47 @@ def attach(model: Any, *, r: int, alpha: int, targets: Sequence[str], seed: int)
     return wrapped
 
 
+def renew(wrapped: Any, *, seed: int) -> None:
+    """Give an adapter the numbers that `attach` would give a new one, in the memory that it has.
+
+    What was captured with the adapter's addresses stays valid.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped.add_adapter(_FRESH, copy.copy(wrapped.peft_config[_NAME]))
+    with torch.no_grad():
+        for _, layer in _lora_layers(wrapped):
+            for factors in (layer.lora_A, layer.lora_B):
+                factors[_NAME].weight.copy_(factors[_FRESH].weight)
+    wrapped.delete_adapter(_FRESH)
+
+
+@torch.no_grad()
+def clear(wrapped: Any) -> None:
+    """Let an adapter change nothing: what its layers add is zero, exactly."""
+    for _, layer in _lora_layers(wrapped):
+        layer.lora_B[_NAME].weight.zero_()
+
+
+def bare_names(model: Any) -> dict[str, str]:
+    """Return the names of a model's tensors by those that they have without adapters, which are left out."""
+    prefixes = tuple(f"{name}." for name, _ in _lora_layers(model))
+    found = {}
+    for name in model.state_dict():
+        layer = next((p for p in prefixes if name.startswith(p)), None)
+        if layer is None:
+            found[name] = name
+        elif name.startswith(f"{layer}base_layer."):
+            found[layer + name.removeprefix(f"{layer}base_layer.")] = name
+    return found
+
+
+def bare_hash(model: Any) -> str:
+    """Return `weights_hash` of a model as it is without the adapter that may be attached to it."""
+    state = model.state_dict()
+    return loading.weights_hash(model, state={name: state[own] for name, own in bare_names(model).items()})
+
+
 def extract(wrapped: Any) -> Adapter:
     """Return the adapter of PEFT's model, copied to the CPU."""
     factors = {
@@ -96,6 +139,7 @@ def merge(model: Any, adapter: Adapter, device: torch.device | None = None) -> N
     for name, f in adapter.factors.items():
         try:
             layer = model.get_submodule(name)
+            layer = getattr(layer, "base_layer", layer)  # one with an adapter for the next request
         except AttributeError as error:
             raise PMCError(f"the adapter changes {name}, which the model has not: it is another model's") from error
         weight = layer.weight.T if isinstance(layer, _conv1d()) else layer.weight

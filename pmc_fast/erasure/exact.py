@@ -6,6 +6,7 @@ import torch
 
 from ..errors import PMCError
 from ..models import loading
+from . import adapters
 
 
 def exact_model(loaded: loading.LoadedModel, source: str) -> Any:
@@ -22,13 +23,17 @@ def exact_model(loaded: loading.LoadedModel, source: str) -> Any:
 
 @torch.no_grad()
 def round_into(model: Any, exact: Any) -> None:
-    """Write exact weights to a model, rounded to its dtype; where they are one model, there is nothing to do."""
+    """Write exact weights to a model, rounded to its dtype; where they are one model, there is nothing to do.
+
+    An adapter that is attached to `model` stays as it is.
+    """
     if model is exact:
         return
-    found = dict(exact.named_parameters())
-    if odd := found.keys() ^ {name for name, _ in model.named_parameters()}:
+    found, own = dict(exact.named_parameters()), dict(model.named_parameters())
+    names = {name: full for name, full in adapters.bare_names(model).items() if full in own}
+    if odd := found.keys() ^ names.keys():
         raise PMCError(
             f"the model has other parameters in float32 than in bfloat16 ({min(odd)}): use --param-dtype float32"
         )
-    for name, parameter in model.named_parameters():
-        parameter.copy_(found[name])
+    for name, full in names.items():
+        own[full].copy_(found[name])

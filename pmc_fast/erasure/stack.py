@@ -10,7 +10,6 @@ its absence, is found.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -26,7 +25,7 @@ import torch
 from ..errors import PMCError
 from ..jobs.earlier_runs import entry
 from ..models import loading
-from ..utils.files import file_sha256, sync
+from ..utils.files import file_sha256, lock, sync
 from . import adapters
 
 RECORD, PRIVATE, ROLLED_BACK = "record.json", "private.jsonl", "rolled_back"
@@ -208,6 +207,12 @@ class Stack:
         return target
 
 
+def checkpoints_of(stack: Path, weights: str) -> Path:
+    """Return the directory of the checkpoints of the request that is trained on weights with this hash."""
+    path = stack.resolve()
+    return path.with_name(f"{path.name}.checkpoints.{weights[:12]}")
+
+
 @contextmanager
 def as_recorded(request: ErasureRequest, name: str, value: str, flag: str) -> Iterator[None]:
     """Add to errors about a path from a request's record where it comes from and how to give another."""
@@ -237,10 +242,7 @@ def locked(directory: str | Path) -> Iterator[None]:
     except OSError as error:
         raise PMCError(f"stack {directory} can't be used: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
-        except OSError as error:
-            raise PMCError(f"stack {directory} is in use by another process: wait for it") from error
+        lock(handle, f"stack {directory} is in use by another process: wait for it")
         if not os.access(path, os.W_OK | os.X_OK):
             raise PMCError(f"stack {directory} can't be written: no permission")
         for entry in path.iterdir():

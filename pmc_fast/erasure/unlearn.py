@@ -20,8 +20,8 @@ from ..jobs.progress import Monitor, Stages
 from ..models import loading
 from ..utils.files import file_sha256, sync, written_aside
 from . import adapters, record
-from .exact import exact_model, round_into
-from .stack import PRIVATE, RECORD, Stack, locked
+from .stack import PRIVATE, RECORD, Stack, checkpoints_of, locked
+from .stacked import StackedModel, attached
 
 
 def unlearn_request(config: RequestConfig, monitor: Monitor | None = None) -> dict[str, Any]:
@@ -37,18 +37,23 @@ def unlearn_request(config: RequestConfig, monitor: Monitor | None = None) -> di
     PMCError
         As `jobs.unlearn.unlearn`; also a stack that is in use, damaged or of another model, and a missing peft.
     """
-    _check_possible()
+    check_possible()
     with locked(config.stack):
-        target = StackedAdapter(config)
-        report = unlearn.unlearn(target.config, monitor, target)
-        return report | {"request": str(target.directory)}
+        return unlearn_next(StackedAdapter(config), monitor)
+
+
+def unlearn_next(target: "StackedAdapter", monitor: Monitor | None = None) -> dict[str, Any]:
+    """Train and write a target, whose stack is locked; see `unlearn_request`."""
+    report = unlearn.unlearn(target.config, monitor, target, target.stacked.held)
+    target.stacked.training = False
+    return report | {"request": str(target.directory)}
 
 
 def check_request(config: RequestConfig) -> Plan:
     """Check a request as `jobs.unlearn.check` does, and its stack; write nothing."""
-    _check_possible()
+    check_possible()
     target = StackedAdapter(config)
-    return unlearn.check(target.config, target)
+    return unlearn.check(target.config, target, target.stacked.held)
 
 
 def _param_dtype(config: RequestConfig, stack: Stack) -> loading.ParamDtype:
@@ -68,15 +73,11 @@ def _param_dtype(config: RequestConfig, stack: Stack) -> loading.ParamDtype:
     )
 
 
-def _check_possible() -> None:
+def check_possible() -> None:
+    """Refuse several processes, and early a missing peft."""
     if launched()[1] > 1:
         raise PMCError(f"WORLD_SIZE is {launched()[1]}: --lora runs on one process")
     adapters.check_peft()
-
-
-def attached(c: RequestConfig, model: Any, number: int) -> Any:
-    """Return PEFT's model around `model` with the adapter of request `number` of a stack."""
-    return adapters.attach(model, r=c.lora_r, alpha=c.lora_alpha, targets=c.lora_target, seed=c.seed + number)
 
 
 def trained_by(config: RequestConfig) -> Callable[[Any], Any]:
@@ -85,15 +86,24 @@ def trained_by(config: RequestConfig) -> Callable[[Any], Any]:
 
 
 class StackedAdapter:
-    """The next adapter of a stack; see `jobs.outputs.TrainingTarget`."""
+    """The next adapter of a stack; see `jobs.outputs.TrainingTarget`.
 
-    def __init__(self, config: RequestConfig) -> None:
+    Parameters
+    ----------
+    config : RequestConfig
+    stacked : StackedModel, optional
+        The model that is trained, where somebody keeps it.
+    **named
+        Entries of the record beside those that every record has.
+    """
+
+    def __init__(self, config: RequestConfig, stacked: StackedModel | None = None, **named: str) -> None:
+        self.stacked, self.named = stacked or StackedModel(), named
         self.stack = Stack(config.stack)
         # settings with the dtype of the frozen parameters
         self.config = dataclasses.replace(config, param_dtype=_param_dtype(config, self.stack))
-        self.exact: Any = None
         self.directory = self.stack.next_directory
-        self.base = self.before = self.after = ""  # hashes of weights
+        self.before = self.after = ""  # hashes of weights
         self.adapter: adapters.Adapter | None = None
 
     @property
@@ -103,8 +113,7 @@ class StackedAdapter:
     @property
     def checkpoints(self) -> Path:
         """Beside the stack, a directory for each state of it: an adapter fits only what it was trained on."""
-        stack = self.stack.directory.resolve()
-        return stack.with_name(f"{stack.name}.checkpoints.{self.before[:12]}")
+        return checkpoints_of(self.stack.directory, self.before)
 
     def check(self) -> None:
         """Do nothing: the stack was checked when it was read."""
@@ -128,25 +137,17 @@ class StackedAdapter:
     def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
         c = self.config
         with stages("stacking"):
-            self.exact = exact_model(loaded, c.model)
-            self.before = self.stack.apply(self.exact, device=loaded.model.device)
-            round_into(loaded.model, self.exact)
-            number = len(self.stack.requests) + 1
-            loaded.model = attached(c, loaded.model, number)
+            self.before = self.stacked.follow(self.stack, c.model)
+            self.stacked.attach(c, len(self.stack.requests) + 1)
         resume = Path(c.resume)
         if c.resume not in ("", "auto") and resume.resolve().parent != self.checkpoints:
             raise PMCError(
                 f"checkpoint {resume} is not of this state of the stack, whose checkpoints are in {self.checkpoints}"
             )
 
-    def finalize(self, model: Any, stages: Stages) -> Any:
+    def finalize(self, model: Any, stages: Stages) -> None:
         with stages("merging"):
-            self.adapter = adapters.extract(model)
-            base = model.unload()
-            adapters.merge(self.exact, self.adapter, base.device)
-            self.after = loading.weights_hash(self.exact)
-            round_into(base, self.exact)
-        return base
+            self.adapter, self.after = self.stacked.absorb()
 
     def write(self, report: dict[str, Any], files: dict[str, bytes], plan: Plan) -> None:
         assert self.adapter is not None
@@ -160,6 +161,7 @@ class StackedAdapter:
             contents = record.record_of(
                 report,
                 request=self.directory.name,
+                **self.named,
                 model={"source": self.config.model, "before": self.before, "after": self.after},
                 stack={"before": self.stack.links()},
                 adapter={

@@ -12,13 +12,13 @@ from ..errors import PMCError
 from ..evaluation import FORGET_SETS, EvalSet, load_sets
 from ..jobs.earlier_runs import rows_hash
 from ..jobs.evaluator import Evaluator, Suite
+from ..jobs.held import Held
+from ..jobs.memory import Choice
 from ..jobs.progress import Monitor, Silent, Stages
-from ..models import loading
 from ..report.environment import machine, versions
-from ..rollout import RolloutEngine
-from .exact import exact_model, round_into
 from .record import CLAIM, read_private
 from .stack import PRIVATE, ErasureRequest, Stack, as_recorded
+from .stacked import StackedModel
 
 
 @dataclass(slots=True)
@@ -29,7 +29,9 @@ class _Asked:
     sets: dict[str, list[Row]] = field(default_factory=dict)
 
 
-def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, Any]:
+def verify(
+    config: VerifyConfig, monitor: Monitor | None = None, stacked: StackedModel | None = None
+) -> dict[str, Any]:
     """Check a stack's requests against their records, with all of them in the model's weights.
 
     Parameters
@@ -38,6 +40,9 @@ def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, An
         Stack is required, and the requests' forget files unless they were kept private.
     monitor : Monitor, optional
         Shows the stages and warns of requests whose questions are not known.
+    stacked : StackedModel, optional
+        The model, where somebody keeps it. It is loaded again if it is not at the stack's state, or if a request came
+        without answers: these are the model's before it.
 
     Returns
     -------
@@ -52,7 +57,7 @@ def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, An
         Bad input, found before a model is loaded: a file that is no request's or was changed, a damaged stack.
     """
     monitor = monitor or Silent()
-    stages = Stages(monitor)
+    stages, stacked = Stages(monitor), stacked or StackedModel(Held(hashed=False))
     with stages("checking"):
         stack = Stack(config.stack)
         stack.require_requests()
@@ -60,24 +65,19 @@ def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, An
         asked = _asked(stack, config.requests)
         kept = _kept(last, config)
         with stack.model(config.model) as source:
-            tokenizer = loading.load_tokenizer(source)
+            tokenizer = stacked.held.read(source, config.device).tokenizer
     missing = [r.name for r in stack.requests if r.name not in {a.request.name for a in asked}]
     for name in missing:
         monitor.warn(f"request {name} is not verified: its forget file is not among --requests and was not kept")
-    with stages("loading the model"):
-        own = last.record["settings"]
-        how: dict[str, Any] = {"dtype": own["dtype"], "param_dtype": own.get("param_dtype", "float32")}
-        loaded = loading.load_model(source, device=loading.resolve_device(config.device), **how)
-        exact = exact_model(loaded, source)
-    evaluators = _evaluators([*(a.request for a in asked), last], config, loaded, tokenizer)
+    own = last.record["settings"]
+    precision = own["dtype"], own.get("param_dtype", "float32")
+    stacked.require(stack, *precision)
+    if not all(row.answer for a in asked for row in a.sets["forget"]):
+        stacked.drop()
+    stacked.held.load(source, config.device, *precision, stages)
+    evaluators = _evaluators([*(a.request for a in asked), last], config, stacked.held, tokenizer)
     with stages("stacking"):
-
-        def before(request: ErasureRequest) -> None:
-            round_into(loaded.model, exact)
-            _answer_before(request, asked, evaluators)
-
-        weights = stack.apply(exact, before, loaded.model.device)
-        round_into(loaded.model, exact)
+        weights = stacked.follow(stack, source, lambda request: _answer_before(request, asked, evaluators))
     failed: list[str] = []
     requests = {}
     for a in asked:
@@ -100,10 +100,12 @@ def verify(config: VerifyConfig, monitor: Monitor | None = None) -> dict[str, An
 
 
 def _evaluators(
-    requests: Sequence[ErasureRequest], config: VerifyConfig, loaded: loading.LoadedModel, tokenizer: Any
+    requests: Sequence[ErasureRequest], config: VerifyConfig, held: Held, tokenizer: Any
 ) -> dict[str, Evaluator]:
     """Return by each request's name an evaluator with its prompts; all share one rollout engine."""
-    engine = RolloutEngine(loaded.model, autocast_dtype=loaded.autocast_dtype)
+    loaded = held.loaded
+    assert loaded is not None
+    engine, _ = held.passes(Choice.of(_settings(requests[-1], config), loaded.model.device.type))
     evaluators = {}
     for request in requests:
         own = _settings(request, config)

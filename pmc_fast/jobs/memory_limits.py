@@ -230,15 +230,19 @@ class Limits:
     ----------
     plan : Plan
     target : TrainingTarget
+    held : bool
+        The model is loaded already: what this process has of the device's memory is the run's own.
     """
 
-    def __init__(self, plan: Plan, target: TrainingTarget) -> None:
+    def __init__(self, plan: Plan, target: TrainingTarget, *, held: bool = False) -> None:
         self.plan, self.memory, self.free = plan, None, 0
         device = loading.resolve_device(plan.config.device)
         if device.type not in LIMITED or fsdp_launched():
             return  # a process of FSDP holds a part of what is counted
         if (found := device_memory(device)) is not None:
             self.memory, self.free = planned(plan, target.trained), found[0]
+            if held:
+                self.free += torch.cuda.memory_reserved(device)
             choose(self.memory, self.free)  # refused before any work
 
     def agree(self, ranks: Ranks, monitor: Monitor) -> None:

@@ -49,8 +49,8 @@ class TrainingTarget(Protocol):
     def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
         """Make `loaded.model` the model that is trained."""
 
-    def finalize(self, model: Any, stages: Stages) -> Any:
-        """Return the trained model as it is saved; this one is evaluated."""
+    def finalize(self, model: Any, stages: Stages) -> None:
+        """Make of the trained model the one that is saved: it is evaluated then."""
 
     def write(self, report: dict[str, Any], files: dict[str, bytes], plan: Plan) -> None:
         """Write the model and the report's files, all or nothing."""
@@ -97,12 +97,11 @@ class WholeModel:
     def prepare(self, loaded: loading.LoadedModel, stages: Stages) -> None:
         """Do nothing: all parameters of the loaded model are trained."""
 
-    def finalize(self, model: Any, stages: Stages) -> Any:
+    def finalize(self, model: Any, stages: Stages) -> None:
         with torch.no_grad():  # round as saving does: what is evaluated is what is saved
             for p in model.parameters():
                 p.copy_(p.to(self.dtype))
         self.model = model
-        return model
 
     def write(self, report: dict[str, Any], files: dict[str, bytes], plan: Plan) -> None:
         with written_aside(self.path) as directory:

@@ -27,6 +27,7 @@ from ..pmc.schedule import Schedule
 from ..trainer import checkpointing
 from ..trainer.arguments import check_optimizer_name
 from . import earlier_runs, known_forgotten
+from .held import Held
 from .memory import Choice
 from .progress import Monitor
 
@@ -92,10 +93,10 @@ def require_inputs(config: UnlearnConfig) -> None:
         )
 
 
-def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]]) -> Plan:
+def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]], held: Held) -> Plan:
     """Read the data and refuse, before any work, what can't succeed.
 
-    `earlier` has an entry for each run that the model came from; see `earlier_runs.check`.
+    `earlier` has an entry for each run that the model came from; see `earlier_runs.check`. `held` reads the tokenizer.
     """
     check_optimizer_name(config.optimizer)
     forget = load_rows(config.forget)
@@ -103,8 +104,8 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]]) -> Pl
     warnings = earlier_runs.check(
         earlier, (config.forget, forget), (config.retain, retain), allow=config.allow_relearn
     )
-    tokenizer = loading.load_tokenizer(config.model)
-    parameters, dtype = loading.check_source(config.model, config.device)
+    source = held.read(config.model, config.device)
+    tokenizer, parameters, dtype = source.tokenizer, source.parameters, source.dtype
     if config.resume not in ("", "auto"):
         checkpointing.load(Path(config.resume), {})
     warnings += loading.check_config(config.model, tokenizer, config.max_length)

@@ -17,19 +17,19 @@ from ..distributed import Ranks, launched
 from ..errors import Terminated
 from ..evaluation import truths_of, with_initial_answers
 from ..models import loading
-from ..models.context import release_memory
 from ..models.fused_layers import use_checkpointing
-from ..models.packed_forward import PackedPass, causal_lm
+from ..models.packed_forward import causal_lm
 from ..pmc.algorithm import PMC
 from ..report import gates, render
 from ..report.environment import machine, versions
-from ..rollout import RolloutEngine, SharedEngine
+from ..rollout import SharedEngine
 from ..trainer.arguments import PMCArguments
 from ..trainer.callbacks import TRACE, StepProfiler
 from ..trainer.trainer import PMCTrainer
 from ..utils.text import row_numbers
 from . import earlier_runs, known_forgotten
 from .evaluator import Evaluator, Results, Suite
+from .held import Held
 from .interrupts import CheckpointOnSigterm, what_is_left
 from .known_forgotten import KnownForgotten
 from .memory import Choice
@@ -39,18 +39,21 @@ from .plan import Plan, make_plan, require_inputs
 from .progress import Monitor, Silent, Stages
 
 
-def check(config: UnlearnConfig, target: TrainingTarget | None = None) -> Plan:
+def check(config: UnlearnConfig, target: TrainingTarget | None = None, held: Held | None = None) -> Plan:
     """Read the data and refuse, before any work, what can't succeed or be written."""
     target = target or WholeModel(config)
     require_inputs(config)
     target.check()
-    plan = make_plan(config, target.earlier())
+    plan = make_plan(config, target.earlier(), held or Held())
     target.check_room(plan.parameters, plan.dtype)
     return plan
 
 
 def unlearn(
-    config: UnlearnConfig, monitor: Monitor | None = None, target: TrainingTarget | None = None
+    config: UnlearnConfig,
+    monitor: Monitor | None = None,
+    target: TrainingTarget | None = None,
+    held: Held | None = None,
 ) -> dict[str, Any]:
     """Run everything and return the report; with `accelerate launch` all its processes run it together.
 
@@ -62,6 +65,8 @@ def unlearn(
         Shows stages, steps and warnings, in the first process.
     target : TrainingTarget, optional
         What is trained and written: by default the whole model, into `config.output`.
+    held : Held, optional
+        What earlier runs of the same model loaded; by default nothing.
 
     Returns
     -------
@@ -77,9 +82,9 @@ def unlearn(
     if monitor is None or launched()[0] > 0:
         monitor = Silent()
     stages = Stages(monitor)
-    target = target or WholeModel(config)
+    target, held = target or WholeModel(config), held or Held()
     with stages("checking"):
-        plan = check(config, target)
+        plan = check(config, target, held)
     for text in plan.warnings:
         monitor.warn(text)
     first = launched()[0] == 0
@@ -87,31 +92,35 @@ def unlearn(
         if first:
             target.check()  # another run may have ended here since
         try:
-            return _run(plan, target, stages)
+            return _run(plan, target, stages, held)
         except (KeyboardInterrupt, Terminated) as error:
             error.add_note(what_is_left(target.destination, target.checkpoints))
             raise
 
 
-def _run(plan: Plan, target: TrainingTarget, stages: Stages) -> dict[str, Any]:
+def _run(plan: Plan, target: TrainingTarget, stages: Stages, held: Held) -> dict[str, Any]:
     """Run the stages of a plan."""
-    limits = Limits(plan, target)
-    loaded, weights = _load(plan, stages)
-    base = loaded.model
+    limits = Limits(plan, target, held=held.loaded is not None)
+    c = plan.config
+    loaded = held.load(c.model, c.device, c.dtype, c.param_dtype, stages)
+    weights = held.weights
     target.prepare(loaded, stages)
     arguments = _arguments(plan.config, loaded, target)  # several processes know each other from here on
     limits.agree(Ranks(), stages.monitor)
     if plan.choice is not None and plan.choice.checkpointing:
-        use_checkpointing(base)
-    engine, evaluator = _evaluator(loaded, plan, stages.monitor)
+        use_checkpointing(causal_lm(loaded.model))
+        held.reusable = False  # a later run may have the memory to do without
+    evaluator = _evaluator(held, plan, stages.monitor)
     known = _known_forgotten(plan, evaluator, weights, target, stages) if plan.config.skip_known_forgotten else None
     if known and not known.kept:
         return {"questions": known.questions, "known_forgotten": dataclasses.asdict(known), "failed_gates": []}
     trainer, profiler = _trainer(plan, loaded, arguments, target, stages.monitor)
-    trainer.pmc.engine, evaluator.packed = engine, trainer.pmc.packed  # each is checked and allocated once
+    assert held.engine is not None
+    assert held.packed is not None
+    trainer.pmc.share(held.engine, held.packed)  # each is checked and allocated once
     if plan.choice is not None:
         trainer.pmc.limit(plan.choice.max_tokens, plan.choice.graph_tokens if plan.choice.cuda_graphs else 0)
-    if loaded.model is base:
+    if causal_lm(loaded.model) is loaded.model:  # no adapter, whose hash is another one
         trainer.weights_sha256 = weights  # not read twice
     resumed = trainer.find_checkpoint(plan.config.resume, warn=stages.monitor.warn)
     _initial_answers(plan, trainer.pmc, evaluator, resumed, stages)
@@ -121,20 +130,18 @@ def _run(plan: Plan, target: TrainingTarget, stages: Stages) -> dict[str, Any]:
         evaluator.measure("before", suite, results, stages, " before")
     _train(trainer, resumed, stages)
     other = _unround(trainer, loaded, target.rounds_to, plan.config.dtype)
-    model = target.finalize(loaded.model.eval(), stages)
+    target.finalize(loaded.model.eval(), stages)
     trainer.drop_optimizer()
     if plan.config.evaluate:
-        if other or model is not loaded.model:
-            engine.release()  # another engine and pass will hold as much again
-            trainer.pmc.packed.drop_graphs()
-            release_memory(base.device)
-            loaded.model = model
-            _, evaluator = _evaluator(loaded, plan, stages.monitor)
+        if other:
+            held.drop_passes()  # others will hold as much again
+            evaluator = _evaluator(held, plan, stages.monitor)
         evaluator.weights_changed()
         evaluator.measure("after", suite, results, stages, " after")
     report = _report(plan, trainer, results, known, weights, stages)
     if launched()[0] == 0:
-        files = {name: text.encode() for name, text in render.render(report, results.rows).items()}
+        with stages("rendering"):
+            files = {name: text.encode() for name, text in render.render(report, results.rows).items()}
         if profiler is not None and profiler.trace is not None:
             files[TRACE] = profiler.trace
         with stages("saving"):
@@ -144,22 +151,11 @@ def _run(plan: Plan, target: TrainingTarget, stages: Stages) -> dict[str, Any]:
     return report
 
 
-def _load(plan: Plan, stages: Stages) -> tuple[loading.LoadedModel, str]:
-    """Load the model; return it with the hash of its weights."""
-    c = plan.config
-    with stages("loading the model"):
-        device = loading.resolve_device(c.device)
-        loaded = loading.load_model(c.model, device=device, dtype=c.dtype, param_dtype=c.param_dtype)
-        loading.check_fit(loaded.model, plan.tokenizer, c.model)
-        return loaded, loading.weights_hash(loaded.model, torch.float32)
-
-
-def _evaluator(loaded: loading.LoadedModel, plan: Plan, monitor: Monitor) -> tuple[RolloutEngine, Evaluator]:
-    choice = plan.choice or Choice.of(plan.config, loaded.model.device.type)
-    how: dict[str, Any] = {"autocast_dtype": loaded.autocast_dtype, "cuda_graphs": choice.cuda_graphs}
-    engine = RolloutEngine(loaded.model, pool_tokens=choice.pool_tokens, **how)
-    packed = PackedPass(causal_lm(loaded.model), graph_tokens=choice.graph_tokens, **how)
-    return engine, Evaluator(SharedEngine(engine, Ranks()), plan.encoder, packed, monitor)
+def _evaluator(held: Held, plan: Plan, monitor: Monitor) -> Evaluator:
+    engine, packed = held.passes(
+        plan.choice or Choice.of(plan.config, loading.resolve_device(plan.config.device).type)
+    )
+    return Evaluator(SharedEngine(engine, Ranks()), plan.encoder, packed, monitor)
 
 
 def _known_forgotten(

@@ -15,6 +15,7 @@ from ..distributed import Ranks
 from ..errors import PMCError
 from ..models import loading
 from ..models.fsdp import is_sharded
+from ..models.packed_forward import PackedPass
 from ..models.supported import check_float16, check_model
 from ..rollout import RolloutEngine, add_counters
 from ..utils.labels import IGNORED
@@ -111,7 +112,15 @@ class PMC:
         self.initial_answers: list[str] = []
         self._initial_ids: list[list[int]] = []
         self._loss = PackedLoss(model, config, self.ranks, autocast_dtype)
-        self.packed = self._loss.packed  # for measurements of the same model
+
+    @property
+    def packed(self) -> PackedPass:
+        """The pass that computes losses, for measurements of the same model."""
+        return self._loss.packed
+
+    def share(self, engine: RolloutEngine, packed: PackedPass) -> None:
+        """Sample and compute losses with an engine and a pass of the same model that somebody else uses too."""
+        self.engine, self._loss.packed = engine, packed
 
     def _prompt(self, number: int, question: Any) -> list[int]:
         """Return a question's prompt as token ids; refuse one that can't be answered."""

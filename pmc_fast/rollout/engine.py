@@ -184,9 +184,7 @@ class RolloutEngine:
         if pool_tokens is None and self.pool_tokens is not None:
             work.limit(self.pool_tokens)
         check_adapters(self.model)  # each time: another may have been added
-        if not self._checked:
-            self._check()
-            self._checked = True
+        self.check()
         self._recognised.require(*work.longest())
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         asked = settings_of(self.model, sampling=temperature > 0, warned=self._warned) if as_generate else {}
@@ -198,6 +196,12 @@ class RolloutEngine:
             self._shrink(work)
             done = run()
         return done
+
+    def check(self) -> None:
+        """Refuse, unless that was done, a model that rollouts do not serve; else the first call does it."""
+        if not self._checked:
+            self._check()
+            self._checked = True
 
     def release(self) -> int:
         """Release the memory that is kept between calls; return how many tokens the pool had room for."""

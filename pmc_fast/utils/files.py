@@ -112,6 +112,14 @@ def written_aside(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def lock(handle: int, refusal: str) -> None:
+    """Lock an open file or directory until it is closed or its process ends; PMCError if another one has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise PMCError(refusal) from error
+
+
 def check_new_files(files: Mapping[str, str | None]) -> None:
     """Refuse files to be written, by their purpose, that exist, have the same name or no directory."""
     seen: dict[Path, str] = {}
