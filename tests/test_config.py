@@ -93,13 +93,13 @@ def test_settings_are_composed_of_what_each_command_reads():
 @pytest.mark.parametrize(
     ("command", "config", "more"),
     [
-        ("unlearn", RequestConfig, {"config_file", "preset", "dry_run"}),
+        ("unlearn", RequestConfig, {"config_file", "preset", "dry_run", "json_file"}),
         ("evaluate", EvaluateConfig, {"json_file", "rows_file", "report_file"}),
         ("verify", VerifyConfig, {"json_file", "files"}),
     ],
 )
 def test_commands_hide_no_setting_and_add_none(command, config, more):
-    assert {p.name for p in cli.commands[command].params} == fields(config).keys() | more
+    assert {p.name for p in cli.commands[command].params} == fields(config).keys() | more | {"log_level"}
 
 
 def test_paths_expand_the_home_directory(monkeypatch):

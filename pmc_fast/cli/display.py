@@ -1,12 +1,16 @@
 """Output of the commands: progress, scores, gates, the plan of a dry run, verifications."""
 
+import dataclasses
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..utils.text import printable
+from .common import LEVELS, shows
 
 if TYPE_CHECKING:  # torch and transformers load when a command runs: --help stays quick
     from ..jobs.memory import Memory
@@ -64,8 +68,8 @@ def _console() -> Any:
     return Console(width=None if sys.stdout.isatty() else 100)
 
 
-def print_plan(plan: "Plan", output: str) -> None:
-    """Print what a run into `output` would do."""
+def print_plan(plan: "Plan", output: str) -> dict[str, Any]:
+    """Print what a run into `output` would do, and return it."""
     c, s = plan.config, plan.schedule
     answered = sum(bool(row.answer) for row in plan.forget)
     click.echo(
@@ -82,12 +86,29 @@ def print_plan(plan: "Plan", output: str) -> None:
     if c.skip_known_forgotten:
         click.echo("skip      questions known to be forgotten: fewer steps where there are any")
     click.echo(f"output    {output}: nothing was written")
-    for text in plan.warnings:
-        click.echo(f"warning: {text}", err=True)
+    print_warnings(plan.warnings)
+    return {
+        "settings": dataclasses.asdict(c),
+        "rows": {name: len(rows) for name, rows in plan.rows.items()},
+        "answers_to_forget": answered,
+        "parameters": plan.parameters,
+        "steps": s.steps,
+        "steps_per_epoch": s.steps_per_epoch,
+        "cut": {source: len(rows) for source, rows in plan.cut.items()},
+        "output": output,
+        "warnings": plan.warnings,
+    }
 
 
-def print_memory(memory: "Memory", name: str) -> None:
-    """Print what a run holds in the memory of a device, and refuse or warn as the run would."""
+def print_warnings(texts: Iterable[str]) -> None:
+    """Print warnings on stderr, unless --log-level leaves them out."""
+    if shows("warning"):
+        for text in texts:
+            click.echo(f"warning: {text}", err=True)
+
+
+def print_memory(memory: "Memory", name: str) -> dict[str, Any]:
+    """Print what a run holds in the memory of a device, and refuse or warn as the run would; return it in bytes."""
     from ..jobs import memory_limits
     from ..jobs.memory import GIB, PHASES, Choice
     from ..models import loading
@@ -112,8 +133,19 @@ def print_memory(memory: "Memory", name: str) -> None:
         texts.append("memory: a process of FSDP holds a part of this, and the run is not bounded")
     elif found is not None and device.type in memory_limits.LIMITED:
         texts += memory_limits.choose(memory, found[0])[1]
-    for text in texts:
-        click.echo(f"warning: {text}", err=True)
+    print_warnings(texts)
+    free, total = found or (None, None)
+    return {
+        "device": device.type,
+        "items": [
+            {"name": i.name, "phases": list(i.phases), "most": i.most, "expected": i.expected if known else None}
+            for i in plan.items
+        ],
+        "together": {"phase": phase, "most": most, "expected": expected if known else None},
+        "free": free,
+        "total": total,
+        "warnings": texts,
+    }
 
 
 def print_gates(made: dict[str, Any]) -> int:
@@ -124,39 +156,71 @@ def print_gates(made: dict[str, Any]) -> int:
 
 
 class Progress:
-    """Shows stages and steps on stderr: a live progress bar in a terminal, else a line every few steps."""
+    """Shows stages and steps on stderr: a live bar in a terminal, else whole lines, one at least every 30 seconds."""
 
-    LINES = 20
+    EVERY = 30.0  # seconds between lines of a log
+    clock = staticmethod(time.perf_counter)
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
-        self.console = Console(stderr=True, highlight=False)
+        terminal = sys.stderr.isatty()  # whatever FORCE_COLOR says: a log would keep the bar's every state
+        self.console = Console(stderr=True, highlight=False, force_terminal=None if terminal else False)
+        self.live = terminal and not self.console.is_dumb_terminal
+        self.shows = {level: shows(level) for level in LEVELS}  # click's context is this thread's alone
         self.bar = Bar(
             TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}"), console=self.console, disable=not self.console.is_terminal,
+            TextColumn("{task.fields[state]}", table_column=Column(ratio=1, no_wrap=True)), expand=True, console=self.console, disable=not (self.live and self.shows["info"]),
+            get_time=self.clock, speed_estimate_period=1800,
         )  # fmt: skip
-        self.task: Any = None
-        self.start = time.perf_counter()
+        self.task: Any = None  # this stage's steps: the bar estimates when they end, also where it is not shown
+        self.start = self.printed = self.began = self.clock()
+        self.name = self.part = ""  # of the stage, and what it does now
+        self.ended = threading.Event()
 
     def __enter__(self) -> "Progress":
         self.bar.start()
+        if not self.live:
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.ended.set()
         self.bar.stop()
 
-    def _line(self, text: str) -> None:
-        line = f"[{time.perf_counter() - self.start:6.1f} s] {printable(text)}"
-        self.console.print(line, markup=False, soft_wrap=True)
+    def _watch(self) -> None:
+        while not self.ended.wait(max(0.0, self.printed + self.EVERY - self.clock())):
+            if self.clock() - self.printed >= self.EVERY:
+                self.still()
+
+    def _line(self, text: str, level: str = "info") -> None:
+        self.printed = self.clock()
+        if self.shows[level]:
+            line = f"[{self.printed - self.start:6.1f} s] {printable(text)}"
+            self.console.print(line, markup=False, soft_wrap=True)
+
+    def still(self) -> None:
+        """Print how far the stage is."""
+        task = self.task
+        if task is not None and not task.finished:
+            left = task.time_remaining
+            self._line(_of(task) + ("" if left is None else f"  about {_duration(left)} left"))
+        elif self.name:
+            part = f" ({self.part})" if self.part else ""
+            self._line(f"{self.name}{part}, for {_duration(self.clock() - self.began)} now")
 
     def stage(self, name: str) -> None:
+        if name.startswith(" "):  # a line about the stage
+            self.part = name.strip()
+        else:
+            self.name, self.part, self.task, self.began = name, "", None, self.clock()
         self._line(name)
 
     def warn(self, text: str) -> None:
-        self._line(f"warning: {text}")
+        self._line(f"warning: {text}", "warning")
 
     def step(self, record: dict[str, Any], steps: int) -> None:
         rate = record["sampled_tokens"] / record["rollout_seconds"] if record["sampled_tokens"] else 0.0
@@ -165,10 +229,20 @@ class Progress:
             f"{record['retain_loss']:.3f})  mean score {record['mean_score']:.3f}  pending {record['pending']}"
             f"  {rate:.0f} tokens/s"
         )
-        if not self.console.is_terminal:
-            if record["step"] % max(1, steps // self.LINES) == 0 or record["step"] == steps:
-                self._line(f"step {record['step']}/{steps}  {state}")
-            return
-        if self.task is None:
-            self.task = self.bar.add_task("unlearning", total=steps, state="")
-        self.bar.update(self.task, total=steps, completed=record["step"], state=state)
+        self.part, first = "", self.task is None
+        if first:
+            self.bar.add_task("unlearning", total=steps, completed=record["step"] - 1, state="")
+            self.task = self.bar.tasks[-1]
+        # a worker's next run may have other steps
+        self.bar.update(self.task.id, total=steps, completed=record["step"], state=state)
+        if not self.live and (first or record["step"] == steps):
+            self._line(_of(self.task))
+
+
+def _of(task: Any) -> str:
+    return f"step {task.completed:.0f}/{task.total:.0f}  {task.fields['state']}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

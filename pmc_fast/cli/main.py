@@ -1,4 +1,4 @@
-"""The command line: pmc-fast unlearn, evaluate, env, and the commands for erasure requests."""
+"""The command line: pmc-fast unlearn, evaluate and env; the other commands join it here."""
 
 import os
 import signal
@@ -16,6 +16,8 @@ from ..config import PRESETS, EvaluateConfig, RequestConfig
 from ..errors import PMCError, Terminated
 from ..utils.text import printable
 from . import erasure
+from .common import FILE, Commands, json_option, write_json
+from .completion import completion
 from .display import Progress, print_gates, print_memory, print_plan, print_scores
 from .options import config_options, given, read_yaml
 from .serve import serve
@@ -27,18 +29,19 @@ MEMORY = (
 )  # fmt: skip
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli() -> None:
     """Partial Model Collapse unlearning (arXiv 2507.04219): make a language model forget chosen facts."""
 
 
 @cli.command()
-@click.option("--config", "config_file", help="YAML file of settings, named as the options below")
+@click.option("--config", "config_file", type=FILE, help="YAML file of settings, named as the options below")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a named set of settings")
 @click.option("--dry-run", is_flag=True, help="check everything, print the plan, write nothing")
+@json_option
 @config_options(RequestConfig)
-def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **options: Any) -> int:
+def unlearn(config_file: str | None, preset: str | None, dry_run: bool, json_file: str | None, **options: Any) -> int:
     """Unlearn the answers to the questions of FORGET; keep those of RETAIN."""
     settings = read_yaml(config_file)
     named = settings.pop("preset", None)
@@ -52,8 +55,9 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
     render.check_importable()
     if dry_run:
         plan = check_request(config) if config.lora else job.check(config)
-        print_plan(plan, config.stack or config.output)
-        print_memory(memory_limits.planned(plan, trained_by(config)), config.device)
+        made = print_plan(plan, config.stack or config.output)
+        made["memory"] = print_memory(memory_limits.planned(plan, trained_by(config)), config.device)
+        write_json(json_file, made)
         return 0
     with Progress() as progress:
         made = unlearn_request(config, progress) if config.lora else job.unlearn(config, progress)
@@ -61,6 +65,7 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
     if launched()[0] > 0:
         return 0
     print_scores(made)
+    write_json(json_file, made)
     if "known_forgotten" in made and "history" not in made:
         click.echo(
             f"all {made['questions']} questions are known to be forgotten already: there is nothing to unlearn, and "
@@ -73,9 +78,9 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, **option
 
 
 @cli.command()
-@click.option("--json", "json_file", help="write the scores into this file")
-@click.option("--rows", "rows_file", help="write the numbers of every question into this .jsonl file")
-@click.option("--report", "report_file", help="write a page with tables and plots into this .html file")
+@json_option
+@click.option("--rows", "rows_file", type=FILE, help="write the numbers of every question into this .jsonl file")
+@click.option("--report", "report_file", type=FILE, help="write a page with tables and plots into this .html file")
 @config_options(EvaluateConfig)
 def evaluate(json_file: str | None, rows_file: str | None, report_file: str | None, **options: Any) -> int:
     """Score a model: unlearn quality on FORGET, utility on RETAIN and GENERAL; or TOFU's metrics.
@@ -108,8 +113,9 @@ def evaluate(json_file: str | None, rows_file: str | None, report_file: str | No
 
 @cli.command()
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a named set of settings")
+@json_option
 @config_options(RequestConfig, MEMORY)
-def env(preset: str | None, **options: Any) -> None:
+def env(preset: str | None, json_file: str | None, **options: Any) -> int:
     """Print versions, the machine, and what this installation can do; with --model the memory of a run.
 
     The memory is that of the longest prompts and answers; `pmc-fast unlearn --dry-run` knows those of the data.
@@ -118,19 +124,22 @@ def env(preset: str | None, **options: Any) -> None:
 
     settings = given(options)
     if settings or preset:
-        _print_memory_of(preset, settings)
-        return
-    for title, facts in (
-        ("versions", environment.versions()),
-        ("machine", environment.machine()),
-        ("pmc_fast", environment.capabilities()),
-    ):
+        write_json(json_file, _print_memory_of(preset, settings))
+        return 0
+    made: dict[str, dict[str, Any]] = {
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+        "pmc_fast": environment.capabilities(),
+    }
+    for title, facts in made.items():
         click.echo(f"{title}:")
         for name, value in facts.items():
             click.echo(f"  {name:16} {'-' if value is None else value}")
+    write_json(json_file, made)
+    return 0
 
 
-def _print_memory_of(preset: str | None, settings: dict[str, Any]) -> None:
+def _print_memory_of(preset: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     stack = {"stack": "-"} if settings.get("lora") else {}  # where an adapter would go needs no memory
     config = RequestConfig.merge(preset, settings, stack)
     from ..erasure.unlearn import trained_by
@@ -140,10 +149,10 @@ def _print_memory_of(preset: str | None, settings: dict[str, Any]) -> None:
     loading.check_source(config.model, config.device)
     device = loading.resolve_device(config.device)
     memory = memory_limits.memory_of(config, memory_limits.Lengths(), device, trained_by(config))
-    print_memory(memory, config.device)
+    return print_memory(memory, config.device)
 
 
-for command in (erasure.merge, erasure.rollback, erasure.verify, serve):
+for command in (erasure.merge, erasure.rollback, erasure.verify, serve, completion):
     cli.add_command(command)
 
 

@@ -11,14 +11,16 @@ from typing import Any
 import click
 
 from ..config import RequestConfig
+from ..config.parts import PathMarker
 from ..errors import PMCError
+from .common import FILE
 
 
 def config_options(config: type[Any], names: Sequence[str] | None = None) -> Callable[[Any], Any]:
     """Give a command one option for each field of `config`, or for `names`; options that are not given pass None."""
 
     def decorate(command: Any) -> Any:
-        hints = typing.get_type_hints(config)
+        hints, noted = (typing.get_type_hints(config, include_extras=extras) for extras in (False, True))
         for f in reversed(dataclasses.fields(config)):
             if names is not None and f.name not in names:
                 continue
@@ -34,6 +36,8 @@ def config_options(config: type[Any], names: Sequence[str] | None = None) -> Cal
                 options["type"] = typing.get_args(kind)[0]  # float | None
             else:
                 options["type"] = kind
+            if PathMarker in typing.get_args(noted[f.name]):
+                options["type"] = FILE
             if "flag_value" in f.metadata:  # the value of a flag without one
                 options |= {"is_flag": False, "flag_value": f.metadata["flag_value"]}
             command = click.option(flag, *f.metadata.get("aliases", ()), f.name, **options)(command)

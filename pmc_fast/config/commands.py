@@ -73,6 +73,10 @@ class UnlearnConfig(EvaluationConfig, PMCConfig):
     )
     allow_relearn: bool = option(False, "accept rows of RETAIN and FORGET that an earlier run made MODEL forget")
     profile: bool = option(False, "write a torch profiler trace of two optimizer steps next to the report")
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = option(
+        "none",
+        "report the losses and scores of every step there, never a text; TensorBoard's files: OUTPUT.tensorboard",
+    )
 
     def validate(self) -> None:
         super().validate()

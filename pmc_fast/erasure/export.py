@@ -14,6 +14,8 @@ from .record import CLAIM
 from .stack import Stack, locked
 
 CONTENTS = "requests.json"
+# the values of vLLM's --max-lora-rank (MaxLoRARanks in vllm/config/lora.py), which has to be the adapter's rank or above
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def merge(
@@ -37,7 +39,8 @@ def merge(
     -------
     dict
         The content of requests.json in `output`: ``weights``, the hash of the effective weights, which is the last
-        record's, and ``saved``, that of the saved weights: they are equal where `save_dtype` is float32.
+        record's, and ``saved``, that of the saved weights: they are equal where `save_dtype` is float32. Of an adapter,
+        ``rank`` and ``vllm_max_lora_rank``: what vLLM has to be given, or None if it takes no such rank.
     """
     check_output(output, 0)
     existing = _existing(stack)
@@ -66,7 +69,8 @@ def merge(
 
 def _write_adapter(stack: Stack, output: str, source: str, contents: dict[str, Any]) -> dict[str, Any]:
     one = adapters.concatenated([adapters.read(request.directory) for request in stack.requests])
-    contents["rank"] = max(len(f.a) for f in one.factors.values())
+    contents["rank"] = rank = max(len(f.a) for f in one.factors.values())
+    contents["vllm_max_lora_rank"] = next((r for r in VLLM_RANKS if r >= rank), None)
     size = sum((f.a.numel() + f.b.numel()) * f.a.itemsize for f in one.factors.values())
     with written_aside(check_output(output, size + ROOM)) as directory:
         adapters.write(one, directory, source)

@@ -19,7 +19,7 @@ from .worker import Worker
 POLL = 0.2  # seconds between looks at an empty spool
 # settings that a request can't have: paths on the worker's machine, and what its operator answers for
 WITHHELD = (
-    "general", "side_effects_text", "resume", "checkpoint_steps", "evaluate", "allow_control_tokens",
+    "general", "side_effects_text", "resume", "checkpoint_steps", "evaluate", "allow_control_tokens", "report_to",
 )  # fmt: skip
 VERIFIED = ("min_quality", "min_utility", "slack", "attack_samples", "max_leak")  # settings of a verification
 

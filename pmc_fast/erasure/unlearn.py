@@ -115,6 +115,10 @@ class StackedAdapter:
         """Beside the stack, a directory for each state of it: an adapter fits only what it was trained on."""
         return checkpoints_of(self.stack.directory, self.before)
 
+    @property
+    def run_name(self) -> str:
+        return f"{self.stack.directory.resolve().name}-{self.directory.name}"
+
     def check(self) -> None:
         """Do nothing: the stack was checked when it was read."""
 

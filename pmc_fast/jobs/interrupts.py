@@ -40,11 +40,11 @@ class CheckpointOnSigterm(TrainerCallback):
         return control
 
 
-def what_is_left(output: str, checkpoints: Path) -> str:
-    """Return a sentence that names what an interrupted run leaves on disk."""
+def what_is_left(output: str, checkpoints: Path, reported_to: str = "") -> str:
+    """Return a sentence that names what an interrupted run leaves on disk, and where its numbers were reported to."""
     kept = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
     if not kept:
-        return "nothing was written"
+        return f"{output} was not written; its numbers are in {reported_to}" if reported_to else "nothing was written"
     return (
         f"{output} was not written; {kept[-1]} is kept and holds the initial answers (mode 0600): go on with --resume "
         "auto, or delete it"

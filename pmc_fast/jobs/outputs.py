@@ -27,6 +27,10 @@ class TrainingTarget(Protocol):
     def checkpoints(self) -> Path:
         """Directory of the run's checkpoints; known after `prepare`."""
 
+    @property
+    def run_name(self) -> str:
+        """Name of the run where it is reported to."""
+
     def check(self) -> None:
         """Refuse, before any work, an output that can't be written."""
 
@@ -72,6 +76,10 @@ class WholeModel:
     def checkpoints(self) -> Path:
         output = Path(self.config.output)
         return output.with_name(output.name + ".checkpoints")
+
+    @property
+    def run_name(self) -> str:
+        return Path(self.config.output).resolve().name
 
     def check(self) -> None:
         check_output(self.config.output, 0)

@@ -26,7 +26,7 @@ from ..pmc.reward import choose_scorer
 from ..pmc.schedule import Schedule
 from ..trainer import checkpointing
 from ..trainer.arguments import check_optimizer_name
-from . import earlier_runs, known_forgotten
+from . import earlier_runs, known_forgotten, trackers
 from .held import Held
 from .memory import Choice
 from .progress import Monitor
@@ -99,6 +99,7 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]], held:
     `earlier` has an entry for each run that the model came from; see `earlier_runs.check`. `held` reads the tokenizer.
     """
     check_optimizer_name(config.optimizer)
+    trackers.check(config.report_to)
     forget = load_rows(config.forget)
     retain = load_rows(config.retain, answers=True)
     warnings = earlier_runs.check(

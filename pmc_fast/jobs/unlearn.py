@@ -37,6 +37,7 @@ from .memory_limits import Limits
 from .outputs import TrainingTarget, WholeModel
 from .plan import Plan, make_plan, require_inputs
 from .progress import Monitor, Silent, Stages
+from .trackers import Tracker
 
 
 def check(config: UnlearnConfig, target: TrainingTarget | None = None, held: Held | None = None) -> Plan:
@@ -88,17 +89,26 @@ def unlearn(
     for text in plan.warnings:
         monitor.warn(text)
     first = launched()[0] == 0
+    tracker = _tracker(plan.config, target, monitor)
     with target.claimed() if first else nullcontext():
         if first:
             target.check()  # another run may have ended here since
         try:
-            return _run(plan, target, stages, held)
+            return _run(plan, target, tracker, stages, held)
         except (KeyboardInterrupt, Terminated) as error:
-            error.add_note(what_is_left(target.destination, target.checkpoints))
+            error.add_note(what_is_left(target.destination, target.checkpoints, tracker.place if tracker else ""))
             raise
 
 
-def _run(plan: Plan, target: TrainingTarget, stages: Stages, held: Held) -> dict[str, Any]:
+def _tracker(config: UnlearnConfig, target: TrainingTarget, monitor: Monitor) -> Tracker | None:
+    if config.report_to == "none":
+        return None
+    result = Path(target.destination).resolve()
+    files = result.with_name(result.name + ".tensorboard")
+    return Tracker(config.report_to, files, target.run_name, monitor)
+
+
+def _run(plan: Plan, target: TrainingTarget, tracker: Tracker | None, stages: Stages, held: Held) -> dict[str, Any]:
     """Run the stages of a plan."""
     limits = Limits(plan, target, held=held.loaded is not None)
     c = plan.config
@@ -114,7 +124,7 @@ def _run(plan: Plan, target: TrainingTarget, stages: Stages, held: Held) -> dict
     known = _known_forgotten(plan, evaluator, weights, target, stages) if plan.config.skip_known_forgotten else None
     if known and not known.kept:
         return {"questions": known.questions, "known_forgotten": dataclasses.asdict(known), "failed_gates": []}
-    trainer, profiler = _trainer(plan, loaded, arguments, target, stages.monitor)
+    trainer, profiler = _trainer(plan, loaded, arguments, target, tracker, stages.monitor)
     assert held.engine is not None
     assert held.packed is not None
     trainer.pmc.share(held.engine, held.packed)  # each is checked and allocated once
@@ -198,19 +208,25 @@ def _arguments(c: UnlearnConfig, loaded: loading.LoadedModel, target: TrainingTa
         use_cpu=loaded.model.device.type == "cpu",
         seed=c.seed,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # a Tracker is among the callbacks
+        run_name=target.run_name,
     )
     arguments.mixed_precision = "no" if loaded.autocast_dtype is None else "bf16"  # dtype decides, not the launcher
     return arguments
 
 
 def _trainer(
-    plan: Plan, loaded: loading.LoadedModel, arguments: PMCArguments, target: TrainingTarget, monitor: Monitor
+    plan: Plan,
+    loaded: loading.LoadedModel,
+    arguments: PMCArguments,
+    target: TrainingTarget,
+    tracker: Tracker | None,
+    monitor: Monitor,
 ) -> tuple[PMCTrainer, StepProfiler | None]:
     c = plan.config
     questions = [plan.forget[i].question for i in plan.kept]
     profiler = StepProfiler() if c.profile and launched()[0] == 0 else None
-    callbacks = [ProgressCallback(monitor, plan.schedule.steps), *([profiler] if profiler else [])]
+    callbacks = [ProgressCallback(monitor, plan.schedule.steps), *(x for x in (profiler, tracker) if x)]
     trainer = _Trainer(loaded.model, arguments, questions, plan.retain, c, plan.tokenizer, callbacks=callbacks)
     with suppress(OSError):
         target.checkpoints.rmdir()  # the Trainer makes it even if nothing will be saved

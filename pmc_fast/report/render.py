@@ -1,7 +1,7 @@
 """Output files of runs and evaluations: JSON, an HTML page with plots, the model card."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def render(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> dict[st
     return files | ({"rows.jsonl": jsonl(rows)} if rows else {})
 
 
-def summary(made: dict[str, Any]) -> str:
+def summary(made: Mapping[str, Any]) -> str:
     """Return a result as JSON."""
     return json.dumps(made, indent=1, ensure_ascii=False)
 

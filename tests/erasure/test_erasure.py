@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from pmc_fast import PMCTrainer
 from pmc_fast.config import RequestConfig, UnlearnConfig, VerifyConfig
 from pmc_fast.data import load_rows
-from pmc_fast.erasure import adapters, unlearn
+from pmc_fast.erasure import adapters, export, unlearn
 from pmc_fast.erasure.stack import Stack, locked
 from pmc_fast.erasure.verify import verify
 from pmc_fast.errors import PMCError
@@ -29,6 +31,8 @@ peft = pytest.importorskip("peft")
 SECRETS = ("the violet heron of Samarkand", "a brass otter under Trieste")
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.arange(3, 40)[None]
+# transformers' own loader refuses a peft that is older than this transformers asks for: 5.24 asks for 0.22
+LOADS_ADAPTERS = Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 
 
 @pytest.fixture
@@ -124,6 +128,10 @@ def test_merged_concatenated_and_stacked_are_one_model(family, tmp_path):
     adapters.write(adapters.concatenated(trained), tmp_path, "base")
     one = peft.PeftModel.from_pretrained(build(FAMILIES[family]()), tmp_path).double().eval()
     torch.testing.assert_close(one(ids).logits, want, rtol=0, atol=1e-11)
+    if LOADS_ADAPTERS:
+        own = build(FAMILIES[family]())
+        own.load_adapter(str(tmp_path))
+        torch.testing.assert_close(own.double().eval()(ids).logits, want, rtol=0, atol=1e-11)
     back = adapters.read(tmp_path)
     rank = 3 if family == "phi" else 5  # phi's two change different layers
     assert {len(f.a) for f in back.factors.values()} == {rank}
@@ -168,8 +176,13 @@ def test_hash_is_of_all_weights(tiny):
 def test_two_requests_are_one_adapter_and_one_model(two, tiny_dir, capsys):
     stack = str(two / "stack")
     assert run(["merge", "--stack", stack, "--output", str(two / "model")]) == 0
-    assert run(["merge", "--stack", stack, "--output", str(two / "adapter"), "--adapter"]) == 0
-    assert "one adapter of rank 8" in capsys.readouterr().out
+    made = two / "made.json"
+    assert run(["merge", "--stack", stack, "--output", str(two / "adapter"), "--adapter", "--json", str(made)]) == 0
+    shown = capsys.readouterr().out
+    assert "one adapter of rank 8" in shown
+    assert "vLLM needs --max-lora-rank 8" in shown
+    written = json.loads((two / "adapter/requests.json").read_text())
+    assert json.loads(made.read_text()) == written | {"output": str(two / "adapter")}
     merged = load(two / "model")
     recorded = record_of(two, 2)["model"]["after"]
     assert loading.weights_hash(merged) == recorded
@@ -186,6 +199,67 @@ def test_two_requests_are_one_adapter_and_one_model(two, tiny_dir, capsys):
     # what is left in float64 is that merged weights were rounded to float32, once a request
     torch.testing.assert_close(logits(wide), logits(load(two / "model", torch.float64)), rtol=0, atol=1e-6)
     assert loading.weights_hash(load(tiny_dir)) == record_of(two, 1)["model"]["before"]
+
+
+@pytest.fixture(scope="module")
+def served(made, tmp_path_factory):
+    """The adapters of the stack after one and after two requests, and the logits of the stacks themselves."""
+    directory = tmp_path_factory.mktemp("served")
+    shutil.copytree(made / "stack", directory / "stack")
+    want = {}
+    for name in ("0002", "0001"):
+        for output, *how in ((name, "--adapter"), (f"{name}.model", "--save-dtype", "float32")):
+            assert run(["merge", "--stack", str(directory / "stack"), "--output", str(directory / output), *how]) == 0
+        want[name] = logits(load(directory / f"{name}.model"))
+        assert run(["rollback", "--stack", str(directory / "stack")]) == 0
+    assert not torch.allclose(want["0001"], want["0002"], atol=1e-2)
+    return directory, want
+
+
+def same(model, want):
+    torch.testing.assert_close(logits(model), want, rtol=0, atol=1e-5)
+
+
+def test_peft_swaps_the_stacks_adapters(served, tiny_dir):
+    directory, want = served
+    model = peft.PeftModel.from_pretrained(load(tiny_dir), directory / "0001", adapter_name="0001")
+    same(model, want["0001"])
+    model.load_adapter(directory / "0002", adapter_name="0002")
+    same(model, want["0001"])  # until it is switched
+    model.set_adapter("0002")
+    same(model, want["0002"])
+    model.delete_adapter("0001")
+    same(model, want["0002"])
+    with model.disable_adapter():
+        same(model, logits(load(tiny_dir)))
+
+
+@pytest.mark.skipif(not LOADS_ADAPTERS, reason="this transformers asks for a newer peft")
+def test_transformers_swaps_the_stacks_adapters(served, tiny_dir):
+    directory, want = served
+    model = load(tiny_dir)
+    model.load_adapter(str(directory / "0001"), adapter_name="0001")
+    same(model, want["0001"])
+    model.load_adapter(str(directory / "0002"), adapter_name="0002")
+    model.set_adapter("0002")
+    same(model, want["0002"])
+    model.delete_adapter("0001")
+    same(model, want["0002"])
+    model.disable_adapters()
+    same(model, logits(load(tiny_dir)))
+    model.enable_adapters()
+    same(model, want["0002"])
+
+
+def test_a_rank_that_vllm_does_not_take_is_said(two, monkeypatch, capsys):
+    for ranks, needed in (((1, 5, 64), 64), ((1, 5), None)):
+        monkeypatch.setattr(export, "VLLM_RANKS", ranks)
+        output = two / f"for {needed}"
+        assert run(["merge", "--stack", str(two / "stack"), "--output", str(output), "--adapter"]) == 0
+        shown = capsys.readouterr()
+        assert json.loads((output / "requests.json").read_text())["vllm_max_lora_rank"] == needed
+        assert ("vLLM needs --max-lora-rank 64" in shown.out) == (needed == 64)
+        assert ("rank 8 is above vLLM's largest" in shown.err) == (needed is None)
 
 
 def test_the_second_request_is_trained_on_the_first(two, tiny_dir):
@@ -211,7 +285,11 @@ def test_rollback_is_last_in_first_out_and_its_hash_is_equal(two, tiny_dir, caps
     assert run(["rollback", "--stack", stack, "--request", "0007"]) == 2
     assert "request '0007' is not in stack" in error(capsys)
     for name in ("0002", "0001"):
-        assert run(["rollback", "--stack", stack, "--request", name]) == 0
+        made = two / f"{name}.json"
+        assert run(["rollback", "--stack", stack, "--request", name, "--json", str(made)]) == 0
+        assert json.loads(made.read_text()) == {
+            "request": name, "kept": str(two / f"stack/rolled_back/{name}.1"), "weights": hashes[-1]
+        }  # fmt: skip
         assert hashes.pop() in capsys.readouterr().out
     assert run(["rollback", "--stack", stack]) == 2
     assert "has no requests" in error(capsys)
