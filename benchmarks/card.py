@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 
+from pmc_fast.bench import measure
 from pmc_fast.data import Encoded
 from pmc_fast.data.packing import Pack, pack
 from pmc_fast.errors import PMCError
@@ -32,7 +33,7 @@ LLAMA_8B = LLAMA_3B | {
 SHAPES: dict[str, dict[str, Any]] = {"3b": LLAMA_3B, "8b": LLAMA_8B, "135m": SMOLLM2, "tiny": TINY}
 SYSTEM, QUESTION, ANSWER = 37, 23, 37  # tokens of a sequence: a chat template's system turn, TOFU's means
 SAMPLES = 20
-ROUNDS, QUICK_ROUNDS = 11, harness.ROUNDS
+ROUNDS, QUICK_ROUNDS = 11, measure.ROUNDS
 
 
 def spread(milliseconds: Sequence[float]) -> dict[str, Any]:

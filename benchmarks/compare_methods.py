@@ -42,6 +42,7 @@ from pmc_fast.evaluation import evaluate, greedy_answers, mean_nlls, sampling_at
 from pmc_fast.models import loading
 from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.pmc.schedule import Schedule, micro_batches
+from pmc_fast.report.environment import commit
 
 from . import compare_report, harness
 from .baselines import COMPARED, make
@@ -182,7 +183,7 @@ class TimedRun(Run):
         return {
             "task": self.plan.task, "method": self.method, "setting": self.plan.setting, "seed": self.config.seed,
             "budget_s": self.plan.budget, "seconds": self.seconds, "steps": len(self.history), "diverged": diverged,
-            "curve": self.curve, "commit": harness.commit(),
+            "curve": self.curve, "commit": commit(),
         }  # fmt: skip
 
     def attack(self, prefill: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from pmc_fast.bench import measure
+
 from . import harness
 
 LONG = ("test_skip",)  # suites of whole runs
@@ -52,7 +54,7 @@ def contest(benchmark: Any, suite_results: list[dict[str, Any]], short: bool) ->
 
     def run(
         name: str,
-        contestants: dict[str, harness.Contestant],
+        contestants: dict[str, measure.Contestant],
         *,
         rounds: int = 11,
         warmup: int = 2,
@@ -63,10 +65,10 @@ def contest(benchmark: Any, suite_results: list[dict[str, Any]], short: bool) ->
             rounds, warmup = max(1, rounds // 3), min(warmup, 1)
         measured: list[dict[str, float]] = []
         for number in range(warmup):
-            harness.time_round(contestants, number)
-        benchmark.pedantic(lambda: measured.append(harness.time_round(contestants, len(measured))), rounds=rounds)
-        peaks = {n: harness.peak_bytes(f) for n, f in contestants.items()} if memory else {}
-        result = {"name": name, "facts": facts, "contestants": harness.summarize(measured, peaks)}
+            measure.time_round(contestants, number)
+        benchmark.pedantic(lambda: measured.append(measure.time_round(contestants, len(measured))), rounds=rounds)
+        peaks = {n: measure.peak_bytes(f) for n, f in contestants.items()} if memory else {}
+        result = {"name": name, "facts": facts, "contestants": measure.summarize(measured, peaks)}
         benchmark.extra_info["contestants"] = result["contestants"]
         suite_results.append(result)
         return result

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-from .suites import Missing, Suites, less, machines, times
+from pmc_fast.bench.table import times
+
+from .suites import Missing, Suites, less, machines
 
 Cell = str | Callable[[Suites], str]  # of a table's row
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from pmc_fast.bench import measure
 from pmc_fast.ops import gather_logps, weighted_nll
 
 from . import harness
@@ -199,7 +200,7 @@ def timings(quick: bool) -> Iterator[dict[str, Any]]:
                 chosen = contestants
                 if mode == "log-probs":
                     chosen = {"pmc_fast": log_probs}
-                usable: dict[str, harness.Contestant] = {}
+                usable: dict[str, measure.Contestant] = {}
                 for who, f in chosen.items():
                     try:
                         for _ in range(3):
@@ -207,8 +208,8 @@ def timings(quick: bool) -> Iterator[dict[str, Any]]:
                         usable[who] = functools.partial(once, f)
                     except Exception as error:  # out of memory, or a shape that a peer refuses
                         print(f"  {who} on {name}, M {count}, {mode}: {type(error).__name__}")
-                measured = [harness.time_round(usable, i) for i in range(harness.ROUNDS if quick else 20)]
-                summary = harness.summarize(measured, {n: harness.peak_bytes(f) for n, f in usable.items()})
+                measured = [measure.time_round(usable, i) for i in range(measure.ROUNDS if quick else 20)]
+                summary = measure.summarize(measured, {n: measure.peak_bytes(f) for n, f in usable.items()})
                 outputs = sum(t.numel() * t.element_size() for t in (h, w) if t.requires_grad)
                 for c in summary.values():
                     c["workspace_bytes"] = max(0, (c["peak_bytes"] or 0) - outputs)
@@ -231,7 +232,7 @@ def timings(quick: bool) -> Iterator[dict[str, Any]]:
 def main() -> int:
     """Run it all and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"two sizes a head, {harness.ROUNDS} rounds")
+    parser.add_argument("--quick", action="store_true", help=f"two sizes a head, {measure.ROUNDS} rounds")
     parser.add_argument("--only-correctness", action="store_true")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/gpu/CARD.json")
     parser.add_argument("--short", action="store_true", help="what README's table shows, in results/gpu.json")

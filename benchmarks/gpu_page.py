@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from .suites import duration, few_rounds, ranged
+from pmc_fast.bench.table import duration
+
+from .suites import few_rounds, ranged
 
 COMMAND = "`python -m benchmarks.gpu --short`"
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from examples.demo_model import base_model
+from pmc_fast.bench import measure
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Encoder, load_rows
 from pmc_fast.data.loading import SUFFIXES
@@ -91,7 +92,7 @@ def teach(config: UnlearnConfig, directory: Path, epochs: int, batch_size: int, 
 
 
 def shape_contests(
-    shape: dict[str, Any], tokenizer: str, device: str, dtype: torch.dtype, *, rounds: int = harness.ROUNDS, peaks: bool = True,
+    shape: dict[str, Any], tokenizer: str, device: str, dtype: torch.dtype, *, rounds: int = measure.ROUNDS, peaks: bool = True,
     name: str = "", **settings: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure rollouts, and loss and backward of a step, of a Llama of this shape with random weights."""
@@ -113,7 +114,7 @@ def shape_contests(
         return once
 
     theirs = lambda: reference.loss(range(COUNT), step.retain)["loss"]  # noqa: E731
-    contests: dict[str, dict[str, harness.Contestant]] = {
+    contests: dict[str, dict[str, measure.Contestant]] = {
         "rollouts, T 0.9": {
             "pmc_fast": lambda: setting.rollout(temperature=0.9, drafts=greedy.tokens),
             "generate": lambda: setting.samples(0.9),
@@ -127,9 +128,9 @@ def shape_contests(
     facts = {"shape": shape, "dtype": str(dtype), "weights": "random: neither trie nor gating is exercised"}
     for what, contestants in contests.items():
         warm_up = 1 if "generate" in contestants else 2  # a training pass is captured in its second round
-        times = [harness.time_round(contestants, i) for i in range(rounds + warm_up)][warm_up:]
-        memory = {who: harness.peak_bytes(f) if peaks else None for who, f in contestants.items()}
-        summary = harness.summarize(times, memory)
+        times = [measure.time_round(contestants, i) for i in range(rounds + warm_up)][warm_up:]
+        memory = {who: measure.peak_bytes(f) if peaks else None for who, f in contestants.items()}
+        summary = measure.summarize(times, memory)
         title = f"{name}: {what}" if name else what
         print(f"  {title}: " + ", ".join(f"{who} {c['median_s']:.3f} s" for who, c in summary.items()), flush=True)
         more = {"counters": setting.rollout(temperature=0.9, drafts=greedy.tokens).counters} if warm_up == 1 else {}

@@ -7,21 +7,29 @@ A row without a result is left out; a table without any becomes a line that name
 around the tables are written by hand.
 """
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from pmc_fast.bench.table import duration
+from pmc_fast.cli.bench import measured_on, table_of
+
 from . import compare_report, end_to_end, gpu_page, harness
 from .cpu_page import cpu_table
-from .suites import Missing, Suites, duration, few_rounds, load, ranged
+from .suites import Missing, Suites, few_rounds, load, ranged
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
-# --- the first table of README
+# --- the first tables of README
+
+QUICK_ROWS = ("tokens/s", "seconds", "peak memory")
 
 SUMMARY = [  # what, suite, case, whose time it is compared with
     ("Llama-3.2-3B, rollouts of 8 questions x 20", "gpu", "Llama-3.2-3B: rollouts", "generate"),
@@ -68,6 +76,20 @@ def mean(values: list[float]) -> float:
 
 
 # --- whole runs
+
+
+def quick_table(suites: Suites) -> str:
+    """Return what `pmc-fast bench --quick --json benchmarks/results/bench.json` measured, shortened."""
+    if "bench" not in suites.documents:
+        return "Not measured yet: `pmc-fast bench --quick`."
+    made, text = suites.documents["bench"], io.StringIO()
+    Console(file=text, width=100).print(table_of(made, QUICK_ROWS))
+    table = "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    s, m = made["facts"]["settings"], made["facts"]["model"]
+    return (
+        f"```text\n{table}\n{m['name']}, {m['compute_dtype']}; medians (smallest - largest) of {s['rounds']} rounds\n"
+        f"{measured_on(made)}\n```"
+    )
 
 
 def demo_table(suites: Suites) -> str:
@@ -193,6 +215,7 @@ def _compared(make: Callable[[list[dict[str, Any]]], str]) -> Callable[[Suites],
 
 BLOCKS: dict[str, Callable[[Suites], str]] = {
     "summary": summary_table,
+    "quick": quick_table,
     "demo": demo_table,
     "end_to_end": runs_table,
     "drop_ins": drop_ins_table,

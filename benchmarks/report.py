@@ -7,35 +7,24 @@ Printed together, files of different machines or versions are refused: their tim
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from . import harness
+from pmc_fast.bench import results
+from pmc_fast.errors import PMCError
 
 MUST_AGREE = ("machine", "versions")
 
 
 def load(paths: list[Path]) -> list[dict[str, Any]]:
     """Read result files; SystemExit with one line if they do not belong together."""
-    documents = []
-    for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"benchmarks.report: {path} can't be read: {error}") from error
-        if not isinstance(content, dict) or content.get("schema") != harness.SCHEMA:
-            raise SystemExit(f"benchmarks.report: {path} is no result file of schema {harness.SCHEMA}")
-        documents.append(content)
-        for key in MUST_AGREE:
-            for field in documents[0][key] | content[key]:
-                ours, first = content[key].get(field), documents[0][key].get(field)
-                if ours != first:
-                    raise SystemExit(
-                        f"benchmarks.report: {paths[0]} and {path} are of different {key} "
-                        f"({field}: {first} and {ours}): print them apart"
-                    )
-    return documents
+    try:
+        documents = {str(path): results.read(path) for path in paths}
+        if documents:
+            results.require_alike(documents, *MUST_AGREE)
+    except PMCError as error:
+        raise SystemExit(f"benchmarks.report: {error}") from error
+    return list(documents.values())
 
 
 def table(document: dict[str, Any]) -> str:

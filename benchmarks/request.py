@@ -20,6 +20,7 @@ from typing import Any
 
 from examples.demo_model import finetuned_model
 from pmc_fast.erasure.spool import Spool
+from pmc_fast.report.environment import commit
 
 from . import harness
 from .settings import TOFU
@@ -72,7 +73,7 @@ def evidence(record: dict[str, Any], check: dict[str, Any]) -> dict[str, Any]:
     return {
         "adapter": record["files"]["adapter_model.safetensors"], "metrics": record["metrics"],
         "verified": check["requests"]["0001"], "samples": SAMPLES,
-        "settings": {k: v for k, v in record["settings"].items() if k not in PATHS}, "commit": harness.commit(),
+        "settings": {k: v for k, v in record["settings"].items() if k not in PATHS}, "commit": commit(),
     }  # fmt: skip
 
 

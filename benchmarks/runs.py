@@ -18,6 +18,7 @@ from pmc_fast.data import Question, load_rows
 from pmc_fast.evaluation import evaluate, greedy_answers, load_sets
 from pmc_fast.models import loading
 from pmc_fast.pmc.schedule import Schedule
+from pmc_fast.report.environment import commit
 
 from . import harness
 from .settings import TOFU
@@ -108,7 +109,7 @@ class Run:
         self.lock.close()
         return {
             "method": self.method, "seed": self.config.seed, "seconds": self.seconds, "steps": steps,
-            "curve": self.curve, "commit": harness.commit(), **more,
+            "curve": self.curve, "commit": commit(), **more,
         }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from pmc_fast import PMC
+from pmc_fast.bench.measure import optimizer_step
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import (
     Encoded,
@@ -15,7 +16,7 @@ from pmc_fast.data import (
     collate,
     load_rows,
 )
-from pmc_fast.reference import Reference
+from pmc_fast.reference import Reference, answer_length
 from pmc_fast.rollout import RolloutEngine
 
 TOFU = "examples/tofu"
@@ -74,8 +75,7 @@ class Setting:
             )  # fmt: skip
 
     def tokens(self, generated: list[list[int]]) -> int:
-        stops = self.encoder.stops
-        return sum(next((i + 1 for i, t in enumerate(ids) if t in stops), len(ids)) for ids in generated)
+        return sum(answer_length(ids, self.encoder.stops) for ids in generated)
 
 
 class StepSetting:
@@ -122,11 +122,5 @@ class StepSetting:
 
 def with_optimizer(model: Any, backward: Any, **how: Any) -> Any:
     """Return a step: backward, AdamW at rate 0, gradients cleared."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, **how)
-
-    def step() -> None:
-        backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return optimizer_step(backward, torch.optim.AdamW(trained, lr=0.0, **how))

@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pmc_fast.bench.table import duration, times
+from pmc_fast.bench.table import few_rounds as few
+from pmc_fast.bench.table import ranged as ranged_values
+
 from . import harness
 
 Documents = Mapping[str, dict[str, Any]]
@@ -45,30 +49,19 @@ class Suites:
         return min(found.items(), key=lambda item: item[1])
 
 
-def times(ratio: float) -> str:
-    return f"{ratio:.2f} x" if ratio < 2 else f"{ratio:.1f} x"
-
-
 def less(ratio: float) -> str:
     return f"{times(ratio)} less"
 
 
-def duration(value: float) -> str:
-    """Return a time with about three digits."""
-    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
-
-
 def ranged(contestant: Mapping[str, Any]) -> str:
     """Return a median with the range of its rounds."""
-    rounds = contestant.get("rounds_s") or [contestant["median_s"]]
-    median, low, high = map(duration, (contestant["median_s"], min(rounds), max(rounds)))
-    return median if low == high else f"{median} ({low} - {high})"
+    median = contestant["median_s"]
+    return ranged_values(median, contestant.get("rounds_s") or [median], duration)
 
 
 def few_rounds(contestant: Mapping[str, Any]) -> str:
     """Return how many rounds there were, if they are fewer than a median needs."""
-    count = len(contestant.get("rounds_s", ()))
-    return f"{count} rounds" if 0 < count < harness.ROUNDS else ""
+    return few(len(contestant.get("rounds_s", ())))
 
 
 def machines(documents: list[dict[str, Any]]) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import harness
 from benchmarks.settings import SEED, Setting  # noqa: F401 - SEED: the harness writes it down
 from examples.demo_model import base_model, finetuned_model
+from pmc_fast.bench import measure
 from pmc_fast.rollout import RolloutEngine
 
 
@@ -38,7 +38,7 @@ def compare(contest: Callable[..., Any], setting: Setting, name: str, temperatur
     }
     made: dict[str, Any] = {}
     peaks = {
-        "pmc_fast": harness.peak_bytes(lambda: setting.rollout(RolloutEngine(setting.model), temperature=temperature))
+        "pmc_fast": measure.peak_bytes(lambda: setting.rollout(RolloutEngine(setting.model), temperature=temperature))
     }
 
     def ours(way: str) -> None:
@@ -51,7 +51,7 @@ def compare(contest: Callable[..., Any], setting: Setting, name: str, temperatur
         if "generate" in peaks:
             generate()
         else:  # of the first call, as ours: reading it costs nothing beside a call of this length
-            peaks["generate"] = harness.peak_bytes(generate)
+            peaks["generate"] = measure.peak_bytes(generate)
 
     contestants = {way: (lambda way=way: ours(way)) for way in ways} | {"generate": theirs}
     result = contest(name, contestants, rounds=rounds, warmup=0, memory=False)

@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import harness
 from benchmarks.settings import StepSetting, with_optimizer
 from examples.demo_model import finetuned_model
 from pmc_fast import PMC
+from pmc_fast.bench import measure
 
 COUNT = 8
 
@@ -35,7 +35,7 @@ def test_step(contest, setting):
     setting.model.zero_grad()
     peaks = {}
     for name, backward in (("pmc_fast", ours), ("reference", theirs)):
-        peaks[name] = harness.peak_bytes(backward)  # gradients included, the optimizer's state not
+        peaks[name] = measure.peak_bytes(backward)  # gradients included, the optimizer's state not
         setting.model.zero_grad()
     losses = {
         "pmc_fast": setting.pmc.loss(setting.step, setting.kept).loss.item(),
@@ -72,7 +72,7 @@ def test_lora(contest):
     for name, (model, _) in ways.items():
         steps[name]()  # a first step also takes what is kept for good
         state = sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)  # AdamW's two moments
-        peak = harness.peak_bytes(steps[name])
+        peak = measure.peak_bytes(steps[name])
         peaks[name] = None if peak is None else peak + state
     result = contest("LoRA", steps, rounds=5, warmup=1, memory=False)
     result["facts"].update(peak_bytes_of_a_step_and_the_optimizer=peaks)

@@ -138,7 +138,7 @@ class Reference:
         c, n = self.config, self.config.num_samples
         with torch.random.fork_rng():  # leaves the caller's generator unchanged
             torch.manual_seed(int(np.random.SeedSequence([c.seed, self.draws]).generate_state(1)[0]))
-            generated = self._generate(
+            generated = self.generate(
                 questions, n, do_sample=True, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p
             )
         self.draws += 1
@@ -149,12 +149,13 @@ class Reference:
         """Answer questions greedily, a batch at a time."""
         answers: list[str] = []
         for i in range(0, len(questions), batch_size):
-            generated = self._generate(questions[i : i + batch_size], 1, do_sample=False)
+            generated = self.generate(questions[i : i + batch_size], 1, do_sample=False)
             answers += self.encoder.answers(generated)
         return answers
 
     @torch.no_grad()
-    def _generate(self, questions: Sequence[Question], copies: int, **sampling: Any) -> list[list[int]]:
+    def generate(self, questions: Sequence[Question], copies: int, **sampling: Any) -> list[list[int]]:
+        """Answer questions as one padded batch with Hugging Face generate; return padded ids, `copies` a question."""
         prompts = [Encoded(ids, ids) for ids in map(self.encoder.prompt, questions)]
         batch = collate(prompts, self.encoder.pad, side="left")
         width = batch["input_ids"].shape[1]
@@ -175,7 +176,7 @@ class Reference:
         finally:
             model.generation_config = own_settings
         generated = output[:, width:].tolist()
-        self.sampled_tokens += sum(_length(ids, self.encoder.stops) for ids in generated)
+        self.sampled_tokens += sum(answer_length(ids, self.encoder.stops) for ids in generated)
         return generated
 
 
@@ -195,7 +196,8 @@ def rouge_score_recall(initial: Sequence[str], candidates: Sequence[Sequence[str
     return np.array(scores, dtype=np.float64).reshape(len(initial), -1)
 
 
-def _length(ids: Sequence[int], stops: Sequence[int]) -> int:
+def answer_length(ids: Sequence[int], stops: Sequence[int]) -> int:
+    """Return how many of generated ids are the answer: up to the first token that ends it."""
     return next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
 
 

@@ -28,6 +28,8 @@ from benchmarks import (
     settings,
     suites,
 )  # fmt: skip
+from pmc_fast.bench import measure
+from pmc_fast.bench import results as result_files
 from pmc_fast.data import Row
 from pmc_fast.evaluation import EvalSet
 from pmc_fast.pmc.algorithm import PMC
@@ -39,12 +41,12 @@ def test_rounds_interleave_and_rotate():
     order = []
     contestants = {name: (lambda name=name: order.append(name)) for name in "abc"}
     for number in range(3):
-        assert set(harness.time_round(contestants, number)) == set("abc")
+        assert set(measure.time_round(contestants, number)) == set("abc")
     assert "".join(order) == "abcbcacab"
 
 
 def test_summary_is_medians_and_quartiles():
-    summary = harness.summarize([{"a": float(i)} for i in (5, 1, 3, 2, 4)], {"a": 7})
+    summary = measure.summarize([{"a": float(i)} for i in (5, 1, 3, 2, 4)], {"a": 7})
     assert summary["a"]["median_s"] == 3
     assert summary["a"]["quartiles_s"] == [1.5, 4.5]
     assert summary["a"]["rounds_s"] == [5, 1, 3, 2, 4]
@@ -53,13 +55,13 @@ def test_summary_is_medians_and_quartiles():
 
 def test_peak_memory_sees_an_allocation():
     size = 64 << 20
-    assert harness.peak_bytes(lambda: bytearray(size).find(b"x")) == pytest.approx(size, rel=0.2)
+    assert measure.peak_bytes(lambda: bytearray(size).find(b"x")) == pytest.approx(size, rel=0.2)
 
 
 @pytest.fixture
 def files(tmp_path):
     results = [
-        {"name": "case", "facts": {}, "contestants": harness.summarize([{"a": 2.0, "b": 0.5}], {"a": 1 << 20})}
+        {"name": "case", "facts": {}, "contestants": measure.summarize([{"a": 2.0, "b": 0.5}], {"a": 1 << 20})}
     ]
     first = harness.write(tmp_path / "one.json", "one", results)
     return [first, harness.write(tmp_path / "two.json", "two", results, seed=3)]
@@ -120,8 +122,10 @@ def test_pages_show_what_the_results_say():
 
 
 def suite(contestants, facts=None):
-    contestants = harness.summarize([contestants], {"ours": 1 << 20})
-    return harness.document("reward", [{"name": "320 candidates", "facts": {}, "contestants": contestants}], 0, facts)
+    contestants = measure.summarize([contestants], {"ours": 1 << 20})
+    return result_files.document(
+        "reward", [{"name": "320 candidates", "facts": {}, "contestants": contestants}], 0, facts
+    )
 
 
 def test_readme_blocks_come_from_results():
@@ -294,7 +298,7 @@ def test_the_cards_table():
     ("rounds", "name"), [([0.3, 0.1, 0.2], "a (3 rounds)"), ([0.1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.3], "a")]
 )
 def test_a_median_on_a_card_has_its_range_and_few_rounds_are_said(rounds, name):
-    seconds = harness.summarize([{"pmc_fast": s, "generate": 3.0} for s in rounds], {})
+    seconds = measure.summarize([{"pmc_fast": s, "generate": 3.0} for s in rounds], {})
     contest = {"name": "a", "facts": {}, "contestants": seconds}
     document = {"results": [contest], "machine": {"gpu": "NVIDIA G"}, "versions": {"torch": "1", "transformers": "2"}}
     shown = "200 ms (100 ms - 300 ms) | 3.00 s | 15.0"

@@ -43,7 +43,7 @@ def test_the_front_imports_nothing():
 
 def test_the_oracle_shares_no_formula():
     assert all(SHARED.fullmatch(m) for m in GRAPH[ORACLE]), GRAPH[ORACLE]
-    assert not [m for m in MODULES if ORACLE in GRAPH[m]]
+    assert [m for m in MODULES if ORACLE in GRAPH[m]] == ["bench/contests.py"]  # where it is the baseline
 
 
 # --- what the page says beside the levels

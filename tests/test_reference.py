@@ -58,7 +58,7 @@ def test_samples_stay_within_top_k_and_then_top_p(tiny, tokenizer, top_k, top_p)
     tiny.generation_config.update(top_k=2, temperature=0.1, min_p=0.9)  # must not matter
     reference = reference_of(tiny, tokenizer, num_samples=6, top_k=top_k, top_p=top_p, temperature=0.9)
     prompts = [reference.encoder.prompt(q) for q in reference.questions]
-    generated = reference._generate(reference.questions, 6, do_sample=True, temperature=0.9, top_k=top_k, top_p=top_p)
+    generated = reference.generate(reference.questions, 6, do_sample=True, temperature=0.9, top_k=top_k, top_p=top_p)
     beyond_greedy = 0
     for i, ids in enumerate(generated):
         prompt = prompts[i // 6]
@@ -74,7 +74,7 @@ def test_samples_stay_within_top_k_and_then_top_p(tiny, tokenizer, top_k, top_p)
 
 def test_greedy_is_arg_max_at_every_step_whatever_the_padding(tiny, tokenizer):
     reference = reference_of(tiny, tokenizer)
-    generated = reference._generate(reference.questions, 1, do_sample=False)
+    generated = reference.generate(reference.questions, 1, do_sample=False)
     for question, ids in zip(reference.questions, generated, strict=True):
         prompt = reference.encoder.prompt(question)
         with torch.no_grad():

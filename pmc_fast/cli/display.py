@@ -33,9 +33,9 @@ def print_scores(made: dict[str, Any]) -> None:
     table = Table("metric", *(["before"] if both else []), "after" if both else "value")
     for metric, before, after in rows:
         table.add_row(escape(metric), *([before] if both else []), after)
-    console = _console()
-    console.print(table)
-    console.print(escape(verdict(made)), soft_wrap=True)
+    out = console()
+    out.print(table)
+    out.print(escape(verdict(made)), soft_wrap=True)
 
 
 def print_verification(made: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def print_verification(made: dict[str, Any]) -> None:
         table.add_row(
             name, str(forget["rows"]), f"{r['unlearn_quality']:.1f}", _bound(r), f"{forget['degenerate']:.0%}", leaks
         )
-    _console().print(table)
+    console().print(table)
     if made["keep"]:
         click.echo(f"utility {made['keep']['utility']:.1f}, at least {_bound(made['keep'])}")
     for name in made["not_verified"]:
@@ -62,7 +62,8 @@ def _bound(of: dict[str, Any]) -> str:
     return "-" if of["bound"] is None else f"{of['bound']:.1f}"
 
 
-def _console() -> Any:
+def console() -> Any:
+    """Return where tables go: 100 columns wide where it is no terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 100)

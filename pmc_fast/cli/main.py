@@ -15,7 +15,7 @@ from .. import __version__
 from ..config import PRESETS, EvaluateConfig, RequestConfig
 from ..errors import PMCError, Terminated
 from ..utils.text import printable
-from . import erasure
+from . import bench, erasure
 from .common import FILE, Commands, json_option, write_json
 from .completion import completion
 from .display import Progress, print_gates, print_memory, print_plan, print_scores
@@ -152,7 +152,7 @@ def _print_memory_of(preset: str | None, settings: dict[str, Any]) -> dict[str, 
     return print_memory(memory, config.device)
 
 
-for command in (erasure.merge, erasure.rollback, erasure.verify, serve, completion):
+for command in (bench.bench, erasure.merge, erasure.rollback, erasure.verify, serve, completion):
     cli.add_command(command)
 
 

@@ -1,9 +1,9 @@
 """Settings: composed of parts for each command, with one help text and one range a field."""
 
-from .commands import PRESETS, EvaluateConfig, RequestConfig, UnlearnConfig, VerifyConfig
+from .commands import PRESETS, QUICK, BenchConfig, EvaluateConfig, RequestConfig, UnlearnConfig, VerifyConfig
 from .parts import AttackConfig, EvaluationConfig, PMCConfig, PromptConfig, PromptFormat, RewardName, SharedConfig
 
 __all__ = [
-    "PRESETS", "AttackConfig", "EvaluateConfig", "EvaluationConfig", "PMCConfig", "PromptConfig", "PromptFormat", "RequestConfig",
+    "PRESETS", "QUICK", "AttackConfig", "BenchConfig", "EvaluateConfig", "EvaluationConfig", "PMCConfig", "PromptConfig", "PromptFormat", "RequestConfig",
     "RewardName", "SharedConfig", "UnlearnConfig", "VerifyConfig",
 ]  # fmt: skip

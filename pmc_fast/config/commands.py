@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 from ..errors import PMCError
 
 from .parts import (  # isort: skip
-    Count, EvaluationConfig, NotNegative, OptionalScore, OptionalShare, Path, Paths, PMCConfig, Positive, PositiveInt, Settings,
-    Threshold, option, require,
+    Count, EvaluationConfig, ModelConfig, NotNegative, OptionalScore, OptionalShare, Path, Paths, PMCConfig, Positive, PositiveInt,
+    PassConfig, SamplingConfig, Settings, Threshold, option, require,
 )  # fmt: skip
 
 # llama and phi: arXiv 2507.04219, appendix, and the published configurations. small: the demo. request: for --lora, few
@@ -34,6 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stop_score": 0.05, "stop_retain_loss": 0.08,
     },
 }  # fmt: skip
+
+# `pmc-fast bench --quick`: about a minute for 135M parameters on two CPU cores
+QUICK: dict[str, Any] = {"batch_size": 2, "num_samples": 8, "max_length": 80, "rounds": 2}
 
 
 @dataclass(kw_only=True)
@@ -223,3 +226,24 @@ class VerifyConfig(Settings):
         require(bool(self.stack), "stack", self.stack, "the directory of the model's adapters")
         given = self.max_leak is None or self.attack_samples > 0
         require(given, "max_leak", self.max_leak, "left out, or --attack-samples given")
+
+
+@dataclass(kw_only=True)
+class BenchConfig(SamplingConfig, PassConfig, ModelConfig):
+    """Settings of a benchmark: the model, the work, and how often it is measured."""
+
+    forget: Path = option("", "questions to sample and to train on, as `unlearn` reads them (unset: built-in ones)")
+    retain: Path = option("", "question-answer pairs to train on beside them (unset: built-in ones)")
+    batch_size: PositiveInt = option(8, "questions of a rollout; questions, and retain pairs, of a training step")
+    rounds: PositiveInt = option(7, "rounds in which all contestants run, after a warm-up")
+
+    def pmc(self) -> PMCConfig:
+        """Return the algorithm's settings."""
+        names = {f.name for base in (SamplingConfig, PassConfig) for f in dataclasses.fields(base)}
+        # what is measured is saved nowhere: that it trains on what it is to forget does no harm
+        return PMCConfig(**{name: getattr(self, name) for name in names}, allow_overlap=True)
+
+    @classmethod
+    def merge(cls, quick: bool, values: Mapping[str, Any]) -> Self:
+        """Build settings, with `quick` from QUICK; given values win."""
+        return cls(**(QUICK if quick else {}) | dict(values))

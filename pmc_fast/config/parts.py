@@ -111,20 +111,26 @@ def _expanded(name: str, value: str | list[str]) -> str | list[str]:
 
 
 @dataclass(kw_only=True)
-class DataConfig(Settings):
-    """The model and the data that training and evaluation read."""
+class ModelConfig(Settings):
+    """The model, where it computes and in what."""
 
     model: Path = option("", "directory or hub id of the model (safetensors)")
+    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: cuda if available)")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "compute dtype (auto: bfloat16 on cuda, float32 on cpu)"
+    )
+
+
+@dataclass(kw_only=True)
+class DataConfig(ModelConfig):
+    """The model and the data that training and evaluation read."""
+
     forget: Path = option(
         "", "questions to forget: a .jsonl, .json, .parquet, .csv or .tsv file, or owner/name:config of the hub"
     )
     retain: Path = option("", "question-answer pairs to keep, in the same formats")
     paraphrased: Path = option("", "paraphrased forget questions with answers, for the evaluation")
     general: Paths = option([], "general knowledge questions with answers, for the evaluation; may be repeated")
-    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: cuda if available)")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "compute dtype (auto: bfloat16 on cuda, float32 on cpu)"
-    )
 
 
 @dataclass(kw_only=True)
@@ -144,7 +150,16 @@ class PromptConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class SharedConfig(PromptConfig):
+class PassConfig(PromptConfig):
+    """Prompts, forward passes and the seed."""
+
+    max_tokens: PositiveInt = option(8192, "maximum tokens of one forward pass; larger micro-batches take several")
+    cuda_graphs: bool = option(True, "replay rollout steps and training passes as CUDA graphs where possible")
+    seed: Seed = option(0, "seed of the samples, the data order and the retain draws")
+
+
+@dataclass(kw_only=True)
+class SharedConfig(PassConfig):
     """Settings that training and evaluation share: prompts, reward, seed, forward passes."""
 
     reward: RewardName = option(
@@ -152,19 +167,28 @@ class SharedConfig(PromptConfig):
         "how answers are compared in training and evaluation: rouge, the published ROUGE-L over a-z and 0-9; or unicode, words "
         "of any script (auto: unicode if rouge would ignore more than 1 in 100 letters)",
     )
-    max_tokens: PositiveInt = option(8192, "maximum tokens of one forward pass; larger micro-batches take several")
-    cuda_graphs: bool = option(True, "replay rollout steps and training passes as CUDA graphs where possible")
-    seed: Seed = option(0, "seed of the samples, the data order and the retain draws")
 
 
 @dataclass(kw_only=True)
-class PMCConfig(SharedConfig):
-    """Settings of Partial Model Collapse, with the names of arXiv 2507.04219 where it has one."""
+class SamplingConfig(Settings):
+    """How answers are sampled."""
 
     num_samples: PositiveInt = option(20, "N: answers sampled for each forget question")
     temperature: Positive = option(0.9, "sampling temperature")
     top_k: TopK = option(50, "sample among the k most likely tokens (0: all); the published runs use 50")
     top_p: Probability = option(0.95, "nucleus sampling: keep the most likely tokens with this total probability")
+
+    def validate(self) -> None:
+        """Raise PMCError for the first value that is out of its range."""
+        # not "of type int": some libraries mean all by None
+        require(self.top_k is not None, "top_k", None, "0 (all tokens) or more")
+        super().validate()
+
+
+@dataclass(kw_only=True)
+class PMCConfig(SamplingConfig, SharedConfig):
+    """Settings of Partial Model Collapse, with the names of arXiv 2507.04219 where it has one."""
+
     retain_weight: NotNegative = option(1.25, "weight of the retain loss, lambda in the paper", aliases=["--lambda"])
     min_len: Count = option(0, "penalize answers of fewer words than this (0: off)")
     allow_overlap: bool = option(False, "accept retain rows whose question is also to be forgotten")
@@ -200,9 +224,6 @@ class PMCConfig(SharedConfig):
 
     def validate(self) -> None:
         """Raise PMCError for the first value that is out of its range."""
-        require(
-            self.top_k is not None, "top_k", None, "0 (all tokens) or more"
-        )  # not "of type int": some libraries mean all by None
         super().validate()
         plain = not self.answer_penalty or self.selection == "argmin"
         require(
