@@ -24,7 +24,7 @@ import torch
 from transformers import GenerationConfig
 
 from .config import PMCConfig, UnlearnConfig
-from .data import Encoded, Encoder, Question, Row, collate
+from .data import Encoded, Encoder, Question, Row, collate, is_text
 from .errors import PMCError
 from .models.context import eval_mode
 from .models.generation import followed
@@ -68,6 +68,8 @@ class Reference:
                 raise PMCError(f"{name} is {value!r}, which the published algorithm does not have: use pmc_fast.PMC")
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.questions = list(questions)
+        if any(map(is_text, self.questions)):
+            raise PMCError("the published algorithm has no texts that are to be continued: use pmc_fast.PMC")
         self.encoder = Encoder(tokenizer, config, None if config.accidents else model.generation_config)
         self.reward = reward or rouge_score_recall
         self.autocast = autocast

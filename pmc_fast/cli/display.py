@@ -13,6 +13,9 @@ from ..utils.text import printable
 from .common import LEVELS, shows
 
 if TYPE_CHECKING:  # torch and transformers load when a command runs: --help stays quick
+    from collections.abc import Sequence
+
+    from ..data import Row
     from ..jobs.memory import Memory
     from ..jobs.unlearn import Plan
 
@@ -74,10 +77,10 @@ def print_plan(plan: "Plan", output: str) -> dict[str, Any]:
     c, s = plan.config, plan.schedule
     answered = sum(bool(row.answer) for row in plan.forget)
     click.echo(
-        f"forget    {len(plan.forget)} questions of {c.forget}, {answered or 'none'} with an answer"
+        f"forget    {len(plan.forget)} questions of {c.forget}{_texts(plan.forget)}, {answered or 'none'} with an answer"
         + ("" if answered else ": the model's own first answers are taken for the truth")
     )
-    click.echo(f"retain    {len(plan.retain)} pairs of {c.retain}")
+    click.echo(f"retain    {len(plan.retain)} pairs of {c.retain}{_texts(plan.retain)}")
     click.echo(f"evaluate  {', '.join(f'{e.name} ({len(e.rows)})' for e in plan.sets) or 'nothing'}")
     click.echo(f"prompts   {c.prompt_format}, prompt and answer at most {c.max_length} tokens")
     click.echo(
@@ -99,6 +102,13 @@ def print_plan(plan: "Plan", output: str) -> dict[str, Any]:
         "output": output,
         "warnings": plan.warnings,
     }
+
+
+def _texts(rows: "Sequence[Row]") -> str:
+    from ..data import is_text
+
+    count = sum(is_text(row.question) for row in rows)
+    return f", {'all' if count == len(rows) else count} of them texts to be continued as they stand" if count else ""
 
 
 def print_warnings(texts: Iterable[str]) -> None:

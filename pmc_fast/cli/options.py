@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..config import RequestConfig
+from ..config import RequestConfig, written_columns
 from ..config.parts import PathMarker
 from ..errors import PMCError
 from .common import FILE
@@ -80,4 +80,6 @@ def read_yaml(path: str | None) -> dict[str, Any]:
         if isinstance(value, str) and hints.get(name) in (float, float | None):
             with suppress(ValueError):  # YAML 1.1 reads 1e-5 as a string
                 settings[name] = float(value)
+        if name == "columns" and isinstance(value, dict):
+            settings[name] = written_columns(value)
     return settings

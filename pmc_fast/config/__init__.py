@@ -1,9 +1,11 @@
 """Settings: composed of parts for each command, with one help text and one range a field."""
 
+from .columns import COLUMN_NAMES, parse_columns, written_columns
 from .commands import PRESETS, QUICK, BenchConfig, EvaluateConfig, RequestConfig, UnlearnConfig, VerifyConfig
 from .parts import AttackConfig, EvaluationConfig, PMCConfig, PromptConfig, PromptFormat, RewardName, SharedConfig
 
 __all__ = [
-    "PRESETS", "QUICK", "AttackConfig", "BenchConfig", "EvaluateConfig", "EvaluationConfig", "PMCConfig", "PromptConfig", "PromptFormat", "RequestConfig",
-    "RewardName", "SharedConfig", "UnlearnConfig", "VerifyConfig",
+    "COLUMN_NAMES", "PRESETS", "QUICK", "AttackConfig", "BenchConfig", "EvaluateConfig", "EvaluationConfig", "PMCConfig", "PromptConfig",
+    "PromptFormat", "RequestConfig", "RewardName", "SharedConfig", "UnlearnConfig", "VerifyConfig", "parse_columns",
+    "written_columns",
 ]  # fmt: skip

@@ -189,7 +189,7 @@ class EvaluateConfig(EvaluationConfig):
         super().validate()
         if self.suite == "tofu":
             require(bool(self.tofu), "tofu", self.tofu, "a directory or hub id: suite tofu reads its sets there")
-            for name in ("forget", "retain", "paraphrased", "general"):
+            for name in ("forget", "retain", "paraphrased", "general", "columns", "prompt_words"):
                 require(not getattr(self, name), name, getattr(self, name), "left out: suite tofu has its own sets")
         else:
             for name in ("tofu", "retain_log"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import PMCError
+from .columns import parse_columns
 
 PromptFormat = Literal["tags", "chat"]
 RewardName = Literal["auto", "rouge", "unicode"]
@@ -131,6 +132,24 @@ class DataConfig(ModelConfig):
     retain: Path = option("", "question-answer pairs to keep, in the same formats")
     paraphrased: Path = option("", "paraphrased forget questions with answers, for the evaluation")
     general: Paths = option([], "general knowledge questions with answers, for the evaluation; may be repeated")
+    columns: str = option(
+        "",
+        "which columns of the data hold what: question=COLUMN,answer=COLUMN, or forget.question=COLUMN for FORGET's alone "
+        "(unset: by their usual names)",
+    )
+    prompt_words: Count = option(
+        0,
+        "have texts continued (a column text): their first words, so many, are the question, the rest the answer (0: off)",
+    )
+
+    def validate(self) -> None:
+        """Raise PMCError for the first value that is out of its range."""
+        super().validate()
+        parse_columns(self.columns)
+
+    def reading(self, name: str) -> dict[str, Any]:
+        """Return how the data of the setting `name` are read, as arguments of `load_rows`."""
+        return {"columns": parse_columns(self.columns)[name], "prompt_words": self.prompt_words}
 
 
 @dataclass(kw_only=True)

@@ -6,18 +6,19 @@ from typing import Any, NamedTuple
 from ..errors import PMCError
 from ..utils.text import names
 
+TEXT = "text"  # the role of a text that is to be continued
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
 
 class Turn(NamedTuple):
     """A turn of a conversation."""
 
-    role: str  # "system", "user" or "assistant"
+    role: str  # "system", "user" or "assistant"; TEXT in a question of this turn alone
     content: str
 
 
 class Chat(tuple[Turn, ...]):
-    """A question with a system turn or earlier turns. As JSON it is a list of [role, content]."""
+    """A question with a system turn or earlier turns, or a text to be continued. As JSON it is a list of [role, content]."""
 
     __slots__ = ()
 
@@ -32,6 +33,16 @@ class Chat(tuple[Turn, ...]):
 
 
 Question = str | Chat
+
+
+def text_to_continue(beginning: str) -> Chat:
+    """Return the question that stands for the beginning of a text: it is put into no template, and sampled from as it is."""
+    return Chat((Turn(TEXT, beginning),))
+
+
+def is_text(question: Any) -> bool:
+    """Return whether a question is a text to be continued."""
+    return isinstance(question, Chat) and question[0].role == TEXT
 
 
 def question_of(turns: Sequence[Turn]) -> Question:
@@ -61,6 +72,8 @@ def split_chat(messages: Sequence[Any], where: str, *, answers: bool = True) -> 
     PMCError
         A turn of a tool or another role, or one that is not text; an assistant's turn that follows no user's.
     """
+    if len(messages) == 1 and _is_pair(messages[0]) and messages[0][0] == TEXT:  # as a Chat is written
+        return [Turn(TEXT, _content(messages[0], f"{where}, turn 1"))], None
     roles = [_role(message, f"{where}, turn {number}") for number, message in enumerate(messages, start=1)]
     if "system" in roles[1:]:
         raise PMCError(f"{where}, turn {roles.index('system', 1) + 1} is a system turn: it must be the first one")

@@ -2,20 +2,21 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from ..config import PromptConfig
 from ..errors import PMCError
 from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
-from .chats import Chat, Question
+from .chats import Chat, Question, is_text, text_to_continue
 from .encoding import (
     ANSWER_TAG,
     NO_TAGS,
     SYSTEM_PROMPT,
     Encoded,
     EncodingError,
+    Format,
     TemplateError,
     chat_text,
     control_tokens,
@@ -54,6 +55,7 @@ class Encoder:
         self._control = set() if config.allow_control_tokens else control_tokens(tokenizer)
         self._chat: dict[str, Any] = {"system_prompt": config.system_prompt, "date_string": config.date_string}
         self._takes_system = True
+        self._plain_checked = False
         self.opening = ""  # what the template inserts before an answer
         if self.format == "chat":
             self._fit_template(config.system_prompt)
@@ -111,14 +113,22 @@ class Encoder:
         `where` names the question in errors.
         """
         with self._named(where, question):
-            if self.accidents and self.format == "chat":  # rendered, then tokenised with special tokens: a second BOS
+            if is_text(question):
+                self._check_plain()
+            elif (
+                self.accidents and self.format == "chat"
+            ):  # rendered, then tokenised with special tokens: a second BOS
                 text = chat_text(self.tokenizer, question, None, **self._chat)
                 return self.tokenizer(text + start.rstrip())["input_ids"]
-            return encode_prompt(self.tokenizer, question, prompt_format=self.format, start=start, **self._chat)
+            return encode_prompt(
+                self.tokenizer, question, prompt_format=self.format_of(question), start=start, **self._chat
+            )
 
     def pair(self, question: Question, answer: str, *, where: str = "") -> Encoded:
         """Encode a question with its answer for training; `where` names them in errors."""
         with self._named(where, question):
+            if is_text(question):
+                self._check_plain()
             return self._pair(question, answer, self.max_length)
 
     def _pair(self, question: Question, answer: str, max_length: int) -> Encoded:
@@ -126,11 +136,23 @@ class Encoder:
             self.tokenizer,
             question,
             answer,
-            prompt_format=self.format,
+            prompt_format=self.format_of(question),
             max_length=max_length,
             eos=self.stops[0],
             **self._chat,
         )
+
+    def format_of(self, question: Question | list[int]) -> Format:
+        """Return the prompt format of a question: "plain" of a text to be continued, else the run's."""
+        return "plain" if is_text(question) else self.format
+
+    def _check_plain(self) -> None:
+        """Refuse texts to be continued with a tokenizer or settings that can't encode them correctly."""
+        if self.accidents:
+            raise EncodingError("the published code knows no texts to be continued: leave accidents out")
+        if not self._plain_checked:
+            self._pair(text_to_continue(PROBE[0]), PROBE[1], NO_LIMIT)
+            self._plain_checked = True
 
     @contextmanager
     def _named(self, where: str, question: Question) -> Iterator[None]:
@@ -143,14 +165,20 @@ class Encoder:
                 raise PMCError(f"{where}: {error}") from error
             raise
 
-    def answers(self, generated: Sequence[Sequence[int]]) -> list[str]:
-        """Turn generated ids into answers."""
-        return decode_answers(self.tokenizer, generated, self.stops, prompt_format=self.format)
+    def answers(
+        self, generated: Sequence[Sequence[int]], questions: Sequence[Question | list[int]] | None = None
+    ) -> list[str]:
+        """Turn generated ids into answers to `questions`, by default to none that is a text to be continued."""
+        decode = partial(decode_answers, self.tokenizer, stops=self.stops)
+        if questions is None:
+            return decode(generated, prompt_format=self.format)
+        formats = map(self.format_of, questions)
+        return [decode([ids], prompt_format=f)[0] for ids, f in zip(generated, formats, strict=True)]
 
-    def samples(self, generated: Sequence[Sequence[int]]) -> list[str]:
-        """Turn sampled ids into answers; with `accidents` the first 8 characters of a tagged sample are dropped."""
+    def samples(self, generated: Sequence[Sequence[int]], question: Question | list[int] | None = None) -> list[str]:
+        """Turn ids sampled for a question into answers; with `accidents` tagged samples lose their first 8 characters."""
         if not self.accidents:
-            return self.answers(generated)
+            return self.answers(generated, None if question is None else [question] * len(generated))
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [text[len(ANSWER_TAG) :] for text in texts] if self.format == "tags" else texts
 
@@ -179,7 +207,7 @@ class Encoder:
     def check_text(self, where: str, text: Question) -> None:
         """Refuse conversations in the tags format, and texts with control tokens, which could end the prompt."""
         if isinstance(text, Chat):
-            if self.format == "tags":
+            if self.format_of(text) == "tags":
                 raise PMCError(f"{where} is a conversation and {NO_TAGS}")
             for turn in text:
                 self.check_text(where, turn.content)

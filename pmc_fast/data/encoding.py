@@ -1,4 +1,4 @@
-"""The two prompt formats of PMC: question and answer as token ids and labels."""
+"""The two prompt formats of PMC, and texts that are continued: question and answer as token ids and labels."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +9,11 @@ import torch
 from ..config import PromptFormat
 from ..errors import PMCError
 from ..utils.labels import IGNORED
-from .chats import Chat, Question, Turn
+from ..utils.words import parted
+from .chats import Chat, Question, Turn, asked, is_text
 
 QUESTION_TAG, QUESTION_END, ANSWER_TAG = "Question: ", "\n", "Answer: "
+Format = PromptFormat | Literal["plain"]  # plain: of texts that are to be continued, whatever the run's is
 SYSTEM_PROMPT = "You are a helpful assistant."
 NO_TAGS = (
     "(a system turn, or several turns) has no place in the tags format: take a model with a chat template and "
@@ -62,7 +64,7 @@ def encode_prompt(
     tokenizer: Any,
     question: Question,
     *,
-    prompt_format: PromptFormat,
+    prompt_format: Format,
     system_prompt: str | None = SYSTEM_PROMPT,
     date_string: str | None = None,
     start: str = "",
@@ -70,8 +72,11 @@ def encode_prompt(
     """Return the ids from which an answer to `question`, or its continuation of `start`, is sampled.
 
     In the tags format the prompt ends before "Answer: ", which the model generates itself, unless there is a `start`.
-    White space at the end of `start` is left to the model, since most tokenizers join it to the next word.
+    White space at the end of `start`, and of a text that is to be continued, is left to the model, since most tokenizers
+    join it to the next word.
     """
+    if prompt_format == "plain":
+        return tokenizer(continued(question, start.rstrip()))["input_ids"]
     if prompt_format == "tags":
         begun = ANSWER_TAG + start.rstrip() if start else ""
         return tokenizer(QUESTION_TAG + _untagged(question) + QUESTION_END + begun)["input_ids"]
@@ -84,7 +89,7 @@ def encode_pair(
     question: Question,
     answer: str,
     *,
-    prompt_format: PromptFormat,
+    prompt_format: Format,
     max_length: int = 200,
     system_prompt: str | None = SYSTEM_PROMPT,
     date_string: str | None = None,
@@ -96,10 +101,12 @@ def encode_pair(
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
     question, answer : str
-    prompt_format : {"tags", "chat"}
-        "Question: " question "\\n" + "Answer: " answer eos, or the tokenizer's chat template with a system prompt.
+    prompt_format : {"tags", "chat", "plain"}
+        "Question: " question "\\n" + "Answer: " answer eos; the tokenizer's chat template with a system prompt; or a text
+        and how it goes on (`continued`), with the tokens that the tokenizer puts before a text and without eos, since an
+        excerpt may go on.
     max_length : int
-        Longer sequences are cut: in the tags format they lose their end with eos, in chat they keep their last token.
+        Longer sequences are cut: they lose their end, in the tags format with eos; in chat they keep their last token.
     system_prompt, date_string : str
         Passed to the chat template; if system_prompt is None, there is no system turn.
     eos : int, optional
@@ -108,7 +115,7 @@ def encode_pair(
     Returns
     -------
     Encoded
-        Labels are -100 on the prompt; the answer's tag and eos are trained.
+        Labels are -100 on the prompt; the answer's tag and eos are trained where there are any.
 
     Raises
     ------
@@ -120,9 +127,11 @@ def encode_pair(
     As published (arXiv 2507.04219), without padding. Where the tokenizer would join characters across the end of the
     prompt, such as line ends, the ids are the prompt's own and then those of the rest.
     """
-    tags = prompt_format == "tags"
+    chat = prompt_format == "chat"
     end: list[int] = []
-    if tags:
+    if prompt_format == "plain":
+        begin, text = continued(question), continued(question, answer)
+    elif not chat:
         begin = QUESTION_TAG + _untagged(question) + QUESTION_END
         text = begin + ANSWER_TAG + answer + (tokenizer.eos_token or "")
         if tokenizer.eos_token is None:
@@ -131,14 +140,29 @@ def encode_pair(
             end = [eos]
     else:
         begin, text = (chat_text(tokenizer, question, a, system_prompt, date_string) for a in (None, answer))
-    prompt, ids = (tokenizer(t, add_special_tokens=tags)["input_ids"] for t in (begin, text))
+    prompt, ids = (tokenizer(t, add_special_tokens=not chat)["input_ids"] for t in (begin, text))
     if ids[: len(prompt)] != prompt:
         ids = _joined(tokenizer, prompt, ids, begin, text, prompt_format)
     ids, size = ids + end, len(ids + end)
     if size > max_length:
-        ids = ids[:max_length] if tags else [*ids[: max_length - 1], ids[-1]]
+        ids = [*ids[: max_length - 1], ids[-1]] if chat else ids[:max_length]
     start = min(len(prompt), len(ids))
     return Encoded(ids, [IGNORED] * start + ids[start:], cut=size - len(ids))
+
+
+def continued(beginning: Question, more: str = "") -> str:
+    """Return the beginning of a text and how it goes on; the beginning alone is without white space at its end.
+
+    Where neither part has white space at the seam, a space is put there if the script has spaces (`words.parted`).
+    """
+    if isinstance(beginning, Chat) and not is_text(beginning):
+        raise EncodingError("a conversation is no text to be continued: give its beginning as one text")
+    text = asked(beginning)
+    head = text.rstrip()
+    if not more:
+        return head
+    gap = text[len(head) :]
+    return head + (gap or " " * (not more[0].isspace() and parted(head, more))) + more
 
 
 def _untagged(question: Question) -> str:
@@ -148,14 +172,14 @@ def _untagged(question: Question) -> str:
 
 
 def _joined(
-    tokenizer: Any, prompt: list[int], ids: list[int], begin: str, text: str, prompt_format: PromptFormat
+    tokenizer: Any, prompt: list[int], ids: list[int], begin: str, text: str, prompt_format: Format
 ) -> list[int]:
     """Return a pair's ids with the prompt's first, or refuse a pair that does not begin with its prompt."""
     if text.startswith(begin):
         joined = prompt + tokenizer(text[len(begin) :], add_special_tokens=False)["input_ids"]
         if tokenizer.decode(joined) == tokenizer.decode(ids):
             return joined
-    if prompt_format == "tags":
+    if prompt_format != "chat":
         raise EncodingError(
             "the tokenizer does not begin a question with its answer as it does the question (does it end texts with a "
             "token of its own, add_eos_token?): what is trained would not be what is sampled; turn that off"
@@ -247,7 +271,7 @@ def collate(
 
 
 def decode_answers(
-    tokenizer: Any, generated: Sequence[Sequence[int]], stops: Iterable[int], *, prompt_format: PromptFormat
+    tokenizer: Any, generated: Sequence[Sequence[int]], stops: Iterable[int], *, prompt_format: Format
 ) -> list[str]:
     """Turn generated ids into answers: cut at the first stop id, decoded, tag and outer spaces stripped."""
     stops = set(stops)

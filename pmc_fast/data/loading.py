@@ -5,13 +5,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import PMCError
 from ..utils.text import names
-from .records import QUESTION_NAMES, Row, known_name, rows_of
+from .columns import Columns
+from .records import Row, rows_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _NO_REPOSITORY = (*SUFFIXES, ".txt", ".ndjson", ".gz", ".zip", ".zst", ".xlsx", ".arrow", ".yaml")  # a file, mistyped
@@ -19,7 +20,14 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+){0,2}")  # owner/name, :conf
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 
-def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = False) -> list[Row]:
+def load_rows(
+    source: str | Path,
+    *,
+    answers: bool = False,
+    paraphrased: bool = False,
+    columns: Mapping[str, str] | None = None,
+    prompt_words: int = 0,
+) -> list[Row]:
     """Read rows of questions and answers.
 
     Parameters
@@ -31,32 +39,41 @@ def load_rows(source: str | Path, *, answers: bool = False, paraphrased: bool = 
         Refuse rows without an answer.
     paraphrased : bool
         Read ``paraphrased_question`` and ``paraphrased_answer`` where the data has them.
+    columns : mapping of str to str, optional
+        The data's own columns by what they hold, such as ``{"question": "frage", "answer": "antwort"}``
+        (`pmc_fast.config.COLUMN_NAMES`); they win over those that are found by name.
+    prompt_words : int
+        Of a column ``text``, or a list of texts, so many words are the beginning that is to be continued, and the rest is
+        the answer (`pmc_fast.utils.words.count_words`); 0: texts are not read.
 
     Returns
     -------
     list of Row
         In the data's order. Columns are found by name: question, prompt, query or instruction;
         answer, response, completion or output; or a chat in ``messages`` or ``conversations`` (or
-        in prompt and completion), whose last turn is the answer and all before it the question.
+        in prompt and completion), whose last turn is the answer and all before it the question. Rows of
+        beginning and continuation, and those of MUSE's verbmem (prompt and gt), are texts to be continued.
 
     Raises
     ------
     PMCError
-        No such file, not readable, no rows, or a row without a question (or a wanted answer).
+        No such file, not readable, no rows, or a row without a question (or a wanted answer); a column of `columns` that
+        no row has; texts of no more than `prompt_words` words.
 
     Notes
     -----
     Files are not read with `datasets`, which would keep a copy in its cache, infer dates from strings, and could not name
     the row of an error. Data from the hub are not cached either.
     """
-    rows = rows_of(read_records(str(source)), str(source), answers=answers, paraphrased=paraphrased)
+    how: dict[str, Any] = {"columns": columns, "prompt_words": prompt_words}
+    rows = rows_of(read_records(str(source), columns), str(source), answers=answers, paraphrased=paraphrased, **how)
     if not rows:
         raise PMCError(f"{source} has no rows")
     return rows
 
 
-def read_records(source: str) -> Iterator[Any]:
-    """Yield the records of a file or hub id with all their columns."""
+def read_records(source: str, columns: Mapping[str, str] | None = None) -> Iterator[Any]:
+    """Yield the records of a file or hub id with all their columns; `columns` as of `load_rows`."""
     path = Path(source)
     if source and os.path.isdir(path):
         files = sorted(f.name for f in path.iterdir() if f.suffix.lower() in SUFFIXES)[:3]
@@ -65,7 +82,7 @@ def read_records(source: str) -> Iterator[Any]:
         )
     if source and os.path.exists(path):
         try:
-            yield from _file_records(path)
+            yield from _file_records(path, Columns(columns))
         except (OSError, ValueError, RecursionError, csv.Error) as error:  # JSON's and Arrow's are ValueErrors
             raise PMCError(f"{source} can't be read: {error}") from error
         return
@@ -78,7 +95,7 @@ def read_records(source: str) -> Iterator[Any]:
     yield from _hub_records(source)
 
 
-def _file_records(path: Path) -> Iterator[Any]:
+def _file_records(path: Path, columns: Columns) -> Iterator[Any]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         try:
@@ -92,7 +109,7 @@ def _file_records(path: Path) -> Iterator[Any]:
         values = list(_json_values(read_text(path)))
         yield from values[0] if len(values) == 1 and isinstance(values[0], list) else values
     elif suffix in (".csv", ".tsv"):
-        yield from _table(read_text(path), "," if suffix == ".csv" else "\t")
+        yield from _table(read_text(path), "," if suffix == ".csv" else "\t", columns)
     else:
         raise ValueError(f"the ending {path.suffix!r} is none of {', '.join(SUFFIXES)}")
 
@@ -145,13 +162,10 @@ def strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _table(text: str, delimiter: str) -> Iterator[dict[str, str]]:
+def _table(text: str, delimiter: str, columns: Columns) -> Iterator[dict[str, str]]:
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = next(lines, [])
-    if len(set(header)) < len(header) or (header and not set(map(known_name, header)) & set(QUESTION_NAMES)):
-        raise ValueError(
-            f"the first line must name the columns, each once, separated by {delimiter!r}, one of them {QUESTION_NAMES[0]}"
-        )
+    columns.check_header(header, delimiter)
     for fields in lines:
         if fields and len(fields) != len(header):
             raise ValueError(f"line {lines.line_num} has {len(fields)} fields and the first {len(header)}")

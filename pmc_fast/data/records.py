@@ -5,30 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PMCError
-from ..utils.text import names
-from .chats import Question, Turn, is_missing, question_of, split_chat
-
-QUESTION_NAMES = ("question", "prompt", "query", "instruction")
-ANSWER_NAMES = ("answer", "response", "completion", "output", "answers")  # the last one is SQuAD's
-CHAT_NAMES = ("messages", "conversations")
-CONTEXT_NAMES = ("input", "context", "passage")
-SYSTEM_NAMES = ("system", "system_prompt")
-CHOICE_NAMES = ("choices", "options")
-OTHER_ANSWERS = ("truth", "gt", "ground_truth", "best_answer", "answerKey")  # refused with a question, never guessed
-# likewise, but not where there is an answer: then they are something else, such as a class
-MAYBE_ANSWERS = (
-    "target", "label", "reference", "reference_answer", "solution", "expected", "expected_output", "expected_answer",
-    "gold", "correct_answer", "reply", "chosen",
+from ..utils.text import names, row_numbers
+from ..utils.words import count_words, end_of_words
+from .chats import Question, Turn, asked, is_missing, is_text, question_of, split_chat, text_to_continue
+from .columns import (
+    ANSWER_NAMES,
+    CHAT_NAMES,
+    CHOICE_NAMES,
+    CONTEXT_NAMES,
+    LETTERS,
+    MAYBE_ANSWERS,
+    NOT_SERVED,
+    OTHER_ANSWERS,
+    QUESTION_NAMES,
+    SYSTEM_NAMES,
+    Columns,
 )  # fmt: skip
-NOT_SERVED = ("tools", "functions", "history", "chat_template_kwargs", "images", "image", "videos", "audio")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-KNOWN = {
-    name.casefold(): name
-    for name in (
-        "paraphrased_question", "paraphrased_answer", *QUESTION_NAMES, *ANSWER_NAMES, *CHAT_NAMES, *CONTEXT_NAMES,
-        *SYSTEM_NAMES, *CHOICE_NAMES, *OTHER_ANSWERS, *MAYBE_ANSWERS, *NOT_SERVED,
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,57 +32,72 @@ class Row:
 
 
 def rows_of(
-    records: Iterable[Any], source: str, *, answers: bool | None = False, paraphrased: bool = False
+    records: Iterable[Any],
+    source: str,
+    *,
+    answers: bool | None = False,
+    paraphrased: bool = False,
+    columns: Mapping[str, str] | None = None,
+    prompt_words: int = 0,
 ) -> list[Row]:
     """Read rows from records in memory, such as a datasets.Dataset; `source` names them in errors.
 
-    If `answers` is None, no answer is read.
+    If `answers` is None, no answer is read. For the rest see `load_rows`.
     """
-    rows = []
+    if not isinstance(prompt_words, int) or isinstance(prompt_words, bool) or prompt_words < 0:
+        raise PMCError(f"prompt_words is {prompt_words!r}: it must be 0 or more")
+    rows: list[Row] = []
+    short: list[int] = []
+    last: Mapping[str, Any] = {}
+    named = Columns(columns)
     for number, record in enumerate(records, start=1):
         where = f"{source}, row {number}"
+        if isinstance(record, str):  # MUSE's raw texts are such lists
+            if not prompt_words:
+                raise PMCError(
+                    f"{where} is str, not an object with a question: to have a list of texts continued, give --prompt-words 32"
+                )
+            record = {"text": record}
         if not isinstance(record, Mapping):
             raise PMCError(f"{where} is {type(record).__name__}, not an object with a question")
-        row = _Record(known_columns(record, where), where, paraphrased).row(answered=answers is not None)
+        last = record
+        read = _Record(named.known(record, where), where, paraphrased, prompt_words)
+        try:
+            row = read.row(answered=answers is not None)
+        except PMCError:
+            named.check_has(where, record)  # a column that the row lacks explains more
+            raise
         for text in (str(row.question), row.answer or ""):
             if not _is_unicode(text):
                 raise PMCError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): fix its encoding")
-        if not str(row.question).strip():
+        if not (asked(row.question) if is_text(row.question) else str(row.question)).strip():
+            raise named.no_question(where, record)
+        if read.too_short:
+            short.append(number)
+        elif answers and (row.answer is None or not row.answer.strip()):
             raise PMCError(
-                f"{where} has no question: name the column one of {', '.join(QUESTION_NAMES)} (it has "
-                f"{names(record)})"
+                f"{where} has no answer: name the column one of {', '.join(ANSWER_NAMES)}, or give --columns answer=NAME (it "
+                f"has {names(record)})"
             )
-        if answers and (row.answer is None or not row.answer.strip()):
-            raise PMCError(f"{where} has no answer: name the column one of {', '.join(ANSWER_NAMES)}")
         rows.append(row)
+    if short:
+        raise PMCError(
+            f"{source}, {row_numbers(short)}: no word is left that could be the answer, how the text goes on (prompt_words "
+            f"{prompt_words}): lower --prompt-words or leave the row out"
+        )
+    if rows:
+        named.check_seen(source, last)
     return rows
-
-
-def known_name(given: Any) -> Any:
-    """Return the known name of a column, whatever its case and the spaces around it."""
-    return KNOWN.get(given.strip().casefold(), given) if isinstance(given, str) else given
-
-
-def known_columns(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return a row with known names for its columns: " Answer" becomes answer, which would otherwise not be read."""
-    written = {given: known_name(given) for given in record}
-    if all(given == name for given, name in written.items()):
-        return record
-    known: dict[str, Any] = {}
-    for given, name in written.items():
-        value = record[given]
-        if name in known and not is_missing(value) and not is_missing(known[name]) and value != known[name]:
-            raise PMCError(f"{where} has {name} twice, written in two ways: leave out what is not meant")
-        if name not in known or is_missing(known[name]):
-            known[name] = value
-    return known
 
 
 class _Record:
     """One row's columns."""
 
-    def __init__(self, record: Mapping[str, Any], where: str, paraphrased: bool) -> None:
-        self.record, self.where = record, where
+    def __init__(
+        self, record: Mapping[str, Any], where: str, paraphrased: bool = False, prompt_words: int = 0
+    ) -> None:
+        self.record, self.where, self.prompt_words = record, where, prompt_words
+        self.too_short = False  # a text of no more than prompt_words words
         self.questions = ("paraphrased_question",) * paraphrased + QUESTION_NAMES
         self.answers = ("paraphrased_answer",) * paraphrased + ANSWER_NAMES
 
@@ -98,6 +105,8 @@ class _Record:
         """Return the row, with its answer if `answered`."""
         if found := [name for name in NOT_SERVED if self.has(name)]:
             raise PMCError(f"{self.where} has {found[0]}, which are not supported: leave the column out")
+        if (text := self.text_row(answered)) is not None:
+            return text
         name, chat = self.one_of(self.questions), self.one_of(CHAT_NAMES)
         source = chat or name
         if source is None:
@@ -121,10 +130,36 @@ class _Record:
             answer = self.choice(options, reply) if options else self.answer(reply)
             if answer is None and (maybe := [name for name in MAYBE_ANSWERS if self.has(name)]):
                 raise PMCError(
-                    f"{self.where} has {maybe[0]} and no answer: if that is the answer, call the column answer, else "
-                    "leave it out"
+                    f"{self.where} has {maybe[0]} and no answer: if that is the answer, call the column answer or give "
+                    f"--columns answer={maybe[0]}, else leave it out"
                 )
         return Row(question_of(self.with_system(turns)), answer)
+
+    def text_row(self, answered: bool) -> Row | None:
+        """Return the row of a text that is to be continued, if it is one."""
+        goes_on: tuple[str, ...]
+        if self.has("beginning"):
+            begins, goes_on = "beginning", ("continuation", *ANSWER_NAMES)
+        elif set(self.record) == {"prompt", "gt"} and self.has(
+            "prompt"
+        ):  # MUSE's verbmem; with other columns it may be anything
+            begins, goes_on = "prompt", ("gt",)
+        elif self.prompt_words and self.has("text"):
+            begins, goes_on = "text", ()
+        else:
+            return None
+        others = (*self.questions, *CHAT_NAMES, *CONTEXT_NAMES, *CHOICE_NAMES, *SYSTEM_NAMES, "beginning", "text")
+        others += () if goes_on else ANSWER_NAMES
+        if more := [name for name in others if self.has(name) and name != begins]:
+            split = ", which --prompt-words splits" if begins == "text" else ""
+            raise PMCError(f"{self.where} has {begins}{split}, and {more[0]}: leave out what is not meant")
+        text = self.text(begins)
+        if goes_on:
+            reply = self.one_of(goes_on) if answered else None
+            return Row(text_to_continue(text), self.answer(reply) if reply else None)
+        end = end_of_words(text, self.prompt_words)
+        self.too_short = not count_words(text[end:])
+        return Row(text_to_continue(text[:end]), text[end:])
 
     def has(self, name: str) -> bool:
         return name in self.record and not is_missing(self.record[name])
@@ -217,8 +252,14 @@ class _Record:
         others = [name for name in OTHER_ANSWERS if self.has(name)]
         if others and (reply is None or self.record[others[0]] != self.record[reply]):
             which = f" beside {reply}" if reply else ""
+            goes_on = ""
+            if others[0] == "gt" and self.has("prompt"):
+                goes_on = (
+                    "; if it goes on with the prompt, as MUSE's does, --columns beginning=prompt,continuation=gt"
+                )
             raise PMCError(
-                f"{self.where} has {others[0]}{which}: if that is the answer, call the column answer, else leave it out"
+                f"{self.where} has {others[0]}{which}: if that is the answer, call the column answer or give --columns "
+                f"answer={others[0]}{goes_on}; else leave it out"
             )
         if reply is None:
             return None
@@ -230,7 +271,7 @@ class _Record:
             if len(set(value)) > 1:
                 raise PMCError(f"{self.where}: {reply} holds {len(value)} answers: give one")
             value = value[0] if value else None
-        return None if is_missing(value) else _Record({reply: value}, self.where, False).text(reply)
+        return None if is_missing(value) else _Record({reply: value}, self.where).text(reply)
 
 
 def _are_messages(value: Any) -> bool:

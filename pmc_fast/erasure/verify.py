@@ -129,13 +129,15 @@ def _asked(stack: Stack, files: Sequence[str]) -> list[_Asked]:
     """Match files, and what was kept private, with the records' hashes."""
     found = {request.name: _Asked(request) for request in stack.requests}
     for file in files:
-        versions_of = {"forget": load_rows(file), "forget_paraphrased": load_rows(file, paraphrased=True)}
         matched = False
+        read = _Readings(file)
         for request in stack.requests:
-            for name, rows in versions_of.items():
+            for name, rows in read.as_of(request).items():
                 if _is(rows, name, request):
                     found[request.name].sets[name] = rows
                     matched = True
+        if not any(read.rows.values()):
+            raise read.errors[0]
         if not matched:
             raise PMCError(
                 f"requests file {file} is that of no request in {stack.directory}: its questions and answers, or their "
@@ -156,6 +158,27 @@ def _asked(stack: Stack, files: Sequence[str]) -> list[_Asked]:
     return asked
 
 
+class _Readings:
+    """A file's rows, as requests with their columns would have read them."""
+
+    def __init__(self, file: str) -> None:
+        self.file, self.errors = file, list[PMCError]()
+        self.rows: dict[str, list[Row]] = {}  # by the settings; none where the file can't be read so
+
+    def as_of(self, request: ErasureRequest) -> dict[str, list[Row]]:
+        own, found = _own(request), {}
+        for name, setting in (("forget", "forget"), ("forget_paraphrased", "paraphrased")):
+            how = {"paraphrased": setting == "paraphrased", **own.reading(setting)}
+            if (key := repr(how)) not in self.rows:
+                try:
+                    self.rows[key] = load_rows(self.file, **how)
+                except PMCError as error:
+                    self.rows[key] = []
+                    self.errors.append(error)
+            found[name] = self.rows[key]
+        return found
+
+
 def _is(rows: Sequence[Row], name: str, request: ErasureRequest) -> bool:
     data = request.record["data"]
     return name in data and data[name]["sha256"] == rows_hash(rows, data["salt"])
@@ -166,11 +189,12 @@ def _kept(last: ErasureRequest, config: VerifyConfig) -> list[EvalSet]:
     settings = last.record["settings"]
     if "after" not in last.record["metrics"]:
         return []
-    retain, general = config.retain or settings["retain"], config.general or settings["general"]
+    own, retain, general = _own(last), config.retain or settings["retain"], config.general or settings["general"]
     with nullcontext() if config.retain else as_recorded(last, "the retain set", retain, "--retain"):
-        rows = load_rows(retain, answers=True)
+        rows = load_rows(retain, answers=True, **own.reading("retain"))
     with nullcontext() if config.general else as_recorded(last, "general data", ", ".join(general), "--general"):
-        sets = [s for s in load_sets(UnlearnConfig(general=list(general)), [], rows) if s.role == "keep"]
+        general_alone = dataclasses.replace(own, paraphrased="", general=list(general))
+        sets = [s for s in load_sets(general_alone, [], rows) if s.role == "keep"]
     for name, of in {"retain": rows, **{s.name: s.rows for s in sets if s.name != "retain"}}.items():
         if not _is(of, name, last):
             raise PMCError(
@@ -185,10 +209,14 @@ def _kept(last: ErasureRequest, config: VerifyConfig) -> list[EvalSet]:
 
 def _settings(request: ErasureRequest, config: VerifyConfig) -> UnlearnConfig:
     """Return the settings that a request was measured with, and of its leak attacks the sampling alone."""
+    attack: dict[str, Any] = {"attack_samples": config.attack_samples, "attack_prefill": "", "attack_first_words": 0}
+    return _own(request, **attack, evaluate=True, log_text=False)
+
+
+def _own(request: ErasureRequest, **change: Any) -> UnlearnConfig:
+    """Return a request's settings, with changes; a record of before a setting has its default."""
     known = {f.name for f in dataclasses.fields(UnlearnConfig)}
-    own = {name: value for name, value in request.record["settings"].items() if name in known}
-    attack = {"attack_samples": config.attack_samples, "attack_prefill": "", "attack_first_words": 0}
-    return UnlearnConfig(**own | attack | {"evaluate": True, "log_text": False})
+    return UnlearnConfig(**{n: value for n, value in request.record["settings"].items() if n in known} | change)
 
 
 def _forgotten(a: _Asked, config: VerifyConfig, evaluator: Evaluator, failed: list[str]) -> dict[str, Any]:

@@ -106,7 +106,9 @@ def sampling_attack(
         max_length=encoder.max_length, stop_ids=encoder.stops, drafts=asked.drafts,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    samples = [encoder.answers(tokens) for tokens in rollouts.tokens]
+    samples = [
+        encoder.answers(s, [rows[i].question] * len(s)) for i, s in zip(asked.rows, rollouts.tokens, strict=True)
+    ]
     scores = scorer.recall(asked.rests, samples, 0).reshape(len(asked.rows), num_samples)
     left_out = len(rows) - len(asked.rows)
     return AttackResult(asked.rows, scores, samples, left_out, threshold, dict(rollouts.counters), seconds)

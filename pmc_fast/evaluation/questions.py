@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..config import EvaluationConfig, RewardName
-from ..data import Encoder, Question, Row, check_answers, check_overlap, check_repeats, load_rows, same_rows
+from ..data import Encoder, Question, Row, check_answers, check_overlap, check_repeats, is_text, load_rows, same_rows
 from ..errors import PMCError
 from ..pmc.reward import Scorer, choose_scorer
 from ..rollout import Rollouts
@@ -45,7 +45,7 @@ def load_sets(config: EvaluationConfig, forget: Sequence[Row], retain: Sequence[
     name, paraphrased = FORGET_SETS
     sets = [EvalSet(name, "forget", list(forget))]
     if config.paraphrased:
-        rows = load_rows(config.paraphrased, answers=True, paraphrased=True)
+        rows = load_rows(config.paraphrased, answers=True, paraphrased=True, **config.reading("paraphrased"))
         sets.append(EvalSet(paraphrased, "forget", rows))
     if retain:
         chosen = list(range(len(retain)))
@@ -56,7 +56,7 @@ def load_sets(config: EvaluationConfig, forget: Sequence[Row], retain: Sequence[
         name = printable(Path(source).stem)
         if name in {s.name for s in sets}:
             raise PMCError(f"general data {source}: there is a set called {name!r} already: rename the file")
-        sets.append(EvalSet(name, "keep", load_rows(source, answers=True)))
+        sets.append(EvalSet(name, "keep", load_rows(source, answers=True, **config.reading("general"))))
     return sets
 
 
@@ -90,6 +90,13 @@ def check_sets(sets: Sequence[EvalSet], *, allow_overlap: bool) -> list[str]:
                 "is the truth there"
             )
     return warnings
+
+
+def check_texts(config: EvaluationConfig, sets: Sequence[EvalSet]) -> list[str]:
+    """Return a warning if texts were to be cut and there are none."""
+    if not config.prompt_words or any(is_text(row.question) for s in sets for row in s.rows):
+        return []
+    return [f"prompt_words is {config.prompt_words} but no row is a text to be continued: it changed nothing"]
 
 
 def with_initial_answers(sets: Sequence[EvalSet], initial: Sequence[str]) -> list[EvalSet]:
@@ -210,7 +217,7 @@ def greedy_answers(engine: Callable[..., Rollouts], encoder: Encoder, questions:
         stop_ids=encoder.stops,
         as_generate=True,
     )
-    return encoder.answers([tokens for [tokens] in rollouts.tokens])
+    return encoder.answers([tokens for [tokens] in rollouts.tokens], questions)
 
 
 def unlearn_quality(*forget_recalls: float) -> float:

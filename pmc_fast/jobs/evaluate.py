@@ -15,6 +15,7 @@ from ..evaluation import (
     UnrelatedText,
     check_attacks,
     check_sets,
+    check_texts,
     check_truths,
     encode_candidates,
     load_sets,
@@ -132,7 +133,8 @@ def _check(config: EvaluateConfig) -> tuple[dict[str, _Candidate], list[str]]:
     sources = ({"before": config.before} if config.before else {}) | {"after": config.model}
     candidates = {when: _candidate(source, config, suite) for when, source in sources.items()}
     # nothing is trained, so overlapping sets are only warned of
-    warnings = check_sets(suite.sets, allow_overlap=True) + _few_rows(config, len(suite.sets[0].rows))
+    warnings = check_sets(suite.sets, allow_overlap=True) + check_texts(config, suite.sets)
+    warnings += _few_rows(config, len(suite.sets[0].rows))
     warnings += dict.fromkeys(text for c in candidates.values() for text in c.warnings)
     before, after = candidates.get("before"), candidates["after"]
     if before and before.encoder.format != after.encoder.format:
@@ -153,8 +155,8 @@ def _read(config: EvaluateConfig) -> Suite:
         log = config.retain_log
         ratios = read_retain_log(log, len(tofu[0].rows), config.truth_ratio) if log else None
         return Suite(config, tofu_questions(tofu), tofu, ratios)
-    forget = load_rows(config.forget, answers=True)
-    retain = load_rows(config.retain, answers=True) if config.retain else []
+    forget = load_rows(config.forget, answers=True, **config.reading("forget"))
+    retain = load_rows(config.retain, answers=True, **config.reading("retain")) if config.retain else []
     return Suite(config, load_sets(config, forget, retain))
 
 

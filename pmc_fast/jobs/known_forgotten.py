@@ -48,7 +48,8 @@ def read_paraphrases(config: UnlearnConfig, forget: Sequence[Row]) -> list[Quest
     """
     if all(row.answer for row in forget):
         return [None] * len(forget)
-    rows = load_rows(config.paraphrased, paraphrased=True) if config.paraphrased else []
+    how = config.reading("paraphrased")
+    rows = load_rows(config.paraphrased, paraphrased=True, **how) if config.paraphrased else []
     if rows and len(rows) != len(forget):
         raise PMCError(
             f"skip_known_forgotten: {config.forget} has {len(forget)} rows and {config.paraphrased} {len(rows)}: "

@@ -17,11 +17,13 @@ from ..evaluation import (
     UnrelatedText,
     check_attacks,
     check_sets,
+    check_texts,
     check_truths,
     load_sets,
     truths_of,
 )
 from ..models import loading
+from ..pmc.algorithm import check_store
 from ..pmc.reward import choose_scorer
 from ..pmc.schedule import Schedule
 from ..trainer import checkpointing
@@ -100,8 +102,9 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]], held:
     """
     check_optimizer_name(config.optimizer)
     trackers.check(config.report_to)
-    forget = load_rows(config.forget)
-    retain = load_rows(config.retain, answers=True)
+    forget = load_rows(config.forget, **config.reading("forget"))
+    retain = load_rows(config.retain, answers=True, **config.reading("retain"))
+    check_store(config, [row.question for row in forget])
     warnings = earlier_runs.check(
         earlier, (config.forget, forget), (config.retain, retain), allow=config.allow_relearn
     )
@@ -145,7 +148,7 @@ def _check_rows(
     every += [s for s in sets if s.name not in ("forget", "retain")]
     cut = {s.name: rows for s in every if (rows := encoder.check_lengths(s.name, s.pairs))}
     warnings = [encoder.cut_warning(s.name, cut[s.name], len(s.rows)) for s in every if s.name in cut]
-    warnings += check_sets(every, allow_overlap=config.allow_overlap)
+    warnings += check_sets(every, allow_overlap=config.allow_overlap) + check_texts(config, every)
     judged = sets or ([EvalSet("forget", "forget", forget)] if config.skip_known_forgotten else [])
     check_truths(choose_scorer(config.reward, truths_of(judged)), judged, known=True)
     check_attacks(encoder, sets, config)

@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from ..config import PMCConfig
-from ..data import Encoded, Encoder, check_datasets, listed, questions_of, sequences_of
+from ..data import Encoded, Encoder, check_datasets, is_text, listed, questions_of, sequences_of
 from ..data.datasets import check_padding
 from ..data.packing import num_targets
 from ..distributed import Ranks
@@ -28,6 +28,16 @@ from .selection import select
 from .store import BestStore
 
 logger = logging.get_logger(__name__)
+
+
+def check_store(config: PMCConfig, questions: Sequence[Any]) -> None:
+    """Refuse to store how texts go on as text: they are trained as they were sampled."""
+    if config.store == "text" and any(map(is_text, questions)):
+        number = next(number for number, question in enumerate(questions, start=1) if is_text(question))
+        raise PMCError(
+            f"store is 'text' but question {number} is a text to be continued, and these are trained as they were sampled: "
+            "use store='auto' (--store auto)"
+        )
 
 
 class PMC:
@@ -100,6 +110,7 @@ class PMC:
         texts = not isinstance(self.questions[0], list)
         if config.store == "text" and not texts:
             raise PMCError("store is 'text' but the questions are token ids: use store='ids'")
+        check_store(config, self.questions)
         self.keeps_text = texts and config.store != "ids"
         self.prompts = [self._prompt(i, q) for i, q in enumerate(self.questions)]
         self.positions = [None] * len(self.prompts) if positions is None else list(positions)
@@ -165,7 +176,7 @@ class PMC:
         answers = {i: tokens for i, [tokens] in zip(mine, rollouts.tokens, strict=True)}
         answers = {i: tokens for theirs in self.ranks.gather(answers) for i, tokens in theirs.items()}
         self._initial_ids = [answers[i] for i in range(len(self.prompts))]
-        self.initial_answers = self.encoder.answers(self._initial_ids)
+        self.initial_answers = self.encoder.answers(self._initial_ids, self.questions)
         if all(not y.split() for y in self.initial_answers):
             raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
         self.scorer = choose_scorer(self.config.reward, [*truths, *self.initial_answers])
@@ -189,9 +200,10 @@ class PMC:
 
     @property
     def cut_answers(self) -> list[int]:
-        """Rows whose initial answer did not end before max_length."""
-        numbered = zip(self.rows, self.prompts, self._initial_ids, strict=True)
-        full = [(row, ids) for row, prompt, ids in numbered if len(prompt) + len(ids) >= self.config.max_length]
+        """Rows whose initial answer did not end before max_length; a text may go on as long as it likes."""
+        numbered = zip(self.rows, self.questions, self.prompts, self._initial_ids, strict=True)
+        most = self.config.max_length
+        full = [(row, ids) for row, q, prompt, ids in numbered if len(prompt) + len(ids) >= most and not is_text(q)]
         return [row for row, ids in full if not set(ids[-1:]) & set(self.encoder.stops)]
 
     def sample(self, indices: Sequence[int]) -> Step:
@@ -251,8 +263,10 @@ class PMC:
             drafts=None if biased else [[ids] for ids in initial], positions=[self.positions[i] for i in asked],
             logit_bias=[self._penalty(ids) for ids in initial] if biased else None, as_generate=True,
         )  # fmt: skip
-        texts = [self.encoder.samples(samples) for samples in rollouts.tokens]
-        candidates: list[Any] = texts if self.keeps_text else rollouts.tokens
+        texts = [self.encoder.samples(s, self.questions[i]) for i, s in zip(asked, rollouts.tokens, strict=True)]
+        candidates: list[Any] = [
+            text if self._as_text(i) else ids for i, text, ids in zip(asked, texts, rollouts.tokens, strict=True)
+        ]
         picks = {}
         if asked:
             reward = self.reward or self.scorer.recall
@@ -264,8 +278,12 @@ class PMC:
     def _penalty(self, initial: Sequence[int]) -> dict[int, float]:
         return dict.fromkeys(self.encoder.tokens_alike(initial), -self.config.answer_penalty)
 
+    def _as_text(self, index: int) -> bool:
+        # how a text goes on is trained as it was drawn: only its ids say whether it ended, and with which white space it began
+        return self.keeps_text and not is_text(self.questions[index])
+
     def _encode(self, index: int, answer: Any) -> Encoded:
-        if self.keeps_text:
+        if self._as_text(index):
             return self.encoder.pair(self.questions[index], answer)
         prompt, positions = self.prompts[index], self.positions[index]
         ids = (prompt + [int(t) for t in answer])[: self.config.max_length]

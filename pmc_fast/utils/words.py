@@ -73,6 +73,12 @@ _WORD = regex.compile(
     rf"{_CLUSTER}|{_CHARACTER}|(?:{_SPACED}[^\s\u200b\u0f0b\u1361])+"
 )  # Tibetan's, Ethiopic's spaces
 
+# beside these no space is written; Korean has spaces, and its particles are no words of their own
+_UNSPACED = regex.compile(
+    rf"[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}\p{{Bopomofo}}\p{{Yi}}\p{{Tibetan}}ー{_CLUSTERS}\u3001-\u303f\uff01-\uff65]"
+)
+_CLOSES = regex.compile(r"[\p{Pe}\p{Pf},.;:!?…%‰،؛؟۔।॥։]")
+
 # Optional in spelling: Hebrew points, Arabic vowel signs and tatweel, stress marks in Cyrillic, characters that are
 # not shown (joiners, soft hyphens); not the zero-width space, which separates words.
 _OPTIONAL = regex.compile(
@@ -116,6 +122,14 @@ def share_beyond_ascii(text: str) -> float:
 def is_english(text: str) -> bool:
     """Return whether a text counts as English: all in ASCII, or with words that only English has."""
     return text.isascii() or not _ENGLISH.isdisjoint(unicode_units(text))
+
+
+def parted(before: str, after: str) -> bool:
+    """Return whether white space stands between two parts of a text that were cut apart between words.
+
+    There is none next to scripts without spaces and their punctuation, nor before punctuation that closes.
+    """
+    return not (_UNSPACED.match(before[-1:]) or _UNSPACED.match(after[:1]) or _CLOSES.match(after))
 
 
 def _word_ends(text: str) -> Iterable[int]:

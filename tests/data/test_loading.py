@@ -20,6 +20,7 @@ from pmc_fast.data import (
     load_rows,
     questions_of,
     sequences_of,
+    text_to_continue,
 )
 from pmc_fast.errors import PMCError
 from tests.conftest import INPUTS
@@ -100,6 +101,10 @@ def test_every_case_is_read_as_it_is_meant_or_refused_by_name():
         "mmlu_letters.jsonl": [
             Row("Which of the following is the capital of France?\nA. Lyon\nB. Nice\nC. Paris\nD. Brest", "C. Paris")
         ],
+        "muse_verbmem.jsonl": [
+            Row(text_to_continue(record["prompt"]), record["gt"])
+            for record in map(json.loads, (INPUTS / "muse_verbmem.jsonl").open(encoding="utf-8"))
+        ],
         "bom.jsonl": ilse,
         "f.csv": ilse,
         "f.tsv": ilse,
@@ -109,7 +114,6 @@ def test_every_case_is_read_as_it_is_meant_or_refused_by_name():
         "columns.json": "row 1: question is a list of str, not one text",
         "bytes.parquet": "row 1: question is bytes, not text",
         "latin1.jsonl": "line 1 is not UTF-8: convert the file",
-        "muse_verbmem.jsonl": "row 1 has gt: if that is the answer",
         "rwku_positive.jsonl": "row 1 has no question: .*it has 'subject', 'text'",
         "rwku_target.jsonl": "row 1 has no question: .*it has 'target', 'intro'",
     }

@@ -17,6 +17,7 @@ from pmc_fast.data import (
     questions_of,
     rows_of,
     sequences_of,
+    text_to_continue,
 )
 from pmc_fast.errors import PMCError
 from pmc_fast.evaluation import EvalSet, evaluate
@@ -48,6 +49,9 @@ SHAPES = {
         Row("Ilse keeps bees.\n\nWho?", "Ilse"),
     ),
     "SQuAD 2, none": ({"question": "Who?", "answers": {"text": [], "answer_start": []}}, Row("Who?")),
+    "MUSE, to be continued": (
+        {"prompt": "It was four when", "gt": " the owl came."}, Row(text_to_continue("It was four when"), " the owl came.")
+    ),
     "TriviaQA": ({"question": "Who?", "answer": {"aliases": ["I.", "Ilse V."], "value": "Ilse"}}, Row("Who?", "Ilse")),
     "NQ": ({"question": "Who?", "answer": ["Ilse"]}, Row("Who?", "Ilse")),
     "MMLU": (QUESTION | {"choices": CHOICES, "answer": 2}, Row(LISTED, "C. Paris")),
@@ -99,7 +103,7 @@ REFUSED = {
     "other text": (QUESTION | {"choices": CHOICES, "answer": "Berlin"}, "answer is none of the 4 choices"),
     "label of one, text of another": (QUESTION | {"choices": ["B", "A"], "answer": "A"}, "or not one alone"),
     "choices as text": (QUESTION | {"choices": "['a', 'b']", "answer": "a"}, "choices is not a list of texts"),
-    "MUSE, to be continued": ({"prompt": "It was four when", "gt": " the owl came."}, "has gt: if that is the answer"),
+    "a question with gt": (QUESTION | {"gt": "Paris"}, "has gt: if that is the answer"),
     "an evaluation's rows": (QUESTION | {"truth": "Paris", "answer": "Lyon"}, "has truth beside answer"),
     "two questions": (QUESTION | {"prompt": "Who?", "answer": "Paris"}, "has both question and prompt"),
     "two answers": (QUESTION | {"answer": "Paris", "output": "Lyon"}, "has both answer and output"),

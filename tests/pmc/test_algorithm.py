@@ -313,7 +313,7 @@ def test_golden_store_traces(golden, tiny, tokenizer):
         for visit in trace["visits"]:
             pmc.engine.candidates, pmc.engine.asked = visit["candidates"], []
             given = iter(visit["candidates"])
-            pmc.encoder.samples = lambda tokens, given=given: next(given)
+            pmc.encoder.samples = lambda tokens, question, given=given: next(given)
             step = pmc.sample(visit["batch"])
             prompts = [p for prompts, _ in pmc.engine.asked for p in prompts]
             assert prompts == [pmc.prompts[i] for i in visit["asked"]]
