@@ -1,6 +1,6 @@
 # make demo   set everything up and watch a real model forget real facts
 # make test   set everything up and run the tests
-# make lint   ruff, mypy, clang-format
+# make lint   ruff, mypy, clang-format, zizmor
 # make bench  the CPU benchmarks, half an hour on two cores; then the tables and plots of README and docs/
 # make docs   the documentation as a site, with an API reference, in build/site/
 # make kernels-report   registers, shared memory and spills of every Triton kernel
@@ -31,6 +31,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/*.cpp
+	$(BIN)/zizmor --offline --quiet .github
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

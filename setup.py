@@ -1,5 +1,7 @@
 """Builds the C++ module, and the CUDA one where nvcc is; everything else about the package stands in pyproject.toml.
 
+cuda_wheel/setup.py loads this file for a wheel of the CUDA module alone.
+
 PMC_FAST_CUDA=1 fails if the CUDA module cannot be built, 0 leaves it out; unset, it is built if it can be.
 CXX and NVCC name other compilers, PMC_FAST_CHIPS other chips (90: for an H100 alone, in a third of the time).
 """
@@ -18,7 +20,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
 from setuptools.modified import newer_group
 
-CUDA = "pmc_fast._cuda"
+CUDA = ("pmc_fast._cuda", "pmc_fast_cuda._cuda")  # in the package itself, and in a wheel of its own
 CUDA_ONLY = "csrc/bindings_cuda.cpp"
 # A100, RTX 40 and L4, H100, B200, RTX 50; later chips compile the last one's PTX when they first load it
 CHIPS = tuple(int(chip) for chip in os.environ.get("PMC_FAST_CHIPS", "80,89,90,100,120").split(","))
@@ -68,7 +70,7 @@ class BuildExt(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.name != CUDA:
+        if ext.name not in CUDA:
             super().build_extension(ext)
             return
         why = self._build_cuda(ext)
@@ -99,20 +101,25 @@ class BuildExt(build_ext):
         return None
 
 
-modules: list[Extension] = [
-    Pybind11Extension(
+def cpu_module() -> Extension:
+    return Pybind11Extension(
         "pmc_fast._cpu",
         sorted(set(glob("csrc/*.cpp")) - {CUDA_ONLY}),
         depends=glob("csrc/*.h"),
         cxx_std=17,
         extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
         extra_link_args=["-pthread", "-ldl"],
-    ),
-    Extension(  # listed even if it is left out: sdists take their files from here
-        CUDA,
-        [*sorted(glob("csrc/*.cu")), CUDA_ONLY],
-        depends=glob("csrc/*.h"),
+    )
+
+
+def cuda_module(name: str, root: str = "") -> Extension:
+    return Extension(  # listed even if it is left out: sdists take their files from here
+        name,
+        [*sorted(glob(f"{root}csrc/*.cu")), root + CUDA_ONLY],
+        depends=glob(f"{root}csrc/*.h"),
         optional=WANTED != "1",  # setuptools does not miss its file then
-    ),
-]
-setup(ext_modules=modules, cmdclass={"build_ext": BuildExt})
+    )
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[cpu_module(), cuda_module(CUDA[0])], cmdclass={"build_ext": BuildExt})

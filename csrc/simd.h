@@ -13,9 +13,12 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PMC_X86 1
-// 512-bit vectors are asked for by name: the default tuning stops at 256
-#define PMC_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define PMC_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
+#ifdef __clang__  // has no such option in attributes, and would drop the whole target
+#define PMC_AVX512 __attribute__((target(PMC_AVX512_TARGET), min_vector_width(512)))
+#else  // 512-bit vectors are asked for by name: the default tuning stops at 256
+#define PMC_AVX512 __attribute__((target(PMC_AVX512_TARGET ",prefer-vector-width=512")))
+#endif
 #define PMC_AVX2 __attribute__((target("avx2,fma")))
 #endif
 
@@ -43,7 +46,7 @@ PMC_AVX512 auto compiled_for_avx512(const F& f) {
 // Calls f(IsaTag) as compiled for an instruction set. f is a lambda marked PMC_ALWAYS_INLINE, and what it
 // calls is PMC_INLINE: the rest is compiled for any processor.
 template <typename F>
-auto dispatch(Isa isa, const F& f) {
+auto dispatch([[maybe_unused]] Isa isa, const F& f) {
 #ifdef PMC_X86
   if (isa == Isa::kAvx512) return compiled_for_avx512(f);
   if (isa == Isa::kAvx2) return compiled_for_avx2(f);

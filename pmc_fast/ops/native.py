@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+from importlib import metadata
 from types import ModuleType
 
 import torch
@@ -50,22 +51,40 @@ def isa() -> int:
 
 @functools.cache
 def cuda() -> ModuleType:
-    """Return the CUDA module, which is built where nvcc is found.
+    """Return the CUDA module: the one that was built with the package where nvcc was found, else pmc_fast_cuda's.
 
     Raises
     ------
     PMCError
-        The package was built without nvcc, or torch is not one for CUDA.
+        There is neither, torch is not one for CUDA, or pmc_fast_cuda is of another version.
     """
     if why := why_refused(torch.device("cuda")):
         raise PMCError(f"pmc_fast's CUDA module can't be used: {why}")
     try:
         return importlib.import_module("pmc_fast._cuda")
     except ImportError as error:
+        missing = error
+    try:
+        module = importlib.import_module("pmc_fast_cuda._cuda")
+    except ImportError as error:
         raise PMCError(
-            f"pmc_fast's CUDA module is missing ({error}): install the CUDA toolkit and run "
-            "`PMC_FAST_CUDA=1 pip install .` again"
+            f"pmc_fast's CUDA module is missing ({missing}; {error}): install the wheel that has it with "
+            "`pip install 'pmc_fast[cuda]'`, or the CUDA toolkit, and run `PMC_FAST_CUDA=1 pip install .` again"
         ) from error
+    ours, theirs = _version("pmc_fast"), _version("pmc_fast_cuda")
+    if ours != theirs:  # addresses and sizes go to it unchecked: it must be of the same source
+        raise PMCError(
+            f"pmc_fast_cuda is {theirs}, but pmc_fast is {ours}: both must be one version, "
+            f"pip install pmc_fast_cuda=={ours}"
+        )
+    return module
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def triton_kernels(name: str) -> ModuleType:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "pmc_fast", "torch", "triton", "transformers", "tokenizers", "numpy", "flash_attn", "flash_attn_3", "datasets", "peft"
+    "pmc_fast", "pmc_fast_cuda", "torch", "triton", "transformers", "tokenizers", "numpy", "flash_attn", "flash_attn_3",
+    "datasets", "peft",
 )  # fmt: skip
 
 
@@ -84,12 +85,18 @@ def capabilities() -> dict[str, str]:
 
     from ..errors import PMCError
     from ..ops.dispatch import why_refused
-    from ..ops.native import ISAS, isa
+    from ..ops.native import ISAS, cuda, isa
 
     try:
         native = f"built, uses {ISAS[isa()]} instructions"
     except PMCError as error:
         native = str(error)
+    cuda_module = {}
+    if torch.version.cuda:  # others have no use for it
+        try:
+            cuda_module = {"CUDA module": f"built, {cuda().__name__}"}
+        except PMCError as error:
+            cuda_module = {"CUDA module": str(error)}
     extras = {"cli": "datasets", "lora": "peft", "reference": "rouge_score"}
     present = {
         extra: "installed" if importlib.util.find_spec(module) else f"missing: pip install 'pmc_fast[{extra}]'"
@@ -98,6 +105,7 @@ def capabilities() -> dict[str, str]:
     gpu = why_refused(torch.device("cuda"))
     return (
         {"C++ module": native}
+        | cuda_module
         | ({"GPU": gpu} if gpu else {})
         | {f"extra {name}": state for name, state in present.items()}
     )

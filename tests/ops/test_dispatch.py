@@ -1,5 +1,8 @@
 """Which backend serves: an unknown name is refused by every op, and so is a device that a backend can't read."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -87,3 +90,27 @@ def test_cuda_attention_refuses_the_memory_of_the_cpu(monkeypatch):
     monkeypatch.setattr("pmc_fast.ops.dispatch.triton_interprets", lambda: True)
     with pytest.raises(PMCError, match="decode_attention: backend 'cuda' can't serve tensors on cpu"):
         OPS["decode_attention"]("cuda")
+
+
+@pytest.mark.parametrize(("theirs", "works"), [("0.1.0", True), ("0.0.9", False)])
+def test_the_cuda_wheel_serves_its_own_version_alone(monkeypatch, theirs, works):
+    """Where the package was built without nvcc."""
+    wheel = ModuleType("pmc_fast_cuda._cuda")
+    monkeypatch.setitem(sys.modules, "pmc_fast._cuda", None)
+    monkeypatch.setitem(sys.modules, "pmc_fast_cuda", ModuleType("pmc_fast_cuda"))
+    monkeypatch.setitem(sys.modules, "pmc_fast_cuda._cuda", wheel)
+    monkeypatch.setattr(native.metadata, "version", {"pmc_fast": "0.1.0", "pmc_fast_cuda": theirs}.__getitem__)
+    if works:
+        assert native.cuda.__wrapped__() is wheel
+        return
+    with pytest.raises(
+        PMCError, match=r"pmc_fast_cuda is 0\.0\.9, but pmc_fast is 0\.1\.0: .*pmc_fast_cuda==0\.1\.0"
+    ):
+        native.cuda.__wrapped__()
+
+
+def test_a_missing_cuda_module_names_both_ways_to_have_one(monkeypatch):
+    for name in ("pmc_fast._cuda", "pmc_fast_cuda"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(PMCError, match=r"missing .*'pmc_fast\[cuda\]'.*PMC_FAST_CUDA=1 pip install"):
+        native.cuda.__wrapped__()
