@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -334,12 +335,25 @@ def read_request(request: SpooledRequest) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _content(directory: Path, salt: str) -> str:
-    """Return a hash of a request's files."""
+    """Return a hash of a request's files; the directory may be moved meanwhile."""
     found = hashlib.sha256(salt.encode())
-    for path in sorted(directory.iterdir()):
-        content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
-        found.update(f"{path.name}\0".encode() + hashlib.sha256(content).digest())
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in sorted(os.listdir(handle)):
+            found.update(f"{name}\0".encode() + hashlib.sha256(_read(name, handle)).digest())
+    finally:
+        os.close(handle)
     return found.hexdigest()
+
+
+def _read(name: str, directory: int) -> bytes:
+    """Return a file's content; what is no file, or was removed meanwhile, has none."""
+    try:
+        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    except OSError:
+        return b""
+    with open(handle, "rb") as file:
+        return file.read() if stat.S_ISREG(os.fstat(handle).st_mode) else b""
 
 
 def _is_request(entry: os.DirEntry[str]) -> bool:

@@ -154,7 +154,7 @@ def test_a_token_across_the_boundary_is_left_to_the_model():
             text = question + start
             return [text[i : i + 2] for i in range(0, len(text), 2)]
 
-        def answers(self, tokens):
+        def answers(self, tokens, questions):
             return ["".join(t) for t in tokens]
 
     def engine(prompts, *, drafts, **how):

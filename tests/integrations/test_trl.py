@@ -255,9 +255,12 @@ def test_the_model_card(trainer_of, tmp_path):
         assert not any(text in content for text in [*QUESTIONS, "It is secret.", *trainer.pmc.initial_answers])
 
 
-def test_the_citation_is_the_readmes(pytestconfig):
-    assert PMCTrainer._paper["citation"] in (pytestconfig.rootpath / "README.md").read_text()
-    assert PMCTrainer._paper["title"] in PMCTrainer._paper["citation"]
+def test_the_citation_is_the_projects(pytestconfig):
+    cited, paper = (pytestconfig.rootpath / "CITATION.cff").read_text(), PMCTrainer._paper
+    assert paper["title"] in cited
+    assert paper["title"] in paper["citation"]
+    assert paper["id"] in cited
+    assert paper["id"] in paper["citation"]
 
 
 def test_trls_usage_ping_names_nothing(trainer_of, tiny_dir, monkeypatch):

@@ -10,13 +10,13 @@ from benchmarks.memory import SHAPES, TOFU
 from pmc_fast.config import RequestConfig
 from pmc_fast.errors import PMCError
 from pmc_fast.jobs import memory, memory_limits
+from pmc_fast.jobs.held import Held
 from pmc_fast.jobs.memory import GIB, Choice, Memory
 from pmc_fast.jobs.memory_limits import choose, work_of
 from pmc_fast.models import loading
 from pmc_fast.models.fsdp import fsdp_launched
 from pmc_fast.models.pass_memory import Shape
 from pmc_fast.pmc.algorithm import PMC
-from pmc_fast.rollout import RolloutEngine
 from tests.command_line import run
 from tests.pages import ROOT
 
@@ -110,11 +110,15 @@ def test_the_smallest_memory_of_all_processes_counts(published):
 def test_a_run_is_bounded_or_refused_before_work(arguments, data, monkeypatch, capsys):
     monkeypatch.setattr(memory_limits, "LIMITED", ("cpu",))
     bounds, engines = [], []
-    limit, init = PMC.limit, RolloutEngine.__init__
+    limit, passes = PMC.limit, Held.passes
     monkeypatch.setattr(PMC, "limit", lambda self, *how: (bounds.append(how), limit(self, *how))[1])
-    monkeypatch.setattr(
-        RolloutEngine, "__init__", lambda self, *a, **how: (engines.append(how), init(self, *a, **how))[1]
-    )
+
+    def recorded(self, choice):
+        made = passes(self, choice)
+        engines.append(made[0])
+        return made
+
+    monkeypatch.setattr(Held, "passes", recorded)
     monkeypatch.setattr(memory_limits, "device_memory", lambda device: (1 << 20, 1 << 30))
     for more in ([], ["--dry-run"]):
         assert run([*arguments, *more]) == 2
@@ -124,7 +128,7 @@ def test_a_run_is_bounded_or_refused_before_work(arguments, data, monkeypatch, c
     monkeypatch.setattr(memory_limits, "device_memory", lambda device: (1 << 34, 1 << 34))
     assert run([*arguments, "--no-evaluate"]) == 0
     assert bounds == [(8192, 0)]
-    assert engines[0]["pool_tokens"] > 0
+    assert engines[0].pool_tokens > 0
     assert "memory:" not in capsys.readouterr().err
 
 
