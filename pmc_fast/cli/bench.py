@@ -19,7 +19,9 @@ QUICK_HELP = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in 
 
 @click.command()
 @click.option(
-    "--quick", is_flag=True, help=f"a small benchmark, about a minute for 135M parameters on two cores: {QUICK_HELP}"
+    "--quick",
+    is_flag=True,
+    help=f"a small benchmark, one to two minutes for 135M parameters on two cores: {QUICK_HELP}",
 )
 @json_option
 @click.option(
