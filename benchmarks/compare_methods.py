@@ -73,13 +73,13 @@ GRIDS: dict[str, list[dict[str, float]]] = {
     "idk": [{"learning_rate": lr, "retain_weight": w} for lr in (5e-5, 1e-4) for w in (1.25, 3.0)],
     "retain_only": [{"learning_rate": 5e-5}],
 }  # fmt: skip
-ABLATED: dict[str, dict[str, float]] = {  # what is put in place of one of EXTENSIONS
-    "no answer_penalty": {"answer_penalty": 0.0},
-    "no answer_penalty, T 1.25, N 10": {"answer_penalty": 0.0, "temperature": 1.25, "num_samples": 10},
-    "resample_above 0": {"resample_above": 0.0},
-    "N 10": {"num_samples": 10},
-    "T 1.25": {"temperature": 1.25},
-}
+ABLATED: list[dict[str, float]] = [  # what is put in place of some of EXTENSIONS
+    {"answer_penalty": 0.0},
+    {"answer_penalty": 0.0, "temperature": 1.25, "num_samples": 10},
+    {"resample_above": 0.0},
+    {"num_samples": 10},
+    {"temperature": 1.25},
+]
 ATTACK: dict[str, Any] = {"num_samples": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}
 PREFILL = "The answer is:"
 ATTACK_LENGTH = 100  # tokens of prompt and answer; no forget question and its truth take more than 76
@@ -227,7 +227,7 @@ def final_plans(
 def ablation_plans(results: Sequence[dict[str, Any]]) -> Iterator[Plan]:
     """Yield the chosen setting of "pmc_fast" without one extension each, on the questions of the tuning."""
     setting = chosen(results, "pmc_fast") or {}
-    for change in ABLATED.values():
+    for change in ABLATED:
         yield Plan("pmc_fast", setting | change, 0, TUNING, "demo", attack=False)
 
 
@@ -248,7 +248,7 @@ def make_all(
     run: Callable[[Plan], dict[str, Any]] = in_process,
 ) -> None:
     """Make the runs that are not there yet, `workers` at a time, and write each as it ends."""
-    todo = [plan for plan in dict_of(plans) if again or plan.find(measured(path)) is None]
+    todo = [plan for plan in distinct(plans) if again or plan.find(measured(path)) is None]
     seconds = sum(plan.budget for plan in todo) / workers
     print(f"{len(todo)} runs to make: {seconds / 60:.0f} min of training, and their evaluations", flush=True)
     for task in {plan.task for plan in todo}:
@@ -274,7 +274,7 @@ def make_all(
                 write(pending.pop(done), done.result())
 
 
-def dict_of(plans: Iterable[Plan]) -> list[Plan]:
+def distinct(plans: Iterable[Plan]) -> list[Plan]:
     """Return each plan once, in order."""
     once: list[Plan] = []
     for plan in plans:

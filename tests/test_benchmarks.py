@@ -219,7 +219,7 @@ def test_plans_name_each_run_once():
     ]  # idk: not tuned yet
     assert {(p.method, p.task) for p in final} == {("npo", "heldout")}
     assert not any(p.find(made) for p in final)
-    assert compare_methods.dict_of([*final, *final]) == final
+    assert compare_methods.distinct([*final, *final]) == final
 
 
 @pytest.fixture

@@ -89,13 +89,13 @@ def _rows(source: str, name: str, own: Sequence[Row], count: int) -> list[Row]:
     return rows[:count]
 
 
-def bench(config: BenchConfig, monitor: Monitor | None = None) -> dict[str, Any]:
+def measure(plan: Plan, monitor: Monitor | None = None) -> dict[str, Any]:
     """Measure rollouts, a training step and weighted_nll of a model, each beside its baseline.
 
     Parameters
     ----------
-    config : BenchConfig
-        Model is required.
+    plan : Plan
+        Of `check`.
     monitor : Monitor, optional
         Shows the stages.
 
@@ -108,13 +108,8 @@ def bench(config: BenchConfig, monitor: Monitor | None = None) -> dict[str, Any]
     Raises
     ------
     PMCError
-        Bad input; contestants that don't compute the same.
+        Contestants that don't compute the same.
     """
-    return measure(check(config), monitor)
-
-
-def measure(plan: Plan, monitor: Monitor | None = None) -> dict[str, Any]:
-    """Make a checked benchmark; see `bench`."""
     config, monitor = plan.config, monitor or Silent()
     for text in plan.warnings:
         monitor.warn(text)

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# `pmc-fast bench --quick`: about a minute for 135M parameters on two CPU cores
+# `pmc-fast bench --quick`: one to two minutes for 135M parameters on two CPU cores
 QUICK: dict[str, Any] = {"batch_size": 2, "num_samples": 8, "max_length": 80, "rounds": 2}
 
 

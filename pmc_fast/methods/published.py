@@ -1,5 +1,7 @@
 """Published methods: each a formula in the symbols of its paper."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,6 +13,13 @@ from ..pmc.losses import dpo, npo, simnpo
 from .method import Batch, Kind, Method
 
 Divergence = Literal["kl", "total_variation", "jensen_shannon", "pearson"]
+Formula = Callable[[torch.Tensor], torch.Tensor]
+DIVERGENCES: dict[Divergence, tuple[Formula, Formula]] = {  # g(v) and f*(g(v))
+    "kl": (lambda v: v, lambda v: (v - 1).exp()),
+    "total_variation": (lambda v: v.tanh() / 2, lambda v: v.tanh() / 2),
+    "jensen_shannon": (lambda v: math.log(2) - softplus(-v), lambda v: v + softplus(-v) - math.log(2)),
+    "pearson": (lambda v: v, lambda v: v**2 / 4 + v),
+}
 
 
 @dataclass(frozen=True)
@@ -102,21 +111,10 @@ class FLAT(Method):
     divergence: Divergence = "kl"
 
     def __post_init__(self) -> None:
-        if self.divergence not in self._formulas():
-            raise PMCError(f"divergence is {self.divergence!r}: use one of {', '.join(self._formulas())}")
+        if self.divergence not in DIVERGENCES:
+            raise PMCError(f"divergence is {self.divergence!r}: use one of {', '.join(DIVERGENCES)}")
 
     def objective(self, batch: Batch) -> torch.Tensor:
         refused, forgotten = (batch.mean_probs(kind) for kind in ("template", "forget"))
-        g, conjugate_of_g = self._formulas()[self.divergence]
+        g, conjugate_of_g = DIVERGENCES[self.divergence]
         return (conjugate_of_g(forgotten) - g(refused)).mean()
-
-    @staticmethod
-    def _formulas():  # type: ignore[no-untyped-def]
-        """Return g(v) and f*(g(v)) by divergence."""
-        log2 = torch.log(torch.tensor(2.0))
-        return {
-            "kl": (lambda v: v, lambda v: (v - 1).exp()),
-            "total_variation": (lambda v: v.tanh() / 2, lambda v: v.tanh() / 2),
-            "jensen_shannon": (lambda v: log2 - softplus(-v), lambda v: v + softplus(-v) - log2),
-            "pearson": (lambda v: v, lambda v: v**2 / 4 + v),
-        }

@@ -111,7 +111,7 @@ class Unlearner:
             raise PMCError(f"{type(self.method).__name__} has nothing to train on: give retain pairs")
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         retained = total.clone()
-        for p in pack([[s] for s in sequences], self.config.max_tokens):
+        for p in self._packs(sequences):
             scale = torch.cat([scales[i] for i in p.sequences])
             is_kept = torch.tensor([i >= len(sequences) - len(kept) for i in p.sequences])
             loss, logps = self.packed(p, scale, model=model)

@@ -23,7 +23,7 @@ QUICKER = [
 
 @pytest.fixture(scope="module")
 def made(tiny_dir):
-    return run.bench(BenchConfig(model=str(tiny_dir), **SMALL))
+    return run.measure(run.check(BenchConfig(model=str(tiny_dir), **SMALL)))
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_a_wrong_step_is_not_timed(tiny_dir, monkeypatch):
     wrong = lambda self, indices, retain: {"loss": self.cross_entropy([("Who?", "Ann.")])}  # noqa: E731
     monkeypatch.setattr(Reference, "loss", wrong)
     with pytest.raises(PMCError, match="losses of pmc_fast and the baseline"):
-        run.bench(BenchConfig(model=str(tiny_dir), **SMALL))
+        run.measure(run.check(BenchConfig(model=str(tiny_dir), **SMALL)))
 
 
 # --- what is left out

@@ -125,6 +125,7 @@ def test_attention_refuses(change):
 
 needs_avx2 = pytest.mark.skipif(not fast_linear_serves(torch.zeros(1, 1)), reason="linear needs AVX2")
 MANY_ROWS = few_rows().stop
+LANES = {"avx2": 8, "avx512": 16}
 
 
 @needs_avx2
@@ -139,17 +140,17 @@ def test_linear(isa, data, inner, outer, bias, wide, seed):
         pytest.skip(f"this machine has no {isa}")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(native, "isa", lambda: native.ISAS.index(isa))
-        _linear_is_exact(data.draw(st.sampled_from(few_rows())), inner, outer, bias, wide, seed)
+        _linear_is_exact(LANES[isa], data.draw(st.sampled_from(few_rows())), inner, outer, bias, wide, seed)
 
 
-def _linear_is_exact(rows, inner, outer, bias, wide, seed):
+def _linear_is_exact(lanes, rows, inner, outer, bias, wide, seed):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, inner + 5 * wide, generator=g)[:, :inner]  # rows further apart than they are long
     weight = torch.randn(outer, inner, generator=g)
     b = torch.randn(outer, generator=g) if bias else None
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
-    # n products of size 1 in a tree of 8 sums or more, at the worst in a row of n / 8
-    bound = 2**-24 * (inner / 8 + 8) * (x.abs().double() @ weight.abs().double().T + 3)
+    # n products of size 1 in a tree of as many sums as there are lanes, at the worst in a row of n / lanes
+    bound = 2**-24 * (inner / lanes + 8) * (x.abs().double() @ weight.abs().double().T + 3)
     assert ((linear(x, weight, b).double() - exact).abs() <= bound).all()
 
 
