@@ -17,7 +17,7 @@ from ..data import rows_of
 from ..data.loading import strict_object
 from ..errors import PMCError
 from .serve import Counts
-from .spool import PARTS, SETS, VERIFICATION, Spool, check_id
+from .spool import PARTS, SETS, VERIFICATION, OtherContentError, Spool, check_id
 from .stack import RECORD
 
 TOKEN = "PMC_FAST_TOKEN"  # environment variable
@@ -206,8 +206,10 @@ def _submitted(spool: Spool, body: bytes, check: Check, most_rows: int) -> tuple
         return {"error": str(error)}, 422
     try:
         new = spool.submit(id, sets, settings, verify)
+    except OtherContentError as error:
+        return {"error": str(error)}, 409
     except PMCError as error:
-        return {"error": str(error)}, 409 if "other content" in str(error) else 507
+        return {"error": str(error)}, 507
     return spool.state(id) or {"id": id, "state": "queued"}, 202 if new else 200
 
 

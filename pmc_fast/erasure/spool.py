@@ -37,7 +37,13 @@ STATES = ("incoming", "running", "done", "failed")
 PARTS = ("settings", "verify")  # of request.json
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LONGEST = 500  # characters of an error
-_OTHER = "request {} is here with other content: choose another id"
+
+
+class OtherContentError(PMCError):
+    """Another request has the id."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"request {id} is here with other content: choose another id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +128,7 @@ class Spool:
         Raises
         ------
         PMCError
-            A bad id, another request with this id, or an error in writing.
+            A bad id, another request with this id (`OtherContentError`), or an error in writing.
         """
         check_id(id)
         if unknown := sorted(set(sets) - set(SETS)):
@@ -161,14 +167,14 @@ class Spool:
         if self._answered(id, directory):  # else what was read may have been half removed
             return True
         if not same:
-            raise PMCError(_OTHER.format(id))
+            raise OtherContentError(id)
         return False
 
     def _answered(self, id: str, directory: Path) -> bool:
         """Return whether the request in `directory` has its answer here; refuse another one with its id."""
         result = self.result(id)
         if result is not None and result["content"] != _content(directory, result["salt"]):
-            raise PMCError(_OTHER.format(id))
+            raise OtherContentError(id)
         return result is not None
 
     def state(self, id: str) -> dict[str, Any] | None:
