@@ -33,6 +33,12 @@ def test_gates_need_the_evaluation():
         UnlearnConfig(attack_samples=9, evaluate=False)
 
 
+def test_a_stopping_score_that_is_never_reached_is_refused():
+    with pytest.raises(PMCError, match=r"stop_score is 0\.05: it must be at least resample_above, 0\.1"):
+        PMCConfig(stop_score=0.05, resample_above=0.1)
+    PMCConfig(stop_score=0.1, resample_above=0.1)
+
+
 def test_layers_override_each_other():
     config = UnlearnConfig.merge("phi", {"num_samples": 7, "top_p": 0.9}, {"top_p": 0.8})
     assert (config.num_samples, config.top_p, config.temperature, config.prompt_format) == (7, 0.8, 1.25, "tags")

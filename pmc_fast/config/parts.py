@@ -248,6 +248,9 @@ class PMCConfig(SamplingConfig, SharedConfig):
         require(
             plain, "selection", self.selection, "argmin with answer_penalty, under which samples are not the model's"
         )
+        reached = self.stop_score is None or self.stop_score >= self.resample_above
+        kept = f"at least resample_above, {self.resample_above}: answers of that score are not improved"
+        require(reached, "stop_score", self.stop_score, kept)
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ its absence, is found.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import torch
 from ..errors import PMCError
 from ..jobs.earlier_runs import entry
 from ..models import loading
-from ..utils.files import file_sha256, lock, sync
+from ..utils.files import FileHashes, lock, sync
 from . import adapters
 
 RECORD, PRIVATE, ROLLED_BACK = "record.json", "private.jsonl", "rolled_back"
@@ -58,14 +59,20 @@ class ErasureRequest:
 class Stack:
     """The requests of one model, read and checked.
 
+    Parameters
+    ----------
+    directory : str or Path
+    hashes : FileHashes, optional
+        Where somebody reads the stack often.
+
     Raises
     ------
     PMCError
         A request is missing, was changed, or is of another stack; the directory holds other files.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, hashes: FileHashes | None = None) -> None:
+        self.directory, self._hashes = Path(directory), hashes or FileHashes()
         if self.directory.exists() and not self.directory.is_dir():
             raise PMCError(f"stack {directory} is a file: name a directory")
         entries = {p.name for p in self.directory.iterdir()} if self.directory.exists() else set()
@@ -110,20 +117,20 @@ class Stack:
     def _read(self, name: str) -> ErasureRequest:
         directory = self.directory / name
         try:
-            content = (directory / RECORD).read_text(encoding="utf-8")
+            content = (directory / RECORD).read_bytes()
             record = json.loads(content)
             files, before = record["files"], record["stack"]["before"]
             record["model"]["after"], files[adapters.WEIGHTS], files[adapters.CONFIG]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PMCError(f"request {directory} has no sound {RECORD}: restore it from a copy") from error
         for file, sha256 in files.items():
-            if not (directory / file).is_file() or file_sha256(directory / file) != sha256:
+            if not (directory / file).is_file() or self._hashes.sha256(directory / file) != sha256:
                 raise PMCError(f"request {directory} is damaged: {file} is not what was written; restore it")
         if before != self.links():
             raise PMCError(
                 f"request {directory} was made upon other requests than those before it: their order or content changed"
             )
-        return ErasureRequest(directory, record, file_sha256(directory / RECORD))
+        return ErasureRequest(directory, record, hashlib.sha256(content).hexdigest())
 
     @contextmanager
     def model(self, given: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ from typing import Any
 from ..config import RequestConfig
 from ..jobs.held import Held
 from ..models.packed_forward import causal_lm
+from ..utils.files import FileHashes
 from . import adapters
 from .exact import exact_model, round_into
 from .stack import ErasureRequest, Stack
@@ -30,6 +31,7 @@ class StackedModel:
 
     def __init__(self, held: Held | None = None) -> None:
         self.held = held or Held()
+        self.hashes = FileHashes()  # of the stack's files
         self._forget()
 
     def _forget(self) -> None:

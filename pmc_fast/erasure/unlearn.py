@@ -99,7 +99,7 @@ class StackedAdapter:
 
     def __init__(self, config: RequestConfig, stacked: StackedModel | None = None, **named: str) -> None:
         self.stacked, self.named = stacked or StackedModel(), named
-        self.stack = Stack(config.stack)
+        self.stack = Stack(config.stack, self.stacked.hashes)
         # settings with the dtype of the frozen parameters
         self.config = dataclasses.replace(config, param_dtype=_param_dtype(config, self.stack))
         self.directory = self.stack.next_directory

@@ -16,6 +16,7 @@ from ..jobs.held import Held
 from ..jobs.memory import Choice
 from ..jobs.progress import Monitor, Silent, Stages
 from ..report.environment import machine, versions
+from ..utils.text import listed
 from .record import CLAIM, read_private
 from .stack import PRIVATE, ErasureRequest, Stack, as_recorded
 from .stacked import StackedModel
@@ -59,7 +60,7 @@ def verify(
     monitor = monitor or Silent()
     stages, stacked = Stages(monitor), stacked or StackedModel(Held(hashed=False))
     with stages("checking"):
-        stack = Stack(config.stack)
+        stack = Stack(config.stack, stacked.hashes)
         stack.require_requests()
         last = stack.requests[-1]
         asked = _asked(stack, config.requests)
@@ -67,8 +68,10 @@ def verify(
         with stack.model(config.model) as source:
             tokenizer = stacked.held.read(source, config.device).tokenizer
     missing = [r.name for r in stack.requests if r.name not in {a.request.name for a in asked}]
-    for name in missing:
-        monitor.warn(f"request {name} is not verified: its forget file is not among --requests and was not kept")
+    if missing:
+        monitor.warn(
+            f"not verified, since its forget file is not among --requests and was not kept: {listed('request', missing)}"
+        )
     own = last.record["settings"]
     precision = own["dtype"], own.get("param_dtype", "float32")
     stacked.require(stack, *precision)

@@ -143,7 +143,8 @@ class Worker:
             It was answered and rolled back since.
         """
         stack = Path(self.config.stack)
-        for path in (*stack.glob(f"[0-9]*/{RECORD}"), *stack.glob(f"{ROLLED_BACK}/*/{RECORD}")):
+        answered = sorted(stack.glob(f"[0-9]*/{RECORD}"), reverse=True)  # it is asked for as soon as it is there
+        for path in (*answered, *stack.glob(f"{ROLLED_BACK}/*/{RECORD}")):
             record = json.loads(path.read_text(encoding="utf-8"))
             if record.get("name") == name:
                 if path.parent.parent != stack:

@@ -209,3 +209,22 @@ def file_sha256(path: Path) -> str:
     """Return a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FileHashes:
+    """SHA-256 of files, for a process that asks again and again: a file that has not changed since is not read again.
+
+    As in git's index, a file has changed if its inode, size, or time of modification or change has.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+    def sha256(self, path: Path) -> str:
+        s = path.stat()
+        state = s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+        known, found = self._known.get(path, (None, ""))
+        if known != state:
+            found = file_sha256(path)
+            self._known[path] = state, found
+        return found

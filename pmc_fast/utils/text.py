@@ -25,8 +25,13 @@ def markdown(text: str) -> str:
 
 def row_numbers(rows: Sequence[int], most: int = 20) -> str:
     """Return rows by their numbers, such as ``row 3`` or ``rows 1, 2, 5 and 40 more``."""
-    more = f" and {len(rows) - most} more" if len(rows) > most else ""
-    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:most]))}{more}"
+    return listed("row", rows, most)
+
+
+def listed(what: str, values: Sequence[Any], most: int = 20) -> str:
+    """Return things of one kind by their numbers or names, the first `most` of them."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return f"{what}{'s' if len(values) > 1 else ''} {', '.join(map(str, values[:most]))}{more}"
 
 
 def names(values: Iterable[Any]) -> str:

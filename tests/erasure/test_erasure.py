@@ -629,7 +629,7 @@ def test_earlier_requests_are_asked_again(two, capsys):
     assert not any(s in everything for s in SECRETS)
     assert run([*words, files[0]]) == 0
     shown = capsys.readouterr()
-    assert "request 0001 is not verified" in shown.err
+    assert "not kept: request 0001" in shown.err
     assert "0001: not verified" in shown.out
 
 
