@@ -1,6 +1,7 @@
 """A method's gradients on a model, in packed passes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,21 +106,49 @@ class Unlearner:
         objective, scales = self._weights(answers, indices)
         kept = [s for s in retain if num_targets(s)] if self.method.retain_weight else []
         count = sum(map(num_targets, kept))
-        scales += [torch.full((num_targets(s),), self.method.retain_weight / count) for s in kept]
-        sequences = [*(s for of in answers.values() for s in of), *kept]
-        if not sequences:
+        parts = [
+            _Part([s for of in answers.values() for s in of], scales),
+            _Part(kept, [torch.full((num_targets(s),), self.method.retain_weight / count) for s in kept]),
+        ]
+        if not any(part.sequences for part in parts):
             raise PMCError(f"{type(self.method).__name__} has nothing to train on: give retain pairs")
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        retained = total.clone()
+        if self.method.apart and all(part.sequences for part in parts):
+            forgotten, retained = self._apart(parts, model)
+        else:
+            forgotten, retained = self._pass(parts, model)
+        return retained + (forgotten if objective is None else objective)
+
+    def _pass(self, parts: Sequence["_Part"], model: Any) -> list[float]:
+        """Add the gradients of some parts, and return each one's loss."""
+        sequences = [s for part in parts for s in part.sequences]
+        scales = [scale for part in parts for scale in part.scales]
+        part_of = torch.tensor([n for n, part in enumerate(parts) for _ in part.sequences])
+        losses = torch.zeros(len(parts), dtype=torch.float64, device=self._device)
         for p in self._packs(sequences):
             scale = torch.cat([scales[i] for i in p.sequences])
-            is_kept = torch.tensor([i >= len(sequences) - len(kept) for i in p.sequences])
             loss, logps = self.packed(p, scale, model=model)
             loss.backward()
-            of_kept = is_kept.repeat_interleave(p.cu_targets.diff())
-            retained -= (logps.double() * (scale * of_kept).to(self._device)).sum()
-            total += loss.detach()
-        return float(total if objective is None else retained + objective)
+            of = part_of[p.sequences].repeat_interleave(p.cu_targets.diff())
+            losses.index_add_(0, of.to(self._device), -logps.double() * scale.to(self._device))
+        return losses.tolist()
+
+    def _apart(self, parts: Sequence["_Part"], model: Any) -> list[float]:
+        """Add the method's mixture of two parts' gradients, and return each one's loss."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        earlier = [p.grad for p in parameters]
+        losses, gradients = [], []
+        for part in parts:
+            for p in parameters:
+                p.grad = None
+            losses += self._pass([part], model)
+            gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        forget, retain = gradients
+        share, rest = self.method.mixture(_inner(forget, forget), _inner(forget, retain), _inner(retain, retain))
+        for p, before, f, r in zip(parameters, earlier, forget, retain, strict=True):
+            p.grad = f.mul_(share).add_(r, alpha=rest)
+            if before is not None:
+                p.grad += before
+        return losses
 
     @property
     def _device(self) -> torch.device:
@@ -163,3 +192,16 @@ class Unlearner:
 
     def _packs(self, sequences: Sequence[Encoded]) -> list[Pack]:
         return pack([[s] for s in sequences], self.config.max_tokens)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that a step trains on, and the weight of each of their tokens."""
+
+    sequences: list[Encoded]
+    scales: list[torch.Tensor]
+
+
+def _inner(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    products = [x.flatten().float().dot(y.flatten().float()) for x, y in zip(a, b, strict=True)]
+    return float(torch.stack(products).double().sum())
