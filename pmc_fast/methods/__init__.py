@@ -1,5 +1,8 @@
 """Other unlearning methods, on PMC's packed pass: what a method is, those there are, and what computes their gradients."""
 
+from .eul import EUL
+from .extrapolation import Memorize, extrapolate
+from .icu import ICU
 from .method import REFUSALS, Batch, Method
 from .mollm import MOLLM
 from .published import DPO, FLAT, IDK, NPO, GradDiff, GradientAscent, RetainOnly, SimNPO
@@ -14,10 +17,12 @@ METHODS: dict[str, type[Method]] = {
     "simnpo": SimNPO,
     "flat": FLAT,
     "mollm": MOLLM,
+    "icu": ICU,
+    "eul": EUL,
     "retain_only": RetainOnly,
 }
 
 __all__ = [
-    "DPO", "FLAT", "IDK", "METHODS", "MOLLM", "NPO", "REFUSALS", "Batch", "GradDiff", "GradientAscent", "Method", "RetainOnly",
-    "SimNPO", "Unlearner",
+    "DPO", "EUL", "FLAT", "ICU", "IDK", "METHODS", "MOLLM", "NPO", "REFUSALS", "Batch", "GradDiff", "GradientAscent", "Memorize",
+    "Method", "RetainOnly", "SimNPO", "Unlearner", "extrapolate",
 ]  # fmt: skip

@@ -56,7 +56,7 @@ class Batch:
 class Method:
     """An unlearning method: subclasses are frozen dataclasses of its parameters, with their papers' defaults.
 
-    The loss of a step is ``objective(batch) + retain_weight * CE(retain pairs)``.
+    The loss of a step is ``objective(batch) + retain_weight * CE(retain pairs)``, and `divergences`.
 
     Attributes
     ----------
@@ -84,6 +84,14 @@ class Method:
     def objective(self, batch: Batch) -> torch.Tensor:
         """Return the loss of a step's forget questions, a differentiable function of `batch.logps`."""
         raise NotImplementedError
+
+    @property
+    def divergences(self) -> tuple[float, float]:
+        """Weights of KL(untouched model || model), a mean over the tokens of a step's answers, and of its retain pairs.
+
+        If one is not 0, the untouched model is held: a copy of the weights, or none where an adapter alone is trained, and was new.
+        """
+        return 0.0, 0.0
 
     def mixture(self, forget: float, both: float, retain: float) -> tuple[float, float]:
         """Return the weights of the two gradients, of which `forget`, `both` and `retain` are the inner products."""

@@ -22,7 +22,8 @@ ROWS = [
 KEPT = [Row("Is 4 even?", "It is."), Row("And 5?", "No, it is odd.")]
 CHOSEN = [2, 0]
 LAMBDA = 1.7
-SUMMED = [n for n, method in METHODS.items() if not method.apart]  # the other: test_mollm.py
+# the others: test_mollm.py, test_divergences.py
+SUMMED = [n for n, method in METHODS.items() if not method.apart and not any(method().divergences)]
 
 
 def answer_logps(model, tokenizer, question, answer):
