@@ -1,5 +1,6 @@
 """Other unlearning methods, on PMC's packed pass: what a method is, those there are, and what computes their gradients."""
 
+from .coreset import upcore
 from .eul import EUL
 from .extrapolation import Memorize, extrapolate
 from .icu import ICU
@@ -24,5 +25,5 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     "DPO", "EUL", "FLAT", "ICU", "IDK", "METHODS", "MOLLM", "NPO", "REFUSALS", "Batch", "GradDiff", "GradientAscent", "Memorize",
-    "Method", "RetainOnly", "SimNPO", "Unlearner", "extrapolate",
+    "Method", "RetainOnly", "SimNPO", "Unlearner", "extrapolate", "upcore",
 ]  # fmt: skip
