@@ -1,6 +1,7 @@
 """Methods that hold the untouched model: gradients and losses against plain torch, of whole models and of adapters."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -97,6 +98,19 @@ def test_an_adapter_beside_trained_weights_needs_a_copy(tiny, tokenizer):
     model.get_input_embeddings().weight.requires_grad_()
     task = compare(METHODS[1], model, copy.deepcopy(model), tokenizer)
     assert task._teacher.packed is not task.packed
+
+
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+def test_under_autocast_the_untouched_model_diverges_from_itself_by_nothing(tiny, tokenizer, method):
+    losses = []
+    for weighted in (method, dataclasses.replace(method, **{"alpha" if isinstance(method, EUL) else "beta": 0.0})):
+        task = Unlearner(
+            tiny, tokenizer, PMCConfig(prompt_format="tags"), weighted, ROWS, autocast_dtype=torch.bfloat16
+        )
+        task.prepare()
+        losses.append(task.backward(CHOSEN, [task.encoder.pair(row.question, row.answer) for row in KEPT]))
+        assert all(p.grad.isfinite().all() for p in tiny.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_eul_alternates_between_data(tiny, tokenizer):
