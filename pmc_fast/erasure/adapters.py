@@ -158,6 +158,17 @@ def merge(model: Any, adapter: Adapter, device: torch.device | None = None) -> N
             part.copy_(part.to(at, torch.float64) + change * f.scaling)
 
 
+def extrapolated(adapter: Adapter, alpha: float = 4.0) -> Adapter:
+    """Return the adapter that leads `alpha` times as far the other way: weights become W - alpha (scaling * b @ a).
+
+    Of an adapter that learned answers by heart, it is the one that forgets them (arXiv 2602.06441; `methods.Memorize`).
+    """
+    if not alpha > 0:
+        raise PMCError(f"alpha is {alpha}: it must be above 0")
+    factors = {name: Factors(f.a, f.b, -alpha * f.scaling) for name, f in adapter.factors.items()}
+    return Adapter(factors, adapter.targets)
+
+
 def concatenated(adapters: Sequence[Adapter]) -> Adapter:
     """Return one adapter whose update is the sum of theirs: all a stacked, all scaling * b side by side.
 

@@ -56,7 +56,7 @@ class Batch:
 class Method:
     """An unlearning method: subclasses are frozen dataclasses of its parameters, with their papers' defaults.
 
-    The loss of a step is ``objective(batch) + retain_weight * CE(retain pairs)``.
+    The loss of a step is ``objective(batch) + retain_weight * CE(retain pairs)``, and `divergences`.
 
     Attributes
     ----------
@@ -69,14 +69,30 @@ class Method:
     linear : bool
         Whether the objective is linear in the log-probs. If not, a forward pass of the answers without gradients comes before
         each step's forward and backward pass, since the weight of a token depends on the log-probs.
+    apart : bool
+        Whether the gradients of objective and retain loss are computed apart and added with the weights of `mixture`. A step
+        with both holds one more copy of the gradients, and yet another where `.grad` holds some already.
     """
 
     told: ClassVar[bool] = True
     answers: ClassVar[tuple[Kind, ...]] = ("forget",)
     reference: ClassVar[tuple[Kind, ...]] = ()
     linear: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
     retain_weight: float = 1.0
 
     def objective(self, batch: Batch) -> torch.Tensor:
         """Return the loss of a step's forget questions, a differentiable function of `batch.logps`."""
+        raise NotImplementedError
+
+    @property
+    def divergences(self) -> tuple[float, float]:
+        """Weights of KL(untouched model || model), a mean over the tokens of a step's answers, and of its retain pairs.
+
+        If one is not 0, the untouched model is held: a copy of the weights, or none where an adapter alone is trained, and was new.
+        """
+        return 0.0, 0.0
+
+    def mixture(self, forget: float, both: float, retain: float) -> tuple[float, float]:
+        """Return the weights of the two gradients, of which `forget`, `both` and `retain` are the inner products."""
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """A method's gradients on a model, in packed passes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..models.packed_forward import PackedPass, causal_lm
 from ..models.supported import check_float16, check_model
 from ..utils.text import row_numbers
 from .method import REFUSALS, Batch, Kind, Method
+from .teacher import Teacher
 
 
 class Unlearner:
@@ -61,6 +63,7 @@ class Unlearner:
         self.questions = len(forget)
         self.answers: dict[Kind, list[Encoded]] = {kind: self._encode(kind, forget) for kind in method.answers}
         self._reference: dict[Kind, torch.Tensor] = {}
+        self._teacher: Teacher | None = None
 
     def _encode(self, kind: Kind, forget: Sequence[Row]) -> list[Encoded]:
         texts = [
@@ -77,6 +80,9 @@ class Unlearner:
     def prepare(self) -> None:
         """Compute what the method needs of the untouched model."""
         self.packed.check()
+        if any(self.method.divergences):
+            probe = self._packs([next(of[0] for of in self.answers.values())])[0]
+            self._teacher = Teacher(self.model, self.packed, probe)
         with eval_mode(self.packed.base):
             for kind in self.method.reference:
                 logps, offsets = self._logps(self.answers[kind])
@@ -95,7 +101,8 @@ class Unlearner:
         model : callable, optional
             What to call: the model as it is wrapped for training.
         """
-        if set(self.method.reference) - set(self._reference):
+        unprepared = any(self.method.divergences) and self._teacher is None
+        if unprepared or set(self.method.reference) - set(self._reference):
             raise PMCError(
                 f"{type(self.method).__name__} needs the untouched model's log-probs: call prepare() first"
             )
@@ -103,23 +110,61 @@ class Unlearner:
             raise PMCError(f"index {unknown[0]} is none of {self.questions} questions: they are counted from 0")
         answers = {kind: [of[i] for i in indices] for kind, of in self.answers.items()}
         objective, scales = self._weights(answers, indices)
-        kept = [s for s in retain if num_targets(s)] if self.method.retain_weight else []
+        on_answers, on_retain = self.method.divergences
+        kept = [s for s in retain if num_targets(s)] if self.method.retain_weight or on_retain else []
         count = sum(map(num_targets, kept))
-        scales += [torch.full((num_targets(s),), self.method.retain_weight / count) for s in kept]
-        sequences = [*(s for of in answers.values() for s in of), *kept]
-        if not sequences:
+        parts = [
+            _Part([s for of in answers.values() for s in of], scales, on_answers),
+            _Part(kept, [torch.full((num_targets(s),), self.method.retain_weight / count) for s in kept], on_retain),
+        ]
+        if not any(part.sequences for part in parts):
             raise PMCError(f"{type(self.method).__name__} has nothing to train on: give retain pairs")
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        retained = total.clone()
+        if self.method.apart and all(part.sequences for part in parts):
+            (forgotten, retained), divergence = self._apart(parts, model)
+        else:
+            (forgotten, retained), divergence = self._pass(parts, model)
+        return (forgotten if objective is None else objective) + retained + divergence
+
+    def _pass(self, parts: Sequence["_Part"], model: Any) -> tuple[list[float], float]:
+        """Add the gradients of some parts; return each one's weighted cross-entropy, and their divergence."""
+        sequences = [s for part in parts for s in part.sequences]
+        scales = [scale for part in parts for scale in part.scales]
+        shares = [share for part in parts for share in part.shares]
+        part_of = torch.tensor([n for n, part in enumerate(parts) for _ in part.sequences])
+        losses = torch.zeros(len(parts), dtype=torch.float64, device=self._device)
+        divergences: list[torch.Tensor] = []
         for p in self._packs(sequences):
+            lengths = p.cu_targets.diff()
             scale = torch.cat([scales[i] for i in p.sequences])
-            is_kept = torch.tensor([i >= len(sequences) - len(kept) for i in p.sequences])
-            loss, logps = self.packed(p, scale, model=model)
+            also = None
+            if self._teacher and any(shares[i] for i in p.sequences):
+                diverging = torch.tensor([shares[i] for i in p.sequences]).repeat_interleave(lengths)
+                also = self._teacher.divergence(p, diverging, divergences)
+            loss, logps = self.packed(p, scale, model=model, also=also)
             loss.backward()
-            of_kept = is_kept.repeat_interleave(p.cu_targets.diff())
-            retained -= (logps.double() * (scale * of_kept).to(self._device)).sum()
-            total += loss.detach()
-        return float(total if objective is None else retained + objective)
+            of = part_of[p.sequences].repeat_interleave(lengths)
+            losses.index_add_(0, of.to(self._device), -logps.double() * scale.to(self._device))
+        return losses.tolist(), sum(map(float, divergences))
+
+    def _apart(self, parts: Sequence["_Part"], model: Any) -> tuple[list[float], float]:
+        """Add the method's mixture of two parts' gradients; return as `_pass` does."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        earlier = [p.grad for p in parameters]
+        losses, gradients, divergence = [], [], 0.0
+        for part in parts:
+            for p in parameters:
+                p.grad = None
+            [loss], diverging = self._pass([part], model)
+            losses.append(loss)
+            divergence += diverging
+            gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        forget, retain = gradients
+        share, rest = self.method.mixture(_inner(forget, forget), _inner(forget, retain), _inner(retain, retain))
+        for p, before, f, r in zip(parameters, earlier, forget, retain, strict=True):
+            p.grad = f.mul_(share).add_(r, alpha=rest)
+            if before is not None:
+                p.grad += before
+        return losses, divergence
 
     @property
     def _device(self) -> torch.device:
@@ -163,3 +208,23 @@ class Unlearner:
 
     def _packs(self, sequences: Sequence[Encoded]) -> list[Pack]:
         return pack([[s] for s in sequences], self.config.max_tokens)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that a step trains on, the weight of each of their tokens, and that of their mean divergence."""
+
+    sequences: list[Encoded]
+    scales: list[torch.Tensor]
+    divergence: float
+
+    @property
+    def shares(self) -> list[float]:
+        """The weight of each token's divergence, sequence by sequence."""
+        tokens = sum(map(num_targets, self.sequences))
+        return [self.divergence / tokens for _ in self.sequences]
+
+
+def _inner(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    products = [x.flatten().float().dot(y.flatten().float()) for x, y in zip(a, b, strict=True)]
+    return float(torch.stack(products).double().sum())

@@ -17,12 +17,13 @@ from . import patching
 from .context import autocast, check_placement, eval_mode, known_tokens, plain_logps, require_same_logps, tolerance
 from .fsdp import is_sharded
 from .fused_layers import FusedLayers, uses_checkpointing
-from .lm_head import check_logits, read_head
+from .lm_head import Head, check_logits, read_head
 from .packed_attention import ATTENTION
 from .recognition import CHECKED, Recognised, own_errors, recognise, rope_limit
 from .supported import check_adapters, check_pass
 
 GRAPHED = ("cuda",)  # devices on which passes are replayed
+Also = Callable[[torch.Tensor, Head], torch.Tensor]
 
 
 def causal_lm(model: Any) -> Any:
@@ -73,7 +74,7 @@ class PackedPass:
         self._checked: list[Any] = []  # calls whose log-probs were compared
 
     def __call__(
-        self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None
+        self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None, also: Also | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return sum of row_scale * -logp over a pack's targets, and the log-probs.
 
@@ -85,6 +86,9 @@ class PackedPass:
             Weight of each target.
         model : callable, optional
             What to call: the model wrapped by DDP, FSDP, PEFT or torch.compile. By default the bare model.
+        also : callable, optional
+            Is given the hidden rows, [R, D], and the head; the number that it returns is added to the loss. Such a pass is not
+            replayed.
 
         Returns
         -------
@@ -100,12 +104,13 @@ class PackedPass:
         check_adapters(call)
         device = self.base.get_input_embeddings().weight.device
         with autocast(device, self.autocast_dtype):
-            replayed = self._replayed(pack, row_scale, call, device)  # never the first pass of a size or mode
+            # never the first pass of a size or mode
+            replayed = None if also else self._replayed(pack, row_scale, call, device)
             if replayed is not None:
                 return replayed
             new_mode = self.base.training not in self._compared
             row_scale = row_scale.to(device, non_blocking=True)
-            return self._compute(pack.to(device), row_scale, model=model, compare=new_mode)
+            return self._compute(pack.to(device), row_scale, model=model, compare=new_mode, also=also)
 
     def _replayed(
         self, pack: Pack, row_scale: torch.Tensor, call: Any, device: torch.device
@@ -127,7 +132,13 @@ class PackedPass:
         self.graphs, self.graph_tokens = None, 0
 
     def _compute(
-        self, pack: Pack, row_scale: torch.Tensor, *, model: Any = None, compare: bool = False
+        self,
+        pack: Pack,
+        row_scale: torch.Tensor,
+        *,
+        model: Any = None,
+        compare: bool = False,
+        also: Also | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         base = self.base
         made: dict[str, torch.Tensor] = {}
@@ -144,6 +155,8 @@ class PackedPass:
             made["loss"], made["logps"] = weighted_nll(
                 hidden[0], head.weight, pack.targets, row_scale, pack.rows, **head.options(), head_total=total
             )
+            if also is not None:
+                made["loss"] = made["loss"] + also(hidden[0], head)
             if compare:
                 around.append(hidden.detach().clone())  # a model may scale in place
             return hidden  # instead of logits, which nobody reads

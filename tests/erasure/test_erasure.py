@@ -23,6 +23,7 @@ from pmc_fast.erasure.stack import Stack, locked
 from pmc_fast.erasure.verify import verify
 from pmc_fast.errors import PMCError
 from pmc_fast.jobs.earlier_runs import rows_hash
+from pmc_fast.methods import extrapolate
 from pmc_fast.models import loading
 from tests.command_line import cut_short, left_behind, replaced, run
 from tests.families import FAMILIES, build
@@ -136,6 +137,33 @@ def test_merged_concatenated_and_stacked_are_one_model(family, tmp_path):
     rank = 3 if family == "phi" else 5  # phi's two change different layers
     assert {len(f.a) for f in back.factors.values()} == {rank}
     assert all(f.scaling == 1 for f in back.factors.values())
+
+
+def test_an_extrapolated_adapter_leads_the_other_way(tmp_path):
+    """In float64: merged, and as plain PEFT loads it, it gives the weights that extrapolating all weights gives."""
+    model = build(FAMILIES["llama"]())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wrapped = adapters.attach(model, r=3, alpha=6, targets=["all-linear"], seed=0)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.2)
+    memorised = adapters.extract(wrapped)
+    model = wrapped.unload()
+    adapters.merge(model, memorised)
+    extrapolate(model.requires_grad_(), before, 1.5)
+    forgets = build(FAMILIES["llama"]())
+    adapters.merge(forgets, adapters.extrapolated(memorised, 1.5))
+    for (name, p), q in zip(model.named_parameters(), forgets.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-11, msg=name)
+    adapters.write(adapters.extrapolated(memorised, 1.5), tmp_path, "base")
+    loaded = peft.PeftModel.from_pretrained(build(FAMILIES["llama"]()), tmp_path).double().eval()
+    ids = torch.arange(3, 30)[None]
+    torch.testing.assert_close(loaded(ids).logits, forgets(ids).logits, rtol=0, atol=1e-11)
+    with pytest.raises(PMCError, match="alpha is -1: it must be above 0"):
+        adapters.extrapolated(memorised, -1)
+    with pytest.raises(PMCError, match="the model has an adapter"):
+        extrapolate(loaded, before)
 
 
 def test_merging_rounds_each_weight_once():

@@ -22,6 +22,8 @@ ROWS = [
 KEPT = [Row("Is 4 even?", "It is."), Row("And 5?", "No, it is odd.")]
 CHOSEN = [2, 0]
 LAMBDA = 1.7
+# the others: test_mollm.py, test_divergences.py
+SUMMED = [n for n, method in METHODS.items() if not method.apart and not any(method().divergences)]
 
 
 def answer_logps(model, tokenizer, question, answer):
@@ -79,7 +81,7 @@ def made(model, tokenizer, name, *, max_tokens=8192, **parameters):
 
 
 @pytest.mark.parametrize("max_tokens", [8192, 40])  # one pack, and several
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SUMMED)
 def test_gradients_and_loss_are_those_of_the_paper(tiny, tokenizer, name, max_tokens):
     task = made(tiny, tokenizer, name, max_tokens=max_tokens)
     kept = [task.encoder.pair(row.question, row.answer) for row in KEPT]
@@ -139,7 +141,7 @@ def test_flat_has_the_conjugates_of_its_divergences(divergence, refused, forgott
     assert float(FLAT(divergence=divergence).objective(batch)) == pytest.approx(float(expected), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SUMMED)
 def test_training_moves_the_objective(tiny, tokenizer, name):
     task = made(tiny, tokenizer, name)
     task.prepare()

@@ -1,0 +1,79 @@
+"""The divergence of a head's distributions from another's, without holding the logits of all rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .nll_reference import transform_logits
+from .weighted_nll import WORKSPACE
+
+HELD = 6  # float32 values a row and token of the vocabulary, of which autograd keeps some until a chunk's backward
+
+
+def divergence(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor,
+    row_scale: torch.Tensor,
+    *,
+    options: Mapping[str, Any] | None = None,
+    teacher_options: Mapping[str, Any] | None = None,
+    workspace: int = WORKSPACE,
+) -> torch.Tensor:
+    """Return sum of row_scale * KL(teacher || student), over the whole vocabulary, in nats.
+
+    Parameters
+    ----------
+    hidden, head : Tensor [M, D] and [V, D]
+        The student's.
+    teacher_hidden, teacher_head : Tensor [M, E] and [V, E]
+        Not differentiated.
+    row_scale : Tensor [M]
+    options, teacher_options : mapping, optional
+        `bias`, `softcap` and `logit_scale`, as `weighted_nll` takes them.
+    workspace : int
+        Bytes of logits held at once: backward computes them again, chunk by chunk (8 M D V FLOPs of the student's head, 4 M E V of
+        the teacher's).
+
+    Returns
+    -------
+    Tensor []
+        In max(float32, hidden's dtype); differentiable in hidden, head and bias.
+    """
+    how, teacher_how = (
+        {"bias": None, "softcap": None, "logit_scale": 1.0, **(given or {})} for given in (options, teacher_options)
+    )
+    rows = max(1, workspace // (HELD * 4 * len(head)))
+    total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    parts = (hidden.split(rows), teacher_hidden.split(rows), row_scale.split(rows))
+    for h, t, scale in zip(*parts, strict=True):
+        total = total + checkpoint(
+            _chunk, h, head, t, teacher_head, scale, how, teacher_how, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
+
+
+def _chunk(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor,
+    scale: torch.Tensor,
+    how: dict[str, Any],
+    teacher_how: dict[str, Any],
+) -> torch.Tensor:
+    with torch.no_grad():
+        teacher = _log_probs(teacher_hidden, teacher_head, **teacher_how)
+    student = _log_probs(hidden, head, **how)
+    return (scale.to(student.dtype) * (teacher.exp() * (teacher - student)).sum(1)).sum()
+
+
+def _log_probs(
+    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, logit_scale: float
+) -> torch.Tensor:
+    products = hidden @ head.T
+    products = products.to(torch.promote_types(products.dtype, torch.float32))
+    return transform_logits(products, bias, 1.0, softcap, logit_scale).log_softmax(1)
