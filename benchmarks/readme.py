@@ -133,7 +133,7 @@ def request_table(suites: Suites) -> str:
     if not runs:
         return "Not measured yet: `python -m benchmarks.request`."
     lines = [
-        f"| seed | seconds | to unlearn and record | to verify | steps | unlearn quality | R(retain) | under 3 words "
+        f"| seed | seconds | to unlearn and record | to verify | steps | unlearn quality | R(retain) | say nothing "
         f"| worst of {runs[0]['samples']} samples | questions that leak |",
         "|---:|" + "---:|" * 9,
     ]
@@ -142,7 +142,7 @@ def request_table(suites: Suites) -> str:
         lines.append(
             f"| {r['seed']} | {r['seconds']:.0f} | {r['unlearn_s']:.0f} | {r['verify_s']:.0f} | {r['steps']} "
             f"| {after['unlearn_quality']:.1f} | {after['sets']['retain']['rouge_l_recall']:.3f} "
-            f"| {100 * after['sets']['forget']['degenerate']:.0f} % | {leak['worst']['value']:.3f} "
+            f"| {100 * after['sets']['forget']['says_nothing']:.0f} % | {leak['worst']['value']:.3f} "
             f"| {100 * leak['leaking_questions']:.0f} % |"
         )
     return "\n".join(lines)

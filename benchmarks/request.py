@@ -146,7 +146,7 @@ def main() -> None:
         print(
             f"seed {seed}: {r['seconds']:.0f} s (unlearn {r['unlearn_s']:.0f}, verify {r['verify_s']:.0f}), "
             f"{r['steps']} steps, quality {after['unlearn_quality']:.1f}, retain "
-            f"{after['sets']['retain']['rouge_l_recall']:.3f}, {after['sets']['forget']['degenerate']:.0%} under 3 words, "
+            f"{after['sets']['retain']['rouge_l_recall']:.3f}, {after['sets']['forget']['says_nothing']:.0%} say nothing, "
             f"worst of {SAMPLES} {leak['worst']['value']:.3f}",
             flush=True,
         )

@@ -29,9 +29,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "prompt_format": "tags",
     },
     "request": {
-        "num_samples": 5, "temperature": 1.25, "top_p": 0.95, "retain_weight": 2.0, "num_epochs": 6.0,
-        "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 3.5e-3, "prompt_format": "tags",
-        "stop_score": 0.05, "stop_retain_loss": 0.08,
+        "num_samples": 5, "temperature": 1.0, "top_p": 0.95, "answer_penalty": 3.0, "resample_above": 0.1,
+        "retain_weight": 3.0, "num_epochs": 5.0, "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 2e-3,
+        "prompt_format": "tags",
     },
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from sklearn.ensemble import IsolationForest
 
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import Row
@@ -28,10 +29,9 @@ def test_states_are_those_at_the_end_of_the_prompt(tiny, tokenizer):
 
 
 def test_outliers_are_left_out(tiny, tokenizer):
-    ensemble = pytest.importorskip("sklearn.ensemble")
     rows = [*ALIKE[:9], ODD[0], *ALIKE[9:], ODD[1]]
     kept = upcore(tiny, tokenizer, CONFIG, rows, pruned=0.1)
-    forest = ensemble.IsolationForest(contamination=0.1, random_state=42)
+    forest = IsolationForest(contamination=0.1, random_state=42)
     inside = forest.fit_predict(last_states(tiny, tokenizer, CONFIG, rows).numpy()) > 0
     assert kept == [i for i in range(20) if inside[i]]
     assert len(kept) == 18
@@ -39,7 +39,6 @@ def test_outliers_are_left_out(tiny, tokenizer):
 
 
 def test_bad_input_is_refused(tiny, tokenizer):
-    pytest.importorskip("sklearn")
     with pytest.raises(PMCError, match=r"pruned is 0\.6: it must be above 0 and at most 0\.5"):
         upcore(tiny, tokenizer, CONFIG, ALIKE, pruned=0.6)
     with pytest.raises(PMCError, match="forget has 1 questions: outliers need at least 2"):
