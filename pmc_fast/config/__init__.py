@@ -2,10 +2,20 @@
 
 from .columns import COLUMN_NAMES, parse_columns, written_columns
 from .commands import PRESETS, QUICK, BenchConfig, EvaluateConfig, RequestConfig, UnlearnConfig, VerifyConfig
-from .parts import AttackConfig, EvaluationConfig, PMCConfig, PromptConfig, PromptFormat, RewardName, SharedConfig
+from .parts import (
+    PMC_ALONE,
+    AttackConfig,
+    EvaluationConfig,
+    PMCConfig,
+    PromptConfig,
+    PromptFormat,
+    RewardName,
+    SharedConfig,
+    require_without_pmc,
+)
 
 __all__ = [
-    "COLUMN_NAMES", "PRESETS", "QUICK", "AttackConfig", "BenchConfig", "EvaluateConfig", "EvaluationConfig", "PMCConfig", "PromptConfig",
+    "COLUMN_NAMES", "PMC_ALONE", "PRESETS", "QUICK", "AttackConfig", "BenchConfig", "EvaluateConfig", "EvaluationConfig", "PMCConfig", "PromptConfig",
     "PromptFormat", "RequestConfig", "RewardName", "SharedConfig", "UnlearnConfig", "VerifyConfig", "parse_columns",
-    "written_columns",
+    "require_without_pmc", "written_columns",
 ]  # fmt: skip
