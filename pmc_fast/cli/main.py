@@ -26,6 +26,7 @@ from .serve import serve
 MEMORY = (
     "model", "device", "dtype", "param_dtype", "max_length", "max_tokens", "cuda_graphs", "num_samples", "selection",
     "batch_size", "gradient_accumulation_steps", "optimizer", "allow_pure_bf16", "lora", "lora_r", "lora_target",
+    "method",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -248,22 +248,6 @@ class PMCConfig(SamplingConfig, SharedConfig):
         require(
             plain, "selection", self.selection, "argmin with answer_penalty, under which samples are not the model's"
         )
-
-
-# settings of PMC that no other method has
-PMC_ALONE = tuple(
-    f.name
-    for f in dataclasses.fields(PMCConfig)
-    if f.name not in {"retain_weight", "allow_overlap"} | {shared.name for shared in dataclasses.fields(SharedConfig)}
-)
-
-
-def require_without_pmc(config: PMCConfig, names: Iterable[str], method: str, remedy: str = "left out") -> None:
-    """Refuse settings of PMC that have other values than their defaults, with another method."""
-    defaults = {f.name: f.default for f in dataclasses.fields(PMCConfig)}
-    for name in names:
-        value = getattr(config, name)
-        require(value == defaults[name], name, value, f"{remedy} with {method}: it is a setting of PMC")
 
 
 @dataclass(kw_only=True)

@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..config import PMCConfig
 from ..data import Encoded
 from ..distributed import Ranks
-from ..errors import NotFiniteError, PMCError
-from ..pmc.schedule import EpochOrder
+from ..errors import DivergedError, PMCError
+from ..pmc.schedule import UNLIMITED, EpochOrder
 from .arguments import (
     ELSEWHERE,
     check_arguments,
@@ -24,6 +25,7 @@ from .arguments import (
     check_precision,
     has_low_precision,
 )  # fmt: skip
+from .callbacks import TrainingClock
 from .master_weights import MasterWeights
 
 logger = logging.get_logger(__name__)
@@ -42,6 +44,7 @@ class BaseTrainer(Trainer):
     ranks: Ranks
     retain: list[Encoded]
     stage: str
+    clock: TrainingClock | None = None  # of a run that its limit ends; also one of the callbacks
 
     @classmethod
     def _check_given(
@@ -161,8 +164,9 @@ class BaseTrainer(Trainer):
     def diverged(self, step: int | None = None) -> PMCError:
         """Return the error that names a step, by default this one."""
         step = self.state.global_step if step is None else step
-        return NotFiniteError(
-            f"training diverged at step {step} of {self.state.max_steps} (NaN or infinite numbers): try a "
+        of = "" if self.state.max_steps == UNLIMITED else f" of {self.state.max_steps}"
+        return DivergedError(
+            f"training diverged at step {step}{of} (NaN or infinite numbers): try a "
             f"learning_rate below {self.args.learning_rate:g}"
         )
 
@@ -207,6 +211,13 @@ class BaseTrainer(Trainer):
             batches = len(self.get_train_dataloader())
             self.args.warmup_steps = round(epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
         try:
+            if self.clock is not None and self.clock.limit is not None:
+                return self._follow(self.clock, self.args.warmup_steps)
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         finally:
             self.args.warmup_steps = warmup
+
+    def _follow(self, clock: TrainingClock, warmup: float) -> Any:
+        self.lr_scheduler = LambdaLR(self.optimizer, lambda step: clock.rate(step, int(warmup)))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
