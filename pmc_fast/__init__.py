@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from .rollout import RolloutEngine
     from .trainer.arguments import PMCArguments
     from .trainer.trainer import PMCTrainer
+    from .trainer.unlearn import UnlearnTrainer
 
     __version__: str
 
 __all__ = [
-    "PMC", "PMCArguments", "PMCConfig", "PMCError", "PMCTrainer", "PackedPass", "RolloutEngine", "Row", "collate",
-    "encode_pair", "evaluate", "gather_logps", "load_rows", "rouge_l_recall", "weighted_nll",
+    "PMC", "PMCArguments", "PMCConfig", "PMCError", "PMCTrainer", "PackedPass", "RolloutEngine", "Row",
+    "UnlearnTrainer", "collate", "encode_pair", "evaluate", "gather_logps", "load_rows", "rouge_l_recall", "weighted_nll",
 ]  # fmt: skip
 _MODULES = {
     "config": ["PMCConfig"],
@@ -34,6 +35,7 @@ _MODULES = {
     "rollout": ["RolloutEngine"],
     "trainer.arguments": ["PMCArguments"],
     "trainer.trainer": ["PMCTrainer"],
+    "trainer.unlearn": ["UnlearnTrainer"],
 }
 
 

@@ -9,6 +9,10 @@ class NotFiniteError(PMCError):
     """The model computes NaN or infinite numbers: its weights are damaged, or training has diverged."""
 
 
+class DivergedError(NotFiniteError):
+    """Training has diverged."""
+
+
 class LostProcessError(PMCError):
     """Another process of a distributed run is gone."""
 

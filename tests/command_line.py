@@ -29,6 +29,22 @@ def cut_short(arguments, monkeypatch, step=3):
         assert run(arguments) == 130
 
 
+def cut_short_methods(arguments, monkeypatch, step=3):
+    """`cut_short` for another method than PMC."""
+    from pmc_fast.trainer.unlearn import UnlearnTrainer
+
+    train = UnlearnTrainer.training_step
+
+    def cut(self, *given):
+        if self.state.global_step == step - 1:
+            raise KeyboardInterrupt
+        return train(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UnlearnTrainer, "training_step", cut)
+        assert run(arguments) == 130
+
+
 def replaced(arguments, **flags):
     arguments = list(arguments)
     for name, value in flags.items():

@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 
 from pmc_fast.cli.main import cli
-from pmc_fast.config import PRESETS, EvaluateConfig, PMCConfig, RequestConfig, UnlearnConfig, VerifyConfig
+from pmc_fast.config import (
+    PRESETS,
+    SHARED,
+    CompareConfig,
+    EvaluateConfig,
+    PMCConfig,
+    RequestConfig,
+    UnlearnConfig,
+    VerifyConfig,
+)
 from pmc_fast.errors import PMCError
 
 
@@ -69,7 +78,7 @@ def fields(config):
     return {f.name: f for f in dataclasses.fields(config)}
 
 
-@pytest.mark.parametrize("config", [RequestConfig, EvaluateConfig, VerifyConfig])
+@pytest.mark.parametrize("config", [RequestConfig, EvaluateConfig, VerifyConfig, CompareConfig])
 def test_every_field_has_a_help_text(config):
     for f in fields(config).values():
         assert len(f.metadata["help"]) > 10, f.name
@@ -91,7 +100,7 @@ def test_settings_are_composed_of_what_each_command_reads():
     own = {"lora", "stack", "lora_r", "lora_alpha", "lora_target", "keep_private"}
     assert fields(RequestConfig).keys() - fields(UnlearnConfig).keys() == own
     for part in (PMCConfig, EvaluateConfig):  # a name means the same everywhere
-        for name in fields(part).keys() & fields(RequestConfig).keys() - {"max_degenerate"}:
+        for name in fields(part).keys() & fields(RequestConfig).keys() - {"max_degenerate", "retain_weight"}:
             theirs, ours = fields(part)[name], fields(RequestConfig)[name]
             assert (theirs.default, theirs.type, theirs.metadata) == (ours.default, ours.type, ours.metadata), name
 
@@ -106,6 +115,13 @@ def test_settings_are_composed_of_what_each_command_reads():
 )
 def test_commands_hide_no_setting_and_add_none(command, config, more):
     assert {p.name for p in cli.commands[command].params} == fields(config).keys() | more | {"log_level"}
+
+
+def test_compare_has_its_own_settings_and_those_that_runs_share():
+    own = fields(CompareConfig).keys()
+    assert not own & set(SHARED)
+    given = {p.name for p in cli.commands["compare"].params}
+    assert given == own | set(SHARED) | {"preset", "dry_run", "json_file", "log_level"}
 
 
 def test_paths_expand_the_home_directory(monkeypatch):

@@ -74,7 +74,9 @@ def console() -> Any:
 
 def print_plan(plan: "Plan", output: str) -> dict[str, Any]:
     """Print what a run into `output` would do, and return it."""
-    c, s = plan.config, plan.schedule
+    from ..jobs import methods
+
+    c, s, method = plan.config, plan.schedule, methods.facts(plan.config)
     answered = sum(bool(row.answer) for row in plan.forget)
     click.echo(
         f"forget    {len(plan.forget)} questions of {c.forget}{_texts(plan.forget)}, {answered or 'none'} with an answer"
@@ -83,15 +85,22 @@ def print_plan(plan: "Plan", output: str) -> dict[str, Any]:
     click.echo(f"retain    {len(plan.retain)} pairs of {c.retain}{_texts(plan.retain)}")
     click.echo(f"evaluate  {', '.join(f'{e.name} ({len(e.rows)})' for e in plan.sets) or 'nothing'}")
     click.echo(f"prompts   {c.prompt_format}, prompt and answer at most {c.max_length} tokens")
+    if method["name"] != "pmc":
+        parameters = ", ".join(f"{name} {value}" for name, value in method["parameters"].items())
+        told = ", trained on the answers to be forgotten" if method["told"] else ""
+        click.echo(f"method    {method['name']} ({parameters}){told}")
+    steps = f"what {c.max_seconds:g} s allow" if c.max_seconds else str(s.steps)
+    samples = f", {c.num_samples} samples a question" if method["name"] == "pmc" else ""
     click.echo(
-        f"steps     {s.steps} ({s.steps_per_epoch} an epoch), each {c.batch_size} x "
-        f"{c.gradient_accumulation_steps} questions, {c.num_samples} samples a question"
+        f"steps     {steps} ({s.steps_per_epoch} an epoch), each {c.batch_size} x "
+        f"{c.gradient_accumulation_steps} questions{samples}"
     )
     if c.skip_known_forgotten:
         click.echo("skip      questions known to be forgotten: fewer steps where there are any")
     click.echo(f"output    {output}: nothing was written")
     print_warnings(plan.warnings)
     return {
+        "method": method,
         "settings": dataclasses.asdict(c),
         "rows": {name: len(rows) for name, rows in plan.rows.items()},
         "answers_to_forget": answered,
@@ -234,12 +243,7 @@ class Progress:
         self._line(f"warning: {text}", "warning")
 
     def step(self, record: dict[str, Any], steps: int) -> None:
-        rate = record["sampled_tokens"] / record["rollout_seconds"] if record["sampled_tokens"] else 0.0
-        state = (
-            f"loss {record['loss']:.3f} (collapse {record['collapse_loss']:.3f}, retain "
-            f"{record['retain_loss']:.3f})  mean score {record['mean_score']:.3f}  pending {record['pending']}"
-            f"  {rate:.0f} tokens/s"
-        )
+        state = _state(record)
         self.part, first = "", self.task is None
         if first:
             self.bar.add_task("unlearning", total=steps, completed=record["step"] - 1, state="")
@@ -248,6 +252,18 @@ class Progress:
         self.bar.update(self.task.id, total=steps, completed=record["step"], state=state)
         if not self.live and (first or record["step"] == steps):
             self._line(_of(self.task))
+
+
+def _state(record: dict[str, Any]) -> str:
+    """Return a step's numbers as a line: PMC's, or another method's."""
+    loss = f"loss {record['loss']:.3f}"
+    if "collapse_loss" not in record:
+        return f"{loss}  {record['train_seconds']:.2f} s"
+    rate = record["sampled_tokens"] / record["rollout_seconds"] if record["sampled_tokens"] else 0.0
+    return (
+        f"{loss} (collapse {record['collapse_loss']:.3f}, retain {record['retain_loss']:.3f})  mean score "
+        f"{record['mean_score']:.3f}  pending {record['pending']}  {rate:.0f} tokens/s"
+    )
 
 
 def _of(task: Any) -> str:

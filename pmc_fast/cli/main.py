@@ -17,6 +17,7 @@ from ..errors import PMCError, Terminated
 from ..utils.text import printable
 from . import bench, erasure
 from .common import FILE, Commands, json_option, write_json
+from .compare import compare
 from .completion import completion
 from .display import Progress, print_gates, print_memory, print_plan, print_scores
 from .options import config_options, given, read_yaml
@@ -26,6 +27,7 @@ from .serve import serve
 MEMORY = (
     "model", "device", "dtype", "param_dtype", "max_length", "max_tokens", "cuda_graphs", "num_samples", "selection",
     "batch_size", "gradient_accumulation_steps", "optimizer", "allow_pure_bf16", "lora", "lora_r", "lora_target",
+    "method",
 )  # fmt: skip
 
 
@@ -152,7 +154,7 @@ def _print_memory_of(preset: str | None, settings: dict[str, Any]) -> dict[str, 
     return print_memory(memory, config.device)
 
 
-for command in (bench.bench, erasure.merge, erasure.rollback, erasure.verify, serve, completion):
+for command in (bench.bench, compare, erasure.merge, erasure.rollback, erasure.verify, serve, completion):
     cli.add_command(command)
 
 

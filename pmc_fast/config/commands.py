@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from ..errors import PMCError
+from .methods import PARAMETERS, MethodConfig, OptionalNotNegative, of_pmc, require_without_pmc, without_pmc
 
 from .parts import (  # isort: skip
-    Count, EvaluationConfig, ModelConfig, NotNegative, OptionalScore, OptionalShare, Path, Paths, PMCConfig, Positive, PositiveInt,
-    PassConfig, SamplingConfig, Settings, Threshold, option, require,
+    Count, EvaluationConfig, ModelConfig, NotNegative, OptionalPositive, OptionalScore, OptionalShare, Path, Paths, PMCConfig, Positive,
+    PositiveInt, PassConfig, SamplingConfig, Settings, Threshold, option, require,
 )  # fmt: skip
 
 # llama and phi: arXiv 2507.04219, appendix, and the published configurations. small: the demo. request: for --lora, few
@@ -40,11 +41,22 @@ QUICK: dict[str, Any] = {"batch_size": 2, "num_samples": 8, "max_length": 80, "r
 
 
 @dataclass(kw_only=True)
-class UnlearnConfig(EvaluationConfig, PMCConfig):
-    """Settings of an unlearning run: data, algorithm, optimizer, evaluation, output."""
+class UnlearnConfig(EvaluationConfig, PMCConfig, MethodConfig):
+    """Settings of an unlearning run: data, method, optimizer, evaluation, output."""
 
+    retain_weight: OptionalNotNegative = option(  # type: ignore[assignment]  # a number once the method is known
+        None,
+        "weight of the retain loss, lambda in the paper (unset: 1.25 for pmc, else the method's own)",
+        aliases=["--lambda"],
+    )
     output: Path = option("", "output directory, new or empty")
     num_epochs: Positive = option(30.0, "passes over the forget questions", aliases=["--epochs"])
+    max_steps: Count = option(0, "optimizer steps, whatever NUM_EPOCHS says (0: as many as these take)")
+    max_seconds: OptionalPositive = option(
+        None,
+        "train for so many seconds, whatever NUM_EPOCHS says: no step begins that would end after them, and the learning rate falls "
+        "to 0 with the clock (unset: off)",
+    )
     batch_size: PositiveInt = option(8, "forget questions, and retain pairs, of a micro-batch")
     gradient_accumulation_steps: PositiveInt = option(
         2, "micro-batches per optimizer step", aliases=["--accumulation"]
@@ -81,8 +93,24 @@ class UnlearnConfig(EvaluationConfig, PMCConfig):
         "report the losses and scores of every step there, never a text; TensorBoard's files: OUTPUT.tensorboard",
     )
 
+    def __post_init__(self) -> None:
+        if self.retain_weight is None and self.method == "pmc":
+            self.retain_weight = PMCConfig.retain_weight
+        super().__post_init__()
+
     def validate(self) -> None:
         super().validate()
+        if self.method == "pmc":
+            for name in PARAMETERS[1:]:
+                value = getattr(self, name)
+                require(
+                    value in (None, ""), name, value, "left out with method pmc: it is another method's parameter"
+                )
+        else:
+            require_without_pmc(self, of_pmc(self.skip_known_forgotten), f"method {self.method}")
+        for name in ("max_steps", "checkpoint_steps", "resume"):
+            value = getattr(self, name)
+            require(not (self.max_seconds and value), name, value, "left out with max_seconds")
         contradicts = self.dtype == "float32" and self.param_dtype == "bfloat16"
         require(
             not contradicts, "param_dtype", self.param_dtype, "float32, or dtype another one: it computes in bfloat16"
@@ -130,9 +158,12 @@ class UnlearnConfig(EvaluationConfig, PMCConfig):
         """
         if preset not in (None, *PRESETS):
             raise PMCError(f"preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
-        values = PRESETS[preset].copy() if preset else {}
+        named, given = PRESETS[preset] if preset else {}, dict[str, Any]()
         for layer in layers:
-            values |= layer
+            given |= layer
+        if given.get("method", "pmc") != "pmc":
+            named = without_pmc(named, given)
+        values = named | given
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
@@ -157,6 +188,7 @@ class RequestConfig(UnlearnConfig):
 
     def validate(self) -> None:
         super().validate()
+        require(self.method == "pmc" or not self.lora, "method", self.method, "pmc with lora")
         require(bool(self.lora_target), "lora_target", self.lora_target, "all-linear, or names of layers")
         if self.lora:
             require(bool(self.stack), "stack", self.stack, "the directory of the model's adapters, with lora")

@@ -39,6 +39,25 @@ def questions_of(dataset: Iterable[Any] | None, name: str = "forget_dataset") ->
     return [row.question for row in _rows(items, name, answers=None)]
 
 
+def rows_in(dataset: Iterable[Any] | None, name: str = "forget_dataset") -> list[Row]:
+    """Return the questions of a data set with their answers, where it has any.
+
+    Parameters
+    ----------
+    dataset : iterable
+        Of rows, or texts, which have no answers; see `listed`.
+    name : str
+        Names it in errors.
+    """
+    items = listed(dataset, name, "it needs the questions to forget")
+    kind = _kind_of(items, name)
+    if kind == "str":
+        return [Row(question) for question in questions_of(items, name)]
+    if kind in ("list", "Encoded") or (kind == "dict" and "input_ids" in items[0]):
+        raise PMCError(f"{name} is tokenised: pass rows with a question and an answer")
+    return _rows(items, name, answers=False)
+
+
 def sequences_of(dataset: Iterable[Any] | None, encoder: Encoder, name: str = "retain_dataset") -> list[Encoded]:
     """Return the sequences of a data set of pairs: rows, tokenised rows (padded ones too), or encoded ones.
 
@@ -195,6 +214,20 @@ def check_padding(ids: Sequence[int], tokenizer: Any, where: str, *, prompt: boo
     ends = [list(ids[:2]), *([list(ids[-2:])] if prompt else [])]
     if pad is not None and (two in ends or (alone and pad in (ids[0], *(ids[-1:] if prompt else ())))):
         raise PMCError(f"{where} has padding, token {pad}: leave it out, or give tokenised rows an attention_mask")
+
+
+def check_ids(where: str, ids: Sequence[int], known: int) -> None:
+    """Refuse token ids that a model with so many embeddings does not have."""
+    if unknown := [t for t in (min(ids), max(ids)) if not 0 <= t < known]:
+        raise PMCError(
+            f"{where} has token id {unknown[0]} but the model's are 0 to {known - 1}: use the model's own tokenizer"
+        )
+
+
+def check_sequences(sequences: Sequence[Encoded], name: str, known: int) -> None:
+    """Refuse sequences with token ids that a model with so many embeddings does not have."""
+    for number, s in enumerate(sequences, start=1):
+        check_ids(f"{name}, row {number}", [*s.input_ids, *(x for x in s.labels if x != IGNORED)], known)
 
 
 def _ids(values: Any, where: str, *, bools: bool = False) -> list[int]:

@@ -15,6 +15,7 @@ from ..ops.nll_cpu import VOCAB_BLOCK, Cpu
 from ..ops.nll_cuda import Cuda
 from ..ops.weighted_nll import WORKSPACE
 from ..rollout.request import MAX_ROWS
+from .methods import method_of
 
 GIB = 1 << 30
 CONTEXT = 600 << 20  # CUDA's context, kernels, libraries
@@ -166,6 +167,11 @@ class Memory:
         eager = ("embedding", "optimizer") if one_pass else STEP
         # graphs write to the same gradients again and again; else they end with the step
         add("gradients", ALWAYS if choice.cuda_graphs else eager, _bytes(s.trained))
+        method = method_of(c)
+        if method is not None and any(method.divergences):
+            add("the untouched model", ALWAYS, _bytes(s.trained) + _bytes(s.frozen))
+        if method is not None and method.apart:
+            add("gradients of one loss alone", STEP, _bytes(s.trained))
         adam = c.optimizer in ("adamw_torch", "adamw_torch_fused")
         at_once = adam and replaces_torchs(self.device, c.optimizer == "adamw_torch_fused")
         if masters and not at_once:

@@ -16,6 +16,7 @@ from ..models.fsdp import fsdp_launched
 from ..models.pass_memory import Shape
 from ..rollout.request import MAX_ROWS
 from .memory import GIB, Amount, Choice, Memory, Work
+from .methods import method_of
 from .outputs import TrainingTarget
 from .plan import Plan
 from .progress import Monitor
@@ -38,13 +39,17 @@ class Lengths:
 def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
     """Return what a step computes and a rollout holds at most, and as expected where the data say it."""
     c, longest = config, config.max_length
-    questions, n = c.batch_size * c.gradient_accumulation_steps, c.num_samples
+    questions, method = c.batch_size * c.gradient_accumulation_steps, method_of(c)
+    n = c.num_samples if method is None or c.skip_known_forgotten else 1  # sampled at once; others but evaluate
     known = bool(lengths.prompts and lengths.retain)
     prompts = sorted(lengths.prompts) or [1]
     questions = min(questions, len(prompts)) if known else questions
     trained = n if c.selection == "soft" else 1
     shortest = prompts[0]
-    group = shortest + trained * (longest - shortest)
+    group = alone = shortest + trained * (longest - shortest)
+    if method is not None:  # answers that share no prompt
+        trained, alone = len(method.answers), longest
+        group = trained * longest
     retain = max(lengths.retain, default=longest)
     answer = _mean(lengths.answers or lengths.retain_answers)
     prompt = _mean(prompts)
@@ -64,7 +69,7 @@ def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
     return Work(
         tokens=Amount(questions * (group + retain), expected),
         targets=Amount(most_targets, targets),
-        longest=max(group, retain),
+        longest=max(alone, retain),
         slots=Amount(
             max(slots(count, samples, shortest, longest - shortest) for count, samples in rollouts),
             max(slots(count, samples, prompt, answer) for count, samples in rollouts) if known else None,
@@ -196,12 +201,13 @@ def _too_large(memory: Memory, least: Choice, free: int) -> str:
 def _remedies(memory: Memory) -> list[str]:
     """Return the settings that can still be changed for less memory: max_length, at least."""
     c = memory.config
-    remedies = [] if getattr(c, "lora", False) else ["--lora"]
+    remedies = [] if getattr(c, "lora", False) or c.method != "pmc" else ["--lora"]
     if memory.param_dtype == torch.float32:
         remedies.append(
             "--dtype bfloat16 --param-dtype bfloat16" if c.dtype == "float32" else "--param-dtype bfloat16"
         )
-    smaller = [f"--{n.replace('_', '-')}" for n in ("batch_size", "num_samples") if getattr(c, n) > 1]
+    fewer = ("batch_size", *(["num_samples"] if c.method == "pmc" else []))
+    smaller = [f"--{n.replace('_', '-')}" for n in fewer if getattr(c, n) > 1]
     either = f"{', '.join(smaller)} or " if smaller else ""
     return [*remedies, f"a smaller {either}--max-length"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import UnlearnConfig
+from ..config import RewardName, UnlearnConfig
 from ..data import Encoder, Question, Row, load_rows
 from ..distributed import launched
 from ..errors import PMCError
@@ -22,6 +22,7 @@ from ..evaluation import (
     load_sets,
     truths_of,
 )
+from ..methods import Method
 from ..models import loading
 from ..pmc.algorithm import check_store
 from ..pmc.reward import choose_scorer
@@ -31,6 +32,7 @@ from ..trainer.arguments import check_optimizer_name
 from . import earlier_runs, known_forgotten, trackers
 from .held import Held
 from .memory import Choice
+from .methods import checked_method
 from .progress import Monitor
 
 FEW_STEPS = 50
@@ -55,6 +57,7 @@ class Plan:
     parameters: int  # of the model
     dtype: torch.dtype  # of its checkpoint
     warnings: list[str] = field(default_factory=list)
+    method: Method | None = None  # None: PMC
     choice: Choice | None = None  # how its memory is bounded, where that is not as the settings say
 
     @property
@@ -74,6 +77,11 @@ class Plan:
             self.kept, self.schedule = kept, Schedule.plan(self.config, len(kept), launched()[1])
             self.warnings = [text for text in self.warnings if text not in few]
             self.warn(_few_steps(self.schedule), monitor)
+
+    def judge_by(self, reward: RewardName, monitor: Monitor) -> None:
+        """Note how answers are compared, now that all of them are known."""
+        self.config = dataclasses.replace(self.config, reward=reward)
+        monitor.stage(f"  reward: {reward}")
 
     def warn(self, texts: Sequence[str], monitor: Monitor) -> None:
         """Show warnings that are new, and keep them for the report."""
@@ -105,7 +113,8 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]], held:
     forget = load_rows(config.forget, **config.reading("forget"))
     retain = load_rows(config.retain, answers=True, **config.reading("retain"))
     check_store(config, [row.question for row in forget])
-    warnings = earlier_runs.check(
+    method, warnings = checked_method(config, forget, launched()[1])
+    warnings += earlier_runs.check(
         earlier, (config.forget, forget), (config.retain, retain), allow=config.allow_relearn
     )
     source = held.read(config.model, config.device)
@@ -115,14 +124,14 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]], held:
     warnings += loading.check_config(config.model, tokenizer, config.max_length)
     generation_config = None if config.accidents else loading.load_generation_config(config.model)
     encoder = Encoder(tokenizer, config, generation_config)
-    warnings += encoder.warnings + (encoder.text_warnings() if config.store != "ids" else [])
+    warnings += encoder.warnings + (encoder.text_warnings() if method is None and config.store != "ids" else [])
     param_dtype = loading.resolve_param_dtype(
         config.param_dtype, config.dtype, loading.resolve_device(config.device), config.model
     )
     warnings += loading.rounding_warning(param_dtype, config.model, dtype)
     config = dataclasses.replace(config, prompt_format=encoder.format, param_dtype=param_dtype)
     warnings += earlier_runs.check_prompts(config.model, config)
-    # the evaluation alone sees the forget answers: training gets the questions
+    # the evaluation alone sees the forget answers, and methods that are told them: PMC gets the questions
     sets = load_sets(config, forget, retain) if config.evaluate else []
     cut, found = _check_rows(config, encoder, forget, retain, sets)
     text = None
@@ -137,6 +146,7 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]], held:
     kept = list(range(len(forget)))
     return Plan(
         config, encoder, forget, retain, sets, schedule, paraphrases, text, kept, earlier, cut, parameters, dtype, warnings,
+        method,
     )  # fmt: skip
 
 

@@ -12,22 +12,22 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from ..config import UnlearnConfig
-from ..data import Encoded
 from ..distributed import Ranks, launched
 from ..errors import Terminated
-from ..evaluation import truths_of, with_initial_answers
+from ..evaluation import truths_of
 from ..models import loading
 from ..models.fused_layers import use_checkpointing
 from ..models.packed_forward import causal_lm
-from ..pmc.algorithm import PMC
+from ..pmc.schedule import UNLIMITED
 from ..report import gates, render
 from ..report.environment import machine, versions
 from ..rollout import SharedEngine
 from ..trainer.arguments import PMCArguments
-from ..trainer.callbacks import TRACE, StepProfiler
+from ..trainer.callbacks import TRACE, StepProfiler, TrainingClock
 from ..trainer.trainer import PMCTrainer
+from ..trainer.unlearn import UnlearnTrainer
 from ..utils.text import row_numbers
-from . import earlier_runs, known_forgotten
+from . import earlier_runs, known_forgotten, methods
 from .evaluator import Evaluator, Results, Suite
 from .held import Held
 from .interrupts import CheckpointOnSigterm, what_is_left
@@ -38,6 +38,7 @@ from .outputs import TrainingTarget, WholeModel
 from .plan import Plan, make_plan, require_inputs
 from .progress import Monitor, Silent, Stages
 from .trackers import Tracker
+from .training import MethodRun, PMCRun, ProgressCallback, is_step
 
 
 def check(config: UnlearnConfig, target: TrainingTarget | None = None, held: Held | None = None) -> Plan:
@@ -124,16 +125,17 @@ def _run(plan: Plan, target: TrainingTarget, tracker: Tracker | None, stages: St
     known = _known_forgotten(plan, evaluator, weights, target, stages) if plan.config.skip_known_forgotten else None
     if known and not known.kept:
         return {"questions": known.questions, "known_forgotten": dataclasses.asdict(known), "failed_gates": []}
-    trainer, profiler = _trainer(plan, loaded, arguments, target, tracker, stages.monitor)
-    assert held.engine is not None
-    assert held.packed is not None
-    trainer.pmc.share(held.engine, held.packed)  # each is checked and allocated once
-    if plan.choice is not None:
-        trainer.pmc.limit(plan.choice.max_tokens, plan.choice.graph_tokens if plan.choice.cuda_graphs else 0)
+    clock = TrainingClock(c.max_seconds)
+    profiler = StepProfiler() if c.profile and launched()[0] == 0 else None
+    progress = ProgressCallback(stages.monitor, plan.schedule.steps, clock)
+    run = _made(plan, loaded, arguments, target, [clock, progress, *(x for x in (profiler, tracker) if x)])
+    trainer = run.trainer
+    trainer.clock = clock
+    run.share(held, plan)
     if causal_lm(loaded.model) is loaded.model:  # no adapter, whose hash is another one
         trainer.weights_sha256 = weights  # not read twice
     resumed = trainer.find_checkpoint(plan.config.resume, warn=stages.monitor.warn)
-    _initial_answers(plan, trainer.pmc, evaluator, resumed, stages)
+    clock.before = run.prepare(plan, evaluator, resumed, stages)
     results, text = Results(), plan.text
     suite = Suite(plan.config, plan.sets, text=text, tokens=text.answer_tokens(plan.sets) if text else [])
     if plan.config.evaluate:
@@ -148,7 +150,7 @@ def _run(plan: Plan, target: TrainingTarget, tracker: Tracker | None, stages: St
             evaluator = _evaluator(held, plan, stages.monitor)
         evaluator.weights_changed()
         evaluator.measure("after", suite, results, stages, " after")
-    report = _report(plan, trainer, results, known, weights, stages)
+    report = _report(plan, run, clock, results, known, weights, stages)
     if launched()[0] == 0:
         with stages("rendering"):
             files = {name: text.encode() for name, text in render.render(report, results.rows).items()}
@@ -157,7 +159,7 @@ def _run(plan: Plan, target: TrainingTarget, tracker: Tracker | None, stages: St
         with stages("saving"):
             target.write(report, files, plan)
         shutil.rmtree(target.checkpoints, ignore_errors=True)  # they hold the initial answers
-    trainer.pmc.ranks.gather(None)  # a launcher would end a process whose peer is done
+    trainer.ranks.gather(None)  # a launcher would end a process whose peer is done
     return report
 
 
@@ -194,6 +196,7 @@ def _arguments(c: UnlearnConfig, loaded: loading.LoadedModel, target: TrainingTa
     arguments = PMCArguments(
         output_dir=str(target.checkpoints),
         num_train_epochs=c.num_epochs,
+        max_steps=UNLIMITED if c.max_seconds else c.max_steps or -1,
         per_device_train_batch_size=c.batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps,
         learning_rate=c.learning_rate,
@@ -215,71 +218,29 @@ def _arguments(c: UnlearnConfig, loaded: loading.LoadedModel, target: TrainingTa
     return arguments
 
 
-def _trainer(
+def _made(
     plan: Plan,
     loaded: loading.LoadedModel,
     arguments: PMCArguments,
     target: TrainingTarget,
-    tracker: Tracker | None,
-    monitor: Monitor,
-) -> tuple[PMCTrainer, StepProfiler | None]:
-    c = plan.config
-    questions = [plan.forget[i].question for i in plan.kept]
-    profiler = StepProfiler() if c.profile and launched()[0] == 0 else None
-    callbacks = [ProgressCallback(monitor, plan.schedule.steps), *(x for x in (profiler, tracker) if x)]
-    trainer = _Trainer(loaded.model, arguments, questions, plan.retain, c, plan.tokenizer, callbacks=callbacks)
+    callbacks: list[TrainerCallback],
+) -> PMCRun | MethodRun:
+    run = (
+        PMCRun(plan, loaded, arguments, callbacks)
+        if plan.method is None
+        else MethodRun(plan, loaded, arguments, callbacks, plan.method)
+    )
     with suppress(OSError):
         target.checkpoints.rmdir()  # the Trainer makes it even if nothing will be saved
-    trainer.remove_callback(PrinterCallback)  # the monitor shows what the Trainer would print
-    return trainer, profiler
+    run.trainer.remove_callback(PrinterCallback)  # the monitor shows what the Trainer would print
+    return run
 
 
-class _Trainer(PMCTrainer):
-    """A PMCTrainer whose data `check` has checked."""
-
-    def _encode_retain(self, dataset: Any) -> list[Encoded]:
-        return self.pmc.encode(dataset, "retain_dataset")
-
-
-class ProgressCallback(TrainerCallback):
-    """Shows a monitor each step as it is logged."""
-
-    def __init__(self, monitor: Monitor, steps: int) -> None:
-        self.monitor, self.steps = monitor, steps
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "collapse_loss" in logs:
-            self.monitor.step(logs | {"step": state.global_step}, self.steps)
-
-
-def _initial_answers(
-    plan: Plan, pmc: PMC, evaluator: Evaluator, resumed: tuple[Path, dict[str, Any]] | None, stages: Stages
-) -> None:
-    """Answer the forget questions with the untouched model; where no truth was given, these are the truths."""
-    c, count = plan.config, len(plan.forget)
-    with stages("initial answers"):
-        left_out = sorted({*range(count)} - {*plan.kept}) if c.evaluate else []
-        answers = evaluator.answers([plan.forget[i].question for i in left_out])
-        initial = dict(zip(left_out, answers, strict=True))
-        pmc.source, pmc.rows = f"initial answers to {c.forget}", [i + 1 for i in plan.kept]
-        # one reward for training and evaluation
-        pmc.prepare([*truths_of(plan.sets), *(y for i, y in initial.items() if not plan.forget[i].answer)])
-        if resumed is not None:
-            pmc.load_state_dict(resumed[1]["pmc"])
-        initial |= dict(zip(plan.kept, pmc.initial_answers, strict=True))
-    evaluator.add_answers({plan.forget[i].question: y for i, y in initial.items()})
-    plan.warn(pmc.warnings, stages.monitor)
-    plan.config = dataclasses.replace(c, reward=pmc.scorer.name)
-    stages.monitor.stage(f"  reward: {pmc.scorer.name}")
-    if c.evaluate:
-        plan.sets = with_initial_answers(plan.sets, [initial[i] for i in range(count)])
-
-
-def _train(trainer: PMCTrainer, resumed: tuple[Path, dict[str, Any]] | None, stages: Stages) -> None:
+def _train(trainer: PMCTrainer | UnlearnTrainer, resumed: tuple[Path, dict[str, Any]] | None, stages: Stages) -> None:
     with stages("unlearning" if resumed is None else f"unlearning, from {resumed[0].name} on"):
         on_sigterm: Any = nullcontext()
         saves = trainer.args.save_strategy != "no"
-        if saves and trainer.pmc.ranks.size == 1 and current_thread() is main_thread():
+        if saves and trainer.ranks.size == 1 and current_thread() is main_thread():
             on_sigterm = CheckpointOnSigterm(stages.monitor.warn)
             trainer.add_callback(on_sigterm)
         with on_sigterm:
@@ -288,7 +249,9 @@ def _train(trainer: PMCTrainer, resumed: tuple[Path, dict[str, Any]] | None, sta
         raise trainer.diverged()
 
 
-def _unround(trainer: PMCTrainer, loaded: loading.LoadedModel, saved: torch.dtype | None, dtype: str) -> bool:
+def _unround(
+    trainer: PMCTrainer | UnlearnTrainer, loaded: loading.LoadedModel, saved: torch.dtype | None, dtype: str
+) -> bool:
     """Where a model is saved in another dtype than its parameters', let it have their masters, which are not rounded."""
     if saved in (None, loaded.model.get_input_embeddings().weight.dtype) or not trainer.unround():
         return False
@@ -297,45 +260,38 @@ def _unround(trainer: PMCTrainer, loaded: loading.LoadedModel, saved: torch.dtyp
 
 
 def _report(
-    plan: Plan, trainer: PMCTrainer, results: Results, known: KnownForgotten | None, weights: str, stages: Stages
+    plan: Plan,
+    run: PMCRun | MethodRun,
+    clock: TrainingClock,
+    results: Results,
+    known: KnownForgotten | None,
+    weights: str,
+    stages: Stages,
 ) -> dict[str, Any]:
-    config, pmc = plan.config, trainer.pmc
+    config = plan.config
     before, after = (results.scores.get(when, {}) for when in ("before", "after"))
-    history = [record for record in trainer.state.log_history if "collapse_loss" in record]
+    history = [record for record in run.trainer.state.log_history if is_step(record)]
     plan.warn(gates.warnings(before, after, history), stages.monitor)
     judged = gates.judge(config, after, before)
     return {
+        "method": methods.facts(config),
         "settings": dataclasses.asdict(config),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "models": {"before": {"source": config.model, "sha256": weights}},
         "questions": len(plan.forget),
         "retain_rows": len(plan.retain),
         "data": earlier_runs.data_of(plan.rows, plan.earlier),
-        "cut": {source: len(rows) for source, rows in plan.cut.items()} | {"initial answers": len(pmc.cut_answers)},
+        "cut": {source: len(rows) for source, rows in plan.cut.items()} | {"initial answers": run.cut_answers},
         "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",
         "versions": versions(),
         "machine": machine(),
         **({} if known is None else {"known_forgotten": dataclasses.asdict(known)}),
         **results.report(),
         "history": history,
-        "stopped": trainer.stopped,
-        **({"sampled_answers": _sampled(pmc)} if config.log_text else {}),
+        **run.report(log_text=config.log_text),
         "gates": judged,
         "failed_gates": gates.missed(judged),
         "warnings": plan.warnings,
+        "training_seconds": clock.seconds,
         "stage_seconds": stages.seconds,
     }
-
-
-def _sampled(pmc: PMC) -> list[dict[str, Any]]:
-    """Return what was trained on: each question's initial answer, stored answers and score."""
-    return [
-        {
-            "question": q,
-            "initial": y,
-            "stored": [answer for answer, _ in pmc.store.answer(i)],
-            "score": pmc.store.score(i),
-        }
-        for i, (q, y) in enumerate(zip(pmc.questions, pmc.initial_answers, strict=True))
-        if pmc.store.visits(i)
-    ]

@@ -24,7 +24,6 @@ class ICU(Method):
     linear: ClassVar[bool] = True
     retain_weight: float = 0.5
     beta: float = 1.0
-    bleu: float = 0.01
 
     @property
     def divergences(self) -> tuple[float, float]:
@@ -33,7 +32,8 @@ class ICU(Method):
     def objective(self, batch: Batch) -> torch.Tensor:
         return -batch.nll("forget")
 
-    def left(self, answers: Sequence[str], said: Sequence[str]) -> list[int]:
+    @staticmethod
+    def left(answers: Sequence[str], said: Sequence[str], bleu: float = 0.01) -> list[int]:
         """Return which answers are not forgotten yet: those to go on with (section 3.5), numbered from 0.
 
         Parameters
@@ -42,13 +42,15 @@ class ICU(Method):
             The true ones.
         said : sequence of str
             What the model answers now, greedily.
+        bleu : float
+            An answer whose BLEU is below counts as forgotten; the default is that of the published code's README.
 
         Notes
         -----
-        An answer counts as forgotten if its BLEU is below `bleu`; up to 3 words have no 4-grams, and are compared in shorter ones.
+        No run drops answers by itself. Up to 3 words have no 4-grams, and are compared in shorter ones.
         The paper drops those, too, whose BERTScore is below 0.3.
         """
-        return [i for i, pair in enumerate(zip(answers, said, strict=True)) if _bleu(*pair) >= self.bleu]
+        return [i for i, pair in enumerate(zip(answers, said, strict=True)) if _bleu(*pair) >= bleu]
 
 
 def _bleu(answer: str, said: str) -> float:

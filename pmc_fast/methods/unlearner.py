@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..config import PMCConfig
-from ..data import Encoded, Encoder, Row
+from ..data import Encoded, Encoder, Row, is_text
 from ..data.packing import Pack, num_targets, pack
 from ..errors import PMCError
 from ..models.context import eval_mode
@@ -16,6 +16,27 @@ from ..models.supported import check_float16, check_model
 from ..utils.text import row_numbers
 from .method import REFUSALS, Batch, Kind, Method
 from .teacher import Teacher
+
+
+def check_rows(method: Method, forget: Sequence[Row], source: str = "forget") -> None:
+    """Refuse rows that a method can't train on; `source` names them in errors.
+
+    Raises
+    ------
+    PMCError
+        Rows without an answer, where the method trains on it; texts to be continued, where it trains on refusals.
+    """
+    name = type(method).__name__
+    if method.told and (silent := [n for n, row in enumerate(forget, start=1) if not row.answer]):
+        raise PMCError(
+            f"{source}, {row_numbers(silent)}: no answer is given, and {name} trains on the answers to be forgotten: give "
+            "them, or use PMC or IDK"
+        )
+    if "template" in method.answers and (texts := [n for n, r in enumerate(forget, start=1) if is_text(r.question)]):
+        raise PMCError(
+            f"{source}, {row_numbers(texts)}: a text to be continued, and {name} trains on refusals, which continue no text: "
+            "use PMC, or a method without refusals, such as NPO"
+        )
 
 
 class Unlearner:
@@ -36,8 +57,8 @@ class Unlearner:
     Raises
     ------
     PMCError
-        A method that needs the answers to be forgotten, and rows without; an answer of which no token fits max_length; a model that
-        is not supported.
+        A method that needs the answers to be forgotten, and rows without; one that trains on refusals, and texts to be
+        continued; an answer of which no token fits max_length; a model that is not supported.
     """
 
     def __init__(
@@ -55,13 +76,10 @@ class Unlearner:
         self.model, self.config, self.method = model, config, method
         self.encoder = Encoder(tokenizer, config, model.generation_config)
         self.packed = PackedPass(causal_lm(model), autocast_dtype=autocast_dtype)
-        if method.told and (silent := [n for n, row in enumerate(forget, start=1) if not row.answer]):
-            raise PMCError(
-                f"forget, {row_numbers(silent)}: no answer is given, and {type(method).__name__} trains on the answers to be "
-                "forgotten: give them, or use PMC or IDK"
-            )
+        check_rows(method, forget)
         self.questions = len(forget)
         self.answers: dict[Kind, list[Encoded]] = {kind: self._encode(kind, forget) for kind in method.answers}
+        self.prepared = False
         self._reference: dict[Kind, torch.Tensor] = {}
         self._teacher: Teacher | None = None
 
@@ -88,6 +106,7 @@ class Unlearner:
                 logps, offsets = self._logps(self.answers[kind])
                 batch = Batch({kind: logps}, {kind: offsets}, {})
                 self._reference[kind] = batch.sums(kind)
+        self.prepared = True
 
     def backward(self, indices: Sequence[int], retain: Sequence[Encoded] = (), *, model: Any = None) -> float:
         """Add the gradients of a step's loss to the parameters' `.grad`, and return the loss.

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..config import PMCConfig
 from ..data import Encoded, Encoder, check_datasets, is_text, listed, questions_of, sequences_of
-from ..data.datasets import check_padding
+from ..data.datasets import check_ids, check_padding, check_sequences
 from ..data.packing import num_targets
 from ..distributed import Ranks
 from ..errors import PMCError
@@ -142,7 +142,7 @@ class PMC:
         else:
             self.encoder.check_text(where, question)
             prompt = self.encoder.prompt(question, where=where)
-        self._check_ids(where, prompt)
+        check_ids(where, prompt, self._known_ids)
         if len(prompt) >= self.config.max_length:
             raise PMCError(
                 f"{where} takes {len(prompt)} tokens and leaves none of max_length {self.config.max_length} for an "
@@ -294,8 +294,7 @@ class PMC:
     def encode(self, rows: Iterable[Any] | None, name: str) -> list[Encoded]:
         """Encode pairs in the questions' prompt format; tokenised rows are unpadded. `name` names them in errors."""
         sequences = sequences_of(rows, self.encoder, name)
-        for number, s in enumerate(sequences, start=1):
-            self._check_ids(f"{name}, row {number}", [*s.input_ids, *(x for x in s.labels if x != IGNORED)])
+        check_sequences(sequences, name, self._known_ids)
         return sequences
 
     def encode_retain(
@@ -328,12 +327,9 @@ class PMC:
         if self.ranks.rank == 0:
             logger.warning(text)
 
-    def _check_ids(self, where: str, ids: Sequence[int]) -> None:
-        known = self.model.get_input_embeddings().weight.shape[0]
-        if unknown := [t for t in (min(ids), max(ids)) if not 0 <= t < known]:
-            raise PMCError(
-                f"{where} has token id {unknown[0]} but the model's are 0 to {known - 1}: use the model's own tokenizer"
-            )
+    @property
+    def _known_ids(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]
 
     def loss(self, part: Step, retain: Retain, *, model: Any = None, retain_tokens: int | None = None) -> Loss:
         """Return CE(sampled answers) + lambda CE(retain answers) of a micro-batch, as its share of the step's loss.

@@ -8,6 +8,8 @@ import torch
 
 from ..config import UnlearnConfig
 
+UNLIMITED = 10**6  # steps, of a run that a clock ends
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -18,10 +20,14 @@ class Schedule:
 
     @classmethod
     def plan(cls, config: UnlearnConfig, num_questions: int, processes: int = 1) -> "Schedule":
-        """Count the steps of `config` over `num_questions`, an epoch's last step being a smaller one."""
+        """Count the steps of `config` over `num_questions`, an epoch's last step being a smaller one.
+
+        With max_seconds there are UNLIMITED.
+        """
         per_step = config.batch_size * config.gradient_accumulation_steps * processes
         steps_per_epoch = math.ceil(num_questions / per_step)
-        return cls(steps_per_epoch, max(1, math.ceil(config.num_epochs * steps_per_epoch)))
+        steps = UNLIMITED if config.max_seconds else config.max_steps
+        return cls(steps_per_epoch, steps or max(1, math.ceil(config.num_epochs * steps_per_epoch)))
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):

@@ -57,7 +57,7 @@ def warnings(before: Mapping[str, Any], after: Mapping[str, Any], history: Seque
             f"utility fell from {before['utility']:.1f} to {after['utility']:.1f}: the model forgot more than it was asked to; "
             "try a smaller learning_rate, a larger retain_weight or more epochs"
         )
-    losses = [step["retain_loss"] for step in history]
+    losses = [step["retain_loss"] for step in history if "retain_loss" in step]
     last = losses[-max(1, len(losses) // 10) :]
     if losses and (sum(last) / len(last) > losses[0] + ROSE or max(losses) > losses[0] + PEAK):
         found.append(

@@ -42,7 +42,8 @@ def plots(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> dict[str
         found["Share of questions that leak in k samples"] = _leak_at_k(leaks)
     history = made.get("history")
     if history:
-        found["Best answers against the initial ones"] = _scores(history)
+        if "mean_score" in history[0]:
+            found["Best answers against the initial ones"] = _scores(history)
         found["Training losses"] = _losses(history)
     return found
 
@@ -54,7 +55,8 @@ def _recalls(rows: Sequence[dict[str, Any]], when: str, attack: str | None) -> l
     return [row["attacks"][attack]["worst"] for row in of if attack in row.get("attacks", {})]
 
 
-def _figure(height: float = 3.2, grid: Literal["both", "x", "y"] = "y") -> tuple[Any, Any]:
+def new_figure(height: float = 3.2, grid: Literal["both", "x", "y"] = "y") -> tuple[Any, Any]:
+    """Return a figure and its axes."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -65,7 +67,8 @@ def _figure(height: float = 3.2, grid: Literal["both", "x", "y"] = "y") -> tuple
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """Return a figure as text."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
@@ -78,7 +81,8 @@ def _whole_numbers(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
-def _legend(figure: Any, handles: Sequence[Any] | None = None) -> None:
+def legend(figure: Any, handles: Sequence[Any] | None = None) -> None:
+    """Add a legend above the axes."""
     how: dict[str, Any] = {} if handles is None else {"handles": handles}
     figure.legend(frameon=False, ncols=3, loc="outside upper center", **how)
 
@@ -91,7 +95,7 @@ def _label(name: str) -> str:
 
 def _sets(scores: dict[str, dict[str, Any]]) -> str:
     sets = scores["after"]["sets"]
-    figure, axes = _figure(1.2 + 0.62 * len(sets), grid="x")
+    figure, axes = new_figure(1.2 + 0.62 * len(sets), grid="x")
     height = 0.8 / len(scores)
     for i, (when, s) in enumerate(scores.items()):
         values = [s["sets"][name]["rouge_l_recall"] for name in sets]
@@ -104,12 +108,12 @@ def _sets(scores: dict[str, dict[str, Any]]) -> str:
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     if len(scores) > 1:
-        _legend(figure)
-    return _svg(figure)
+        legend(figure)
+    return svg(figure)
 
 
 def _pareto(scores: dict[str, dict[str, Any]]) -> str:
-    figure, axes = _figure(grid="both")
+    figure, axes = new_figure(grid="both")
     points = {when: (s["utility"], s["unlearn_quality"]) for when, s in scores.items()}
     if len(points) == 2:
         arrow = {"arrowstyle": "->", "color": "0.45", "shrinkA": 7, "shrinkB": 7}
@@ -117,12 +121,12 @@ def _pareto(scores: dict[str, dict[str, Any]]) -> str:
     for when, (x, y) in points.items():
         axes.scatter([x], [y], s=70, color=COLORS[when], label=f"{when}: {y:.1f}, {x:.1f}", zorder=3)
     axes.set(xlabel="utility (0 to 100)", ylabel="unlearn quality (0 to 100)", xlim=(0, 104), ylim=(0, 104))
-    _legend(figure)
-    return _svg(figure)
+    legend(figure)
+    return svg(figure)
 
 
 def _histogram(values: dict[str, list[float]]) -> str:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     shown = {when: of for when, of in values.items() if of}
     width = 0.085 / len(shown)
     centres = (BINS[:-1] + BINS[1:]) / 2
@@ -133,12 +137,12 @@ def _histogram(values: dict[str, list[float]]) -> str:
     axes.set(xlabel="ROUGE-L recall of the truth", ylabel="questions", xlim=(0, 1))
     axes.set_xticks(BINS)
     _whole_numbers(axes.yaxis)
-    _legend(figure)
-    return _svg(figure)
+    legend(figure)
+    return svg(figure)
 
 
 def _leak_at_k(leaks: dict[str, dict[str, Any]]) -> str:
-    figure, axes = _figure(grid="both")
+    figure, axes = new_figure(grid="both")
     for when, summary in leaks.items():
         ks = [int(k) for k in summary["leak_at_k"]]
         values = [of["value"] for of in summary["leak_at_k"].values()]
@@ -151,12 +155,12 @@ def _leak_at_k(leaks: dict[str, dict[str, Any]]) -> str:
     axes.minorticks_off()
     axes.set(xlabel="k samples of a question", ylabel="leak@k", ylim=(0, 1.04))
     if len(leaks) > 1:
-        _legend(figure)
-    return _svg(figure)
+        legend(figure)
+    return svg(figure)
 
 
 def _scores(history: list[dict[str, Any]]) -> str:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     steps = [r["step"] for r in history]
     marker = "o" if len(steps) == 1 else None  # a line of one point is invisible
     (score,) = axes.plot(
@@ -178,12 +182,12 @@ def _scores(history: list[dict[str, Any]]) -> str:
     form = ".0f" if seconds[-1] >= 10 else ".1f"
     above.set_xticks(places, [format(t, form) for t in np.interp(places, steps, seconds)])
     above.set_xlabel("seconds of rollouts and training")
-    _legend(figure, [score, pending])
-    return _svg(figure)
+    legend(figure, [score, pending])
+    return svg(figure)
 
 
 def _losses(history: list[dict[str, Any]]) -> str:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     steps = [r["step"] for r in history]
     for key, label in (
         ("collapse_loss", "collapse"),
@@ -192,7 +196,11 @@ def _losses(history: list[dict[str, Any]]) -> str:
     ):
         if key in history[0]:
             axes.plot(steps, [r[key] for r in history], marker="o" if len(steps) == 1 else None, label=label)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats/token)", ylim=(0, None))
+    if "retain_loss" in history[0]:
+        axes.set(ylabel="cross-entropy (nats/token)", ylim=(0, None))
+    else:  # of another method, whose objective is its own
+        axes.plot(steps, [r["loss"] for r in history], marker="o" if len(steps) == 1 else None, label="loss")
+    axes.set(xlabel="optimizer step")
     _whole_numbers(axes.xaxis)
-    _legend(figure)
-    return _svg(figure)
+    legend(figure)
+    return svg(figure)

@@ -77,8 +77,13 @@ def html(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
     from .plots import plots
 
     values: dict[str, Any] = {"made": made, "plots": plots(made, rows), "rows": metric_rows(made)}
-    values |= {"leaks": leak_rows(made), "texts": _texts(made), "rewards": REWARDS}
-    return _render("report.html.jinja", **values, verdict=verdict(made), hashes=_hashes(made))
+    values |= {"leaks": leak_rows(made), "texts": _texts(made), "rewards": REWARDS, "method": method_of(made)}
+    return template("report.html.jinja", **values, verdict=verdict(made), hashes=_hashes(made))
+
+
+def method_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run's report says of its method; older reports are PMC's."""
+    return made.get("method") or {"name": "pmc", "title": "Partial Model Collapse", "told": False}
 
 
 def verdict(made: dict[str, Any]) -> str:
@@ -122,7 +127,8 @@ def model_card(made: dict[str, Any]) -> str:
     )
     values: dict[str, Any] = {"made": made, "lora": lora, "name": Path(model).name if local else model}
     values |= {"metadata": metadata.to_yaml(), "rows": metric_rows(made), "verdict": verdict(made)}
-    return _render("card.md.jinja", **values)
+    values["method"] = method_of(made)
+    return template("card.md.jinja", **values)
 
 
 def metric_rows(made: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -219,7 +225,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _render(template: str, **values: Any) -> str:
+def template(file: str, **values: Any) -> str:
+    """Return a template of this package, filled in."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -230,4 +237,4 @@ def _render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["markdown"] = markdown
-    return environment.get_template(template).render(**values)
+    return environment.get_template(file).render(**values)

@@ -87,13 +87,13 @@ WITHOUT_EFFECT: dict[str, str] = {  # warned about where they differ from their 
         for name in ("num_workers", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
     },
 }
-# arguments of the Trainer and of TRL's trainers that PMCTrainer does not have
+# arguments of the Trainer and of TRL's trainers that the trainers here do not have
 ELSEWHERE = {
     "train_dataset": "give forget_dataset and retain_dataset",
     "data_collator": "sequences are packed, not padded by a collator",
-    "compute_loss_func": "the loss is PMC's",
-    "model_init": "initial answers are the untouched model's: pass that model",
-    "config": "the settings of PMC are pmc_config",
+    "compute_loss_func": "the loss is the method's",
+    "model_init": "what is unlearned is the untouched model's: pass that model",
+    "config": "the settings are pmc_config",
     "tokenizer": "it is called processing_class",
     "formatting_func": "give rows with a question and an answer; PMCConfig.prompt_format puts them into a prompt",
     "peft_config": "wrap the model with peft.get_peft_model, or use pmc_fast.integrations.trl",
@@ -101,12 +101,15 @@ ELSEWHERE = {
 }
 
 
-def check_inputs(model: Any, args: Any, config: Any, processing_class: Any, others: Mapping[str, Any]) -> None:
-    """Refuse arguments of the wrong type, and ones that PMCTrainer does not have."""
+def check_inputs(
+    model: Any, args: Any, config: Any, processing_class: Any, others: Mapping[str, Any], trainer: Any
+) -> None:
+    """Refuse arguments of the wrong type, and `others`, which the trainer does not have."""
+    elsewhere = trainer.ELSEWHERE
     for name in others:
-        if name not in ELSEWHERE:
-            raise TypeError(f"PMCTrainer got an unexpected keyword argument {name!r}")
-        raise PMCError(f"{name} is not an argument of PMCTrainer: {ELSEWHERE[name]}")
+        if name not in elsewhere:
+            raise TypeError(f"{trainer.__name__} got an unexpected keyword argument {name!r}")
+        raise PMCError(f"{name} is not an argument of {trainer.__name__}: {elsewhere[name]}")
     load = "load it, with AutoModelForCausalLM.from_pretrained; pmc_fast.integrations.trl takes names"
     for name, value, kind, remedy in (
         ("model", model, torch.nn.Module, load),

@@ -1,6 +1,7 @@
-"""When a run stops early, and a profiler trace of its first steps."""
+"""When a run stops early or its time is up, and a profiler trace of its first steps."""
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,64 @@ class StopRule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bound, self._sum, self._weight, self._met = (state[n] for n in ("bound", "sum", "weight", "met"))
+
+
+class TrainingClock(TrainerCallback):
+    """Times a run's training, and ends it before the step that would end after `limit` seconds.
+
+    Parameters
+    ----------
+    limit : float, optional
+        A trainer whose `clock` this is lets its learning rate fall to 0 with it. At least one step is made.
+
+    Attributes
+    ----------
+    before : float
+        Seconds that the method took before its first step, which count.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit, self.before = limit, 0.0
+        self._begin: float | None = None
+        self._seconds, self._steps = 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training until now, or until its end."""
+        return self.before + (self._seconds if self._begin is None else time.perf_counter() - self._begin)
+
+    def rate(self, step: int, warmup: int) -> float:
+        """Return the factor of the learning rate after `step` steps."""
+        assert self.limit is not None
+        return min(1.0, (step + 1) / max(1, warmup)) * max(0.0, 1 - self.seconds / self.limit)
+
+    def expected(self, steps: int) -> int:
+        """Return how many steps a run is expected to make that has made so many."""
+        assert self.limit is not None
+        a_step = max(self.seconds - self.before, 1e-9) / max(1, self._steps)
+        return max(steps, steps + int((self.limit - self.seconds) / a_step))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._steps += 1
+        if self.limit is not None:
+            _wait(args.device)  # for the step
+            control.should_training_stop = control.should_training_stop or (
+                self.seconds + (self.seconds - self.before) / self._steps > self.limit
+            )
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait(args.device)
+        if self._begin is not None:
+            self._seconds, self._begin = time.perf_counter() - self._begin, None
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class StepProfiler(TrainerCallback):

@@ -13,6 +13,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from ..data import Encoded
+from ..distributed import Ranks
 from ..errors import LostProcessError, PMCError
 from ..models import loading
 from ..models.context import out_of_memory
@@ -130,11 +131,12 @@ def newest(
 
 
 class ResumableTrainer(ThriftyTrainer):
-    """A Trainer whose checkpoints also hold PMC's state."""
+    """A Trainer whose checkpoints also hold the method's state: of PMC, unless a subclass has another."""
 
+    ranks: Ranks
     retain: list[Encoded]
     retain_order: torch.Generator
-    stop_rule: StopRule | None
+    stop_rule: StopRule | None = None
     weights_sha256 = ""  # `loading.weights_hash` of the untouched model, computed on first use
     _saving_to: Path | None = None
 
@@ -142,14 +144,9 @@ class ResumableTrainer(ThriftyTrainer):
         """Train; `resume_from_checkpoint` is a directory, or "auto" or True for the newest sound one, if any."""
         self._fingerprint()  # hashes the weights before they are trained
         found = self.find_checkpoint(resume_from_checkpoint)
-        if found is not None:
-            self._load_own_state(found[1])
-        elif not self.pmc.initial_answers:
-            self.pmc.prepare()
-            for text in self.pmc.warnings:
-                logger.warning(text)
+        self._prepare(None if found is None else found[1])
         try:
-            with self.pmc.ranks.sigterm_raises():
+            with self.ranks.sigterm_raises():
                 return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)
         except LostProcessError as error:
             raise LostProcessError(f"{error}; {self._how_to_resume()}") from error
@@ -157,6 +154,15 @@ class ResumableTrainer(ThriftyTrainer):
             if not out_of_memory(error):
                 raise
             raise self.out_of_memory(self._how_to_resume()) from error
+
+    def _prepare(self, state: dict[str, Any] | None) -> None:
+        """Do what comes before the first step with the untouched model, or take it from a checkpoint's state."""
+        if state is not None:
+            self._load_own_state(state)
+        elif not self.pmc.initial_answers:
+            self.pmc.prepare()
+            for text in self.pmc.warnings:
+                logger.warning(text)
 
     def _how_to_resume(self) -> str:
         kept = newest(Path(self.args.output_dir or "."), self._fingerprint())
@@ -178,7 +184,7 @@ class ResumableTrainer(ThriftyTrainer):
         return Path(str(wanted)), load(Path(str(wanted)), self._fingerprint())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run, ranks = Path(self.args.output_dir or "."), self.pmc.ranks
+        run, ranks = Path(self.args.output_dir or "."), self.ranks
         name = f"checkpoint-{self.state.global_step}"
         with ExitStack() as stack:
             if self.args.should_save:
@@ -219,16 +225,26 @@ class ResumableTrainer(ThriftyTrainer):
         if self.stop_rule is not None:
             self.stop_rule.load_state_dict(state["stop_rule"])
 
+    def _own_fingerprint(self) -> dict[str, Any]:
+        return {
+            "questions": digest(self.pmc.prompts),
+            "PMC settings": digest(self.pmc.config.algorithm()),
+        }
+
+    def _group(self) -> dict[str, str]:
+        """Return a setting for the fingerprint where a question's weight depends on its micro-batch."""
+        by_group = self.pmc.config.normalization == "micro_batch"
+        return {"group": str(self.args.train_batch_size)} if by_group else {}
+
     def _fingerprint(self) -> dict[str, Any]:
         """Return hashes of all that a checkpoint and the run that resumes from it must have in common."""
-        a, config = self.args, self.pmc.config
+        a = self.args
         if not self.weights_sha256:
             self.weights_sha256 = loading.weights_hash(self.model)
         settings = training_settings(a)
         # the number of processes may change if micro-batches, or their number, change so that this product does not
-        settings["questions a step"] = str(a.train_batch_size * a.gradient_accumulation_steps * self.pmc.ranks.size)
-        if config.normalization == "micro_batch":
-            settings["group"] = str(a.train_batch_size)
+        settings["questions a step"] = str(a.train_batch_size * a.gradient_accumulation_steps * self.ranks.size)
+        settings |= self._group()
         shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
         trained = ((n, p.dtype) for n, p in self.model.named_parameters() if p.requires_grad)
         low = {n: str(dtype) for n, dtype in trained if dtype != torch.float32}  # float32 ones have no masters
@@ -236,9 +252,8 @@ class ResumableTrainer(ThriftyTrainer):
         lora = {name: _settings(c) for name, c in adapters.items()} if isinstance(adapters, dict) else {}
         return {
             **({"adapter's settings": digest(lora)} if lora else {}),
-            "questions": digest(self.pmc.prompts),
+            **self._own_fingerprint(),
             "retain rows": digest([[s.input_ids, s.labels, s.positions] for s in self.retain]),
-            "PMC settings": digest(config.algorithm()),
             "training settings": digest(settings),
             "parameters": digest(shapes),
             DTYPES: digest(low),

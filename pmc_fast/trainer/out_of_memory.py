@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.utils import logging
 
 from ..errors import PMCError
 from ..models.context import out_of_memory, release_memory
 from ..pmc.algorithm import PMC
 from ..pmc.batch import Loss
+from .base import BaseTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class ThriftyTrainer(Trainer):
+class ThriftyTrainer(BaseTrainer):
     """A Trainer whose steps are made again, in passes of half the size, while the device's memory does not suffice.
 
     Gradients of a step are computed in one call, `accumulated`, before which there are none. So what a failed pass has
@@ -24,7 +24,6 @@ class ThriftyTrainer(Trainer):
     """
 
     pmc: PMC
-    args: Any
     state: Any
     model: Any
     stage = "the rollout"  # what runs, for the error
@@ -91,9 +90,7 @@ class ThriftyTrainer(Trainer):
         )
 
     def _remedies(self) -> list[str]:
-        parameters = list(self.model.parameters())
-        lighter = ["bfloat16 parameters"] if any(p.dtype.itemsize > 2 for p in parameters) else []
-        lighter += ["LoRA"] if all(p.requires_grad for p in parameters) else []
+        lighter = self._lighter()
         fewer = ["a smaller num_samples"] if self.pmc.config.num_samples > 1 else []
         match self.stage:
             case "the rollout":
@@ -108,3 +105,8 @@ class ThriftyTrainer(Trainer):
             case "an evaluation":
                 return ["a smaller per_device_eval_batch_size", "eval_accumulation_steps", "prediction_loss_only"]
         return lighter
+
+    def _lighter(self) -> list[str]:
+        parameters = list(self.model.parameters())
+        lighter = ["bfloat16 parameters"] if any(p.dtype.itemsize > 2 for p in parameters) else []
+        return lighter + (["LoRA"] if all(p.requires_grad for p in parameters) else [])

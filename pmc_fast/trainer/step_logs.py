@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
-from ..errors import PMCError
 from ..pmc.algorithm import PMC
 from ..utils.text import printable
+from .base import BaseTrainer
 from .callbacks import StopRule
 
 DEFERS = ("cuda",)  # devices whose losses are read a step later
@@ -67,12 +67,10 @@ class Queued:
     log: Log | None = None
 
 
-class LoggingTrainer(Trainer):
+class LoggingTrainer(BaseTrainer):
     """A Trainer that logs PMC's numbers beside its own, and ends a run whose loss is not finite."""
 
-    stage: str
     pmc: PMC
-    args: Any
     stop_rule: StopRule | None
     stopped: str | None
     _step: dict[str, Any]
@@ -186,14 +184,6 @@ class LoggingTrainer(Trainer):
         finally:
             state.global_step, state.epoch = now
             self.control.should_log = should_log
-
-    def diverged(self, step: int | None = None) -> PMCError:
-        """Return the error that names a step, by default this one."""
-        step = self.state.global_step if step is None else step
-        return PMCError(
-            f"training diverged at step {step} of {self.state.max_steps} (NaN or infinite numbers): try a "
-            f"learning_rate below {self.args.learning_rate:g}"
-        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the Trainer's numbers and, beside a training loss, PMC's over the same steps."""

@@ -1,39 +1,22 @@
 """PMC as a transformers Trainer."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils.memory import clear_device_cache
 from transformers import TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 from ..config import PMCConfig
 from ..data import Encoded, questions_of
-from ..errors import NotFiniteError, PMCError
+from ..errors import NotFiniteError
 from ..pmc.algorithm import PMC
 from ..pmc.reward import Reward
-from ..pmc.schedule import EpochOrder
-from .arguments import (
-    PMCArguments,
-    autocast_dtype,
-    check_arguments,
-    check_inputs,
-    check_optimizer,
-    check_overrides,
-    check_precision,
-    has_low_precision,
-)  # fmt: skip
+from .arguments import PMCArguments, autocast_dtype
 from .callbacks import StopRule
 from .checkpointing import ResumableTrainer
 from .evaluation import EvaluatingTrainer
-from .master_weights import MasterWeights
 from .step_logs import LoggingTrainer, StepEnd
-
-logger = logging.get_logger(__name__)
 
 
 class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
@@ -72,9 +55,6 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
     the last one is uneven. A run may be resumed on another number of processes with the same number of questions a step.
     """
 
-    _tag_names = ["pmc-fast", "unlearning"]  # noqa: RUF012
-    optimizer: Any
-
     def __init__(
         self,
         model: Any,
@@ -96,41 +76,28 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
         args = PMCArguments() if args is None else args
         if pmc_config is None:  # TRL's class has both
             pmc_config = PMCConfig(**args.algorithm()) if isinstance(args, PMCConfig) else PMCConfig()
-        check_inputs(model, args, pmc_config, processing_class, others)
-        check_overrides(type(self))
-        for text in check_arguments(args, pmc_config):
-            if args.process_index == 0:
-                logger.warning(text)
-        check_precision(model, args, optimizers[0])
-        if optimizers[0] is None and optimizer_cls_and_kwargs is None:
-            check_optimizer(args, model)
-        if args.n_gpu > 1:
-            args._n_gpu = 1  # no DataParallel: accelerate launch is for several GPUs
+        made = optimizers[0] is None and optimizer_cls_and_kwargs is None
+        self._check_given(model, args, pmc_config, processing_class, others, optimizers[0], made=made)
         questions = questions_of(forget_dataset)
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=list(range(len(questions))),
-            data_collator=lambda indices: {"indices": indices},
-            processing_class=processing_class,
+            model,
+            args,
+            pmc_config,
+            processing_class,
+            len(questions),
+            optimizers,
             callbacks=[*(callbacks or []), StepEnd(self)],
-            optimizers=optimizers,
             eval_dataset=eval_dataset,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        if self.is_fsdp_enabled and optimizers[0] is None and self._keeps_masters():
-            raise PMCError(
-                "the model has bfloat16 parameters, whose float32 masters FSDP does not shard: load it in float32 and use "
-                "bf16, under which FSDP computes in bfloat16"
-            )
         self.pmc = PMC(
             self.model, processing_class, pmc_config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
         )
+        self.ranks = self.pmc.ranks
         self.retain = self._encode_retain(retain_dataset)
         self.eval_dataset = self.encode_eval(eval_dataset)
-        self.retain_order = torch.Generator().manual_seed(pmc_config.seed + 1)
         self.stop_rule = None
         if pmc_config.stop_score is not None:
             self.stop_rule = StopRule(pmc_config.stop_score, pmc_config.stop_retain_loss, pmc_config.stop_steps)
@@ -141,22 +108,6 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
 
     def _encode_retain(self, dataset: Any) -> list[Encoded]:
         return self.pmc.encode_retain(dataset)
-
-    def get_train_dataloader(self) -> Any:
-        """Return a loader of the indices of all processes' questions, the same on each; `_share` picks one's own.
-
-        Accelerate's sharding would repeat questions to fill up an uneven last batch.
-        """
-        loader: torch.utils.data.DataLoader[int] = torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_size=self.args.train_batch_size * self.pmc.ranks.size,
-            sampler=EpochOrder(len(self.pmc.questions), self.pmc.config.seed),
-            collate_fn=self.data_collator,
-            drop_last=self.args.dataloader_drop_last,
-        )
-        if not len(loader):
-            raise PMCError(f"dataloader_drop_last leaves no batch of {len(self.pmc.questions)} questions")
-        return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def _share(self, count: int) -> slice:
         """Return this process's part of a batch of `count` questions; of a small one the last processes get none.
@@ -177,9 +128,7 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
         all_indices = [[int(i) for i in batch["indices"]] for batch in batches]
         if not all_indices:
             return [], None
-        switch: Any = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, back from an evaluation
-        if callable(switch):
-            switch()
+        self.train_mode_of_optimizer()
         if self.pmc.pending([i for batch in all_indices for i in batch]):
             self._settle()  # a rollout waits for the device anyway
         self.stage = "the rollout"
@@ -200,10 +149,6 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
         parts = list(zip(step.split(self.args.train_batch_size), retain, strict=True))
         return [*({"parts": []} for _ in parts[1:]), {"parts": parts}], None
 
-    def _draw_retain(self, count: int) -> list[Encoded]:
-        draws = torch.randint(len(self.retain), (count,), generator=self.retain_order)
-        return [self.retain[i] for i in draws.tolist()]
-
     # --- a step
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -217,9 +162,7 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
         if not inputs["parts"]:
             return torch.zeros((), device=self.args.device)
         total, tokens, out = self.accumulated(model, inputs["parts"])
-        every = self.args.torch_empty_cache_steps
-        if every is not None and self.state.global_step % every == 0:
-            clear_device_cache()
+        self._empty_cache()
         asked = [bool(part.indices) for part, _ in inputs["parts"]]
         self._step |= {
             "tokens": tokens,
@@ -228,63 +171,3 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
             "asked": asked,
         }
         return total
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return grad_norm  # computing it for the log alone would read and write all gradients
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        pass  # there are no input_ids: tokens are counted at the end of a step
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # the Trainer's estimate is of padded input_ids
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: a trial would start from the model that the one before has trained."""
-        raise PMCError(
-            "hyperparameter_search is not supported: make a PMCTrainer, with a fresh model, for each trial"
-        )
-
-    # --- optimizer
-
-    def _keeps_masters(self) -> bool:
-        return getattr(self.args, "master_weights", True) and has_low_precision(self.model)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer, with float32 masters where parameters are bfloat16."""
-        fresh = self.optimizer is None
-        super().create_optimizer(*args, **kwargs)
-        if fresh and self._keeps_masters():
-            self.optimizer = MasterWeights(self.optimizer)
-        return self.optimizer
-
-    def unround(self) -> bool:
-        """Give a trained model its float32 masters for parameters; return whether there are any.
-
-        Raises
-        ------
-        PMCError
-            The model's weights are other ones than the optimizer's, as after load_best_model_at_end.
-        """
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's
-        if not isinstance(optimizer, MasterWeights):
-            return False
-        optimizer.unround()
-        self.model.float()
-        return True
-
-    def drop_optimizer(self) -> None:
-        """Release the optimizer of a trained model, its moments and its masters."""
-        self.optimizer = self.lr_scheduler = None
-        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
-        self.accelerator.free_memory()
-
-    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """Create the schedule; where warmup_steps is 0, with `PMCArguments.warmup_epochs` of warm-up."""
-        epochs, warmup = getattr(self.args, "warmup_epochs", 0.0), self.args.warmup_steps
-        if epochs and not warmup:
-            batches = len(self.get_train_dataloader())
-            self.args.warmup_steps = round(epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
-        try:
-            return super().create_scheduler(num_training_steps, *args, **kwargs)
-        finally:
-            self.args.warmup_steps = warmup

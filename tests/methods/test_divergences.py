@@ -130,9 +130,9 @@ def test_eul_alternates_between_data(tiny, tokenizer):
 def test_icu_drops_what_is_forgotten():
     answers = ["Ann", "In a small town in the north.", "It was written by Ann in 1901.", "Ann"]
     said = ["It was Ann.", "He wrote poems about the sea.", "It was written by Ann, they say.", ""]
-    assert ICU().left(answers, said) == [0, 2]
-    assert ICU(bleu=0.9).left(answers, said) == []
-    assert ICU(bleu=0.9).left(answers, answers) == [0, 1, 2, 3]
+    assert ICU.left(answers, said) == [0, 2]
+    assert ICU.left(answers, said, bleu=0.9) == []
+    assert ICU.left(answers, answers, bleu=0.9) == [0, 1, 2, 3]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-import pmc_fast.trainer.trainer
+import pmc_fast.trainer.base
 from pmc_fast import (
     PMCArguments,
     PMCConfig,
@@ -109,7 +109,7 @@ def test_the_trainer_asks(fresh, tokenizer, tmp_path, monkeypatch):  # noqa: F81
     with pytest.raises(PMCError, match=r"label_smoothing_factor is 0\.1"):
         trainer_of(fresh(), tokenizer, arguments_of(tmp_path, label_smoothing_factor=0.1))
     said = []
-    monkeypatch.setattr(pmc_fast.trainer.trainer.logger, "warning", said.append)
+    monkeypatch.setattr(pmc_fast.trainer.base.logger, "warning", said.append)
     trainer_of(fresh(), tokenizer, arguments_of(tmp_path, data_seed=3))
     assert said == ["data_seed is 3 and has no effect: the order of questions is PMCConfig.seed's"]
 
@@ -172,7 +172,7 @@ def test_tokens_are_counted_and_caches_emptied(fresh, tokenizer, tmp_path, monke
     packs, emptied = [], []
     pack = packed_loss.pack
     monkeypatch.setattr(packed_loss, "pack", lambda *a, **kw: packs.append(pack(*a, **kw)) or packs[-1])
-    monkeypatch.setattr(pmc_fast.trainer.trainer, "clear_device_cache", lambda: emptied.append(1))
+    monkeypatch.setattr(pmc_fast.trainer.base, "clear_device_cache", lambda: emptied.append(1))
     args = arguments_of(tmp_path, include_num_input_tokens_seen=True, torch_empty_cache_steps=2)
     trainer = trainer_of(fresh(), tokenizer, args)
     trainer.train()
