@@ -29,6 +29,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_samples": 10, "temperature": 1.25, "top_p": 0.95, "retain_weight": 1.25, "num_epochs": 12.0,
         "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "prompt_format": "tags",
     },
+    "fast": {
+        "num_samples": 5, "temperature": 1.0, "top_p": 0.95, "answer_penalty": 3.0, "resample_above": 0.1,
+        "retain_weight": 5.0, "num_epochs": 12.0, "batch_size": 4, "gradient_accumulation_steps": 1,
+        "learning_rate": 1.5e-4, "prompt_format": "tags",
+    },
     "request": {
         "num_samples": 5, "temperature": 1.0, "top_p": 0.95, "answer_penalty": 3.0, "resample_above": 0.1,
         "retain_weight": 3.0, "num_epochs": 5.0, "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 2e-3,

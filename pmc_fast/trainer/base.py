@@ -40,6 +40,7 @@ class BaseTrainer(Trainer):
     ELSEWHERE: ClassVar[Mapping[str, str]] = ELSEWHERE
     _tag_names = ["pmc-fast", "unlearning"]  # noqa: RUF012
     optimizer: Any
+    lr_scheduler: Any
     args: Any
     ranks: Ranks
     retain: list[Encoded]
