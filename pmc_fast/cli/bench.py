@@ -21,7 +21,7 @@ QUICK_HELP = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in 
 @click.option(
     "--quick",
     is_flag=True,
-    help=f"a small benchmark, one to two minutes for 135M parameters on two cores: {QUICK_HELP}",
+    help=f"a small benchmark, one to two minutes for 135M parameters on two CPU cores: {QUICK_HELP}",
 )
 @json_option
 @click.option(

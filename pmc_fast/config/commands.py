@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# `pmc-fast bench --quick`: one to two minutes for 135M parameters on two CPU cores
+# `pmc-fast bench --quick`: a minute for 135M parameters on two CPU cores with AVX-512, twice that without
 QUICK: dict[str, Any] = {"batch_size": 2, "num_samples": 8, "max_length": 80, "rounds": 2}
 
 
