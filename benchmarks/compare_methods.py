@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from examples.demo_model import Task, finetuned_model
+from pmc_fast.config import PRESETS
 from pmc_fast.data import Encoder
 from pmc_fast.errors import NotFiniteError
 from pmc_fast.evaluation import evaluate, greedy_answers, mean_nlls, sampling_attack, summarize
@@ -52,13 +53,13 @@ from .runs import Run, measured, optimizer_of, summary, task_config
 RESULT = harness.RESULTS / "compare_methods.json"
 BUDGETS = (240.0, 480.0)  # seconds of one core
 EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the preset "small"
-    "num_samples": 5, "temperature": 1.0, "answer_penalty": 3.0, "resample_above": 0.1,
-}  # fmt: skip
+    name: PRESETS["fast"][name] for name in ("num_samples", "temperature", "answer_penalty", "resample_above")
+}
 GRIDS: dict[str, list[dict[str, float]]] = {
-    "pmc_fast": [{"learning_rate": lr, "retain_weight": w} for lr in (1.5e-4, 2e-4) for w in (3.0, 5.0)],
-    "pmc": [
-        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-4, 1.25), (1e-4, 3.0), (2e-4, 3.0), (2e-4, 5.0))
+    "pmc_fast": [
+        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 3.0), (1.5e-4, 5.0), (2e-4, 3.0), (1e-4, 3.0))
     ],
+    "pmc": [{"learning_rate": 1e-4, "retain_weight": w} for w in (1.25, 3.0)],
     "npo": [
         {"learning_rate": lr, "retain_weight": w, "beta": b}
         for lr, w, b in ((5e-5, 1.25, 0.5), (5e-5, 3.0, 0.5), (1e-4, 3.0, 0.5), (1e-4, 5.0, 0.5), (5e-5, 3.0, 0.1))
