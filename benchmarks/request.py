@@ -30,7 +30,7 @@ FORGET, RETAIN = f"{TOFU}/forget20.jsonl", f"{TOFU}/retain60.jsonl"
 SAMPLES = 10  # of each question, in the attack
 MAX_LENGTH = 80  # tokens; none of these questions takes more than 76 with its answer
 
-PATHS = ("model", "stack")  # settings that are of one machine
+PATHS = ("model", "stack", "forget", "paraphrased")  # settings that are of one machine
 
 
 def command(*arguments: str) -> float:
