@@ -9,6 +9,7 @@ from ..data import Row
 from ..errors import PMCError
 from ..methods import METHODS, Method
 from ..methods.unlearner import check_rows
+from ..report.render import PMC
 
 
 def method_of(config: UnlearnConfig) -> Method | None:
@@ -51,7 +52,7 @@ def facts(config: UnlearnConfig) -> dict[str, Any]:
     """Return what a report says of its run's method."""
     method = method_of(config)
     if method is None:
-        return {"name": "pmc", "title": "Partial Model Collapse", "told": False}
+        return PMC
     return {
         "name": config.method,
         "title": type(method).__name__,

@@ -18,6 +18,7 @@ SUMMARY = (
     ("perplexity", "unrelated text: perplexity", ".2f"),
     ("answer_token_mass", "unrelated text: probability of forget-answer tokens", ".2g"),
 )
+PMC = {"name": "pmc", "title": "Partial Model Collapse", "told": False}  # what a report says of the method
 ATTACKS = {"sampling": "sampling", "prefill": "prefill", "first_words": "first words given"}
 REWARDS = {
     "rouge": "ROUGE-L of rouge_score, which sees a to z and 0 to 9",
@@ -83,7 +84,7 @@ def html(made: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
 
 def method_of(made: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run's report says of its method; older reports are PMC's."""
-    return made.get("method") or {"name": "pmc", "title": "Partial Model Collapse", "told": False}
+    return made.get("method") or PMC
 
 
 def verdict(made: dict[str, Any]) -> str:
