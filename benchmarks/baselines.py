@@ -14,7 +14,7 @@ from pmc_fast.rollout import RolloutEngine
 
 Setting = dict[str, float]
 PMC_METHODS = ("pmc_fast", "pmc")  # with extensions, and as published
-COMPARED = (*PMC_METHODS, "npo", "simnpo", "grad_diff", "idk", "retain_only")
+COMPARED = (*PMC_METHODS, "npo", "simnpo", "grad_diff", "idk", "retain_only", "flat", "mollm", "icu", "eul")
 
 
 class Collapse:

@@ -3,6 +3,8 @@
     python -m benchmarks.compare_methods                  # tuning, then 3 seeds at each budget: hours on two cores
     python -m benchmarks.compare_methods --tune           # the tuning alone
     python -m benchmarks.compare_methods --methods pmc_fast npo --seeds 0 --budgets 240
+    python -m benchmarks.compare_methods --methods pmc_fast npo flat mollm icu eul --budgets 240 \\
+        --json benchmarks/results/compare_more.json --settings-of benchmarks/results/compare_methods.json
     python -m benchmarks.compare_methods --ablate         # PMC with each of its extensions left out
     python -m benchmarks.compare_methods --report         # tables and plots of what has been measured
 
@@ -13,9 +15,9 @@ linearly with the clock, to zero at the end of the budget; no step begins that w
 
 **Tuning.** Every setting of a method's grid runs once, seed 0, on the demo's 20 questions, for TUNING seconds. The best by RULE
 then runs at every budget and with every seed on 20 other questions, with other pairs to retain, of a model that was taught those
-(`finetuned_model("heldout")`).
+(`finetuned_model("heldout")`). With --settings-of, methods that were tuned in another file, on another machine, take its choice.
 
-NPO, SimNPO and GradDiff train on the answers to be forgotten, which PMC and IDK are not given.
+All but PMC, IDK and the retain pairs alone train on the answers to be forgotten.
 
 Runs are added to results/compare_methods.json one by one; a run that is there is not repeated unless --again.
 """
@@ -44,6 +46,7 @@ from pmc_fast.models import loading
 from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.pmc.schedule import Schedule, micro_batches
 from pmc_fast.report.environment import commit
+from pmc_fast.utils.malloc import keep_freed_memory
 
 from . import compare_report, harness
 from .baselines import COMPARED, make
@@ -73,6 +76,10 @@ GRIDS: dict[str, list[dict[str, float]]] = {
     ],
     "idk": [{"learning_rate": lr, "retain_weight": w} for lr in (5e-5, 1e-4) for w in (1.25, 3.0)],
     "retain_only": [{"learning_rate": 5e-5}],
+    "flat": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((2e-5, 0.0), (5e-5, 3.0), (1e-4, 3.0))],
+    "mollm": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((5e-5, 1.0), (1e-4, 1.0), (1e-4, 3.0))],
+    "icu": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-5, 0.5), (2e-5, 0.5), (2e-5, 3.0))],
+    "eul": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((2e-5, 1.0), (5e-5, 1.0), (5e-5, 3.0))],
 }  # fmt: skip
 ABLATED: list[dict[str, float]] = [  # what is put in place of some of EXTENSIONS
     {"answer_penalty": 0.0},
@@ -84,6 +91,7 @@ ABLATED: list[dict[str, float]] = [  # what is put in place of some of EXTENSION
 ATTACK: dict[str, Any] = {"num_samples": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}
 PREFILL = "The answer is:"
 ATTACK_LENGTH = 100  # tokens of prompt and answer; no forget question and its truth take more than 76
+METHOD_ALONE = ("alpha", "beta", "gamma")  # parameters that are no settings of a run
 RULE = (
     f"highest harmonic mean of unlearn quality and utility, at most {MAX_DEGENERATE:.0%} of the answers say nothing"
 )
@@ -110,7 +118,7 @@ class TimedRun(Run):
     """A plan's run. Its clock is that of one core: torch has one thread, and another process may need the core at times."""
 
     def __init__(self, plan: Plan) -> None:
-        own = {name: value for name, value in plan.setting.items() if name != "beta"}
+        own = {name: value for name, value in plan.setting.items() if name not in METHOD_ALONE}
         extensions = EXTENSIONS if plan.method == "pmc_fast" else {}
         super().__init__(plan.method, task_config(plan.task, plan.seed, **extensions | own))
         self.plan, self.clock = plan, time.process_time
@@ -214,13 +222,17 @@ def tuning_plans(methods: Iterable[str]) -> Iterator[Plan]:
 
 
 def final_plans(
-    methods: Sequence[str], seeds: Sequence[int], budgets: Sequence[float], results: Sequence[dict[str, Any]]
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    budgets: Sequence[float],
+    results: Sequence[dict[str, Any]],
+    elsewhere: Sequence[dict[str, Any]] = (),
 ) -> Iterator[Plan]:
-    """Yield the chosen settings' runs, budget by budget and seed by seed."""
+    """Yield the chosen settings' runs, budget by budget and seed by seed; what was chosen elsewhere comes first."""
     for budget in budgets:
         for seed in seeds:
             for method in methods:
-                setting = chosen(results, method)
+                setting = chosen(elsewhere, method) or chosen(results, method)
                 if setting is not None:
                     yield Plan(method, setting, seed, budget)
 
@@ -234,6 +246,7 @@ def ablation_plans(results: Sequence[dict[str, Any]]) -> Iterator[Plan]:
 
 def in_process(plan: Plan) -> dict[str, Any]:
     torch.set_num_threads(1)
+    keep_freed_memory()
     made = TimedRun(plan).run()
     gc.collect()  # a run refers to itself: its model would stay until memory is short
     return made
@@ -294,9 +307,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ablate", action="store_true", help="only PMC without one extension each")
     parser.add_argument("--again", action="store_true", help="repeat runs that have been measured")
     parser.add_argument("--report", action="store_true", help="only print the tables and draw the plots")
+    parser.add_argument("--settings-of", type=Path, help="a result file whose chosen settings are used, where it has any")
     parser.add_argument("--json", type=Path, default=RESULT, help="where results are; the plot goes beside it")
     o = parser.parse_args(arguments)
+    elsewhere = measured(o.settings_of) if o.settings_of else []
     facts = {
+        "settings_of": o.settings_of.name if o.settings_of else None,
         "grids": GRIDS, "extensions": EXTENSIONS, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
         "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
     }  # fmt: skip
@@ -307,9 +323,9 @@ def main(arguments: list[str] | None = None) -> None:
             if o.ablate:
                 run_all(ablation_plans(measured(o.json)))
             else:
-                run_all(tuning_plans(o.methods))
+                run_all(tuning_plans([m for m in o.methods if chosen(elsewhere, m) is None]))
                 if not o.tune:
-                    run_all(final_plans(o.methods, o.seeds, o.budgets, measured(o.json)))
+                    run_all(final_plans(o.methods, o.seeds, o.budgets, measured(o.json), elsewhere))
     results = measured(o.json)
     print("\n\n".join(table(results) for table in compare_report.TABLES.values()))
     compare_report.draw(results, o.json.with_suffix(".svg"))

@@ -18,6 +18,10 @@ LABELS = {
     "grad_diff": "GradDiff (told)",
     "idk": "IDK",
     "retain_only": "retain pairs only",
+    "flat": "FLAT (told)",
+    "mollm": "MOLLM (told)",
+    "icu": "ICU (told)",
+    "eul": "EUL (told)",
 }
 Result = dict[str, Any]
 
@@ -58,9 +62,10 @@ def chosen(results: Sequence[Result], method: str) -> dict[str, float] | None:
 
 
 def final_runs(results: Sequence[Result], method: str, budget: float) -> list[Result]:
-    """Return the chosen setting's runs on the held-out questions, seed by seed."""
-    own = ("heldout", method, chosen(results, method), budget)
-    runs = [r for r in results if (r["task"], r["method"], r["setting"], r["budget_s"]) == own]
+    """Return the chosen setting's runs on the held-out questions, seed by seed; all where none was tuned in these results."""
+    best = chosen(results, method)
+    own = ("heldout", method, budget)
+    runs = [r for r in results if (r["task"], r["method"], r["budget_s"]) == own and best in (None, r["setting"])]
     return sorted(runs, key=lambda r: r["seed"])
 
 
@@ -213,7 +218,8 @@ TABLES = {
 # --- plot
 
 COLORS = {
-    "pmc_fast": "C0", "pmc": "C9", "npo": "C2", "simnpo": "C8", "grad_diff": "C1", "idk": "C4", "retain_only": "C7"
+    "pmc_fast": "C0", "pmc": "C9", "npo": "C2", "simnpo": "C8", "grad_diff": "C1", "idk": "C4", "retain_only": "C7",
+    "flat": "C3", "mollm": "C5", "icu": "C6", "eul": "black",
 }  # fmt: skip
 
 
