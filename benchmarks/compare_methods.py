@@ -307,7 +307,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ablate", action="store_true", help="only PMC without one extension each")
     parser.add_argument("--again", action="store_true", help="repeat runs that have been measured")
     parser.add_argument("--report", action="store_true", help="only print the tables and draw the plots")
-    parser.add_argument("--settings-of", type=Path, help="a result file whose chosen settings are used, where it has any")
+    parser.add_argument(
+        "--settings-of", type=Path, help="a result file whose chosen settings are used, where it has any"
+    )
     parser.add_argument("--json", type=Path, default=RESULT, help="where results are; the plot goes beside it")
     o = parser.parse_args(arguments)
     elsewhere = measured(o.settings_of) if o.settings_of else []

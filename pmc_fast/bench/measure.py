@@ -3,7 +3,6 @@
 Each round runs every contestant once, in a rotating order, so that a slow minute of the machine hits all of them.
 """
 
-import ctypes
 import gc
 import statistics
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..utils.malloc import trim
 
 ROUNDS = 7  # at least, where a table shows a median
 Contestant = Callable[[], Any]
@@ -56,7 +57,7 @@ def peak_bytes(contestant: Contestant, device: torch.device | None = None) -> in
         torch.cuda.synchronize(cuda)
         return torch.cuda.max_memory_allocated(cuda) - before
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed would hide what this one takes
+        trim()  # what earlier calls freed would hide what this one takes
         Path("/proc/self/clear_refs").write_text("5")  # Linux: peak := now
         before = _status("VmRSS")
     except OSError:

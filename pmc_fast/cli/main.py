@@ -14,6 +14,7 @@ import click
 from .. import __version__
 from ..config import PRESETS, EvaluateConfig, RequestConfig
 from ..errors import PMCError, Terminated
+from ..utils.malloc import keep_freed_memory
 from ..utils.text import printable
 from . import bench, erasure
 from .common import FILE, Commands, json_option, write_json
@@ -161,6 +162,7 @@ for command in (bench.bench, compare, erasure.merge, erasure.rollback, erasure.v
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input exits 2 with one line, a missed gate exits 3."""
     quiet_logs()
+    keep_freed_memory()
     try:
         with sigterm_raises():
             code = cli.main(arguments, standalone_mode=False)

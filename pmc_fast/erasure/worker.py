@@ -14,6 +14,7 @@ from ..errors import PMCError
 from ..jobs.memory import Choice
 from ..jobs.progress import Monitor, Silent, Stages
 from ..models import loading
+from ..utils.malloc import trim
 from .stack import RECORD, ROLLED_BACK, Stack, checkpoints_of, locked
 from .stacked import StackedModel
 from .unlearn import StackedAdapter, check_possible, unlearn_next
@@ -116,7 +117,10 @@ class Worker:
         """
         target = StackedAdapter(self.request(**settings), self._stacked, **({"name": name} if name else {}))
         self._stacked.require(target.stack, target.config.dtype, target.config.param_dtype)
-        return unlearn_next(target, self.monitor)
+        try:
+            return unlearn_next(target, self.monitor)
+        finally:
+            trim()  # between requests others may use the memory
 
     def verify(self, **settings: Any) -> dict[str, Any]:
         """Ask the stack's requests again, with the model in memory; see `pmc_fast.erasure.verify.verify`.
