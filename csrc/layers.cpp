@@ -131,6 +131,15 @@ void run(const A& a, int64_t count, int64_t each, Isa isa, int threads) {
                [&](int64_t begin, int64_t end) { compiled(a, begin, end, isa); });
 }
 
+// `size` numbers: parts begin at whole vectors, so that those behind the last one are the same for any parts
+template <typename A>
+void run_blocks(const A& a, Isa isa, int threads) {
+  constexpr int64_t kBlock = 64;
+  parallel_for((a.size + kBlock - 1) / kBlock, a.size < kSerial ? 1 : threads, [&](int64_t begin, int64_t end) {
+    compiled(a, begin * kBlock, std::min(end * kBlock, a.size), isa);
+  });
+}
+
 }  // namespace
 
 void rms_norm(const RmsNorm& a, Isa isa, int threads) { run(a, a.rows, a.size, isa, threads); }
@@ -151,8 +160,8 @@ void rms_norm_backward(const RmsNormBackward& a, Isa isa, int threads) {
     a.dweight[i] = static_cast<float>(sum);
   }
 }
-void silu_mul(const SiluMul& a, Isa isa, int threads) { run(a, a.size, 1, isa, threads); }
-void silu_mul_backward(const SiluMulBackward& a, Isa isa, int threads) { run(a, a.size, 1, isa, threads); }
+void silu_mul(const SiluMul& a, Isa isa, int threads) { run_blocks(a, isa, threads); }
+void silu_mul_backward(const SiluMulBackward& a, Isa isa, int threads) { run_blocks(a, isa, threads); }
 void rotary(const Rotary& a, Isa isa, int threads) { run(a, a.rows, a.heads * a.dim, isa, threads); }
 
 }  // namespace pmc

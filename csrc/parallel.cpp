@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "crowding.h"
+
 namespace pmc {
 namespace {
 
@@ -35,6 +37,7 @@ struct Task {
   const OpenMp* omp;
   std::mutex mutex;
   std::exception_ptr thrown;  // by the first part that did: nothing may leave a thread
+  Crowding::Time own_end;     // of the caller's part
 
   void run_part(int64_t part, int64_t parts) {
     const int64_t begin = count * part / parts;
@@ -45,6 +48,7 @@ struct Task {
       const std::lock_guard<std::mutex> lock(mutex);
       if (!thrown) thrown = std::current_exception();
     }
+    if (part == 0) own_end = Crowding::Clock::now();
   }
 };
 
@@ -56,15 +60,17 @@ void omp_entry(void* data) {
 }  // namespace
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t, int64_t)>& body) {
+  thread_local Crowding crowding;
   threads = static_cast<int>(std::min<int64_t>(threads, count));
-  if (threads <= 1) {
+  const auto start = Crowding::Clock::now();
+  if (threads <= 1 || crowding.alone(start)) {
     if (count > 0) body(0, count);
     return;
   }
   // looked up at every call that finds none: torch may be loaded after us
   static OpenMp omp;
   if (!omp.usable()) omp = OpenMp();
-  Task task{count, &body, &omp, {}, {}};
+  Task task{count, &body, &omp, {}, {}, {}};
   if (omp.usable()) {
     omp.parallel(omp_entry, &task, static_cast<unsigned>(threads), 0);
   } else {
@@ -79,6 +85,7 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t, 
     task.run_part(0, threads);
     for (auto& worker : workers) worker.join();
   }
+  crowding.note(start, task.own_end, Crowding::Clock::now(), threads);
   if (task.thrown) std::rethrow_exception(task.thrown);
 }
 
