@@ -285,7 +285,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def earlier(file: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return a file's results by method that stay unless made again: of the same settings, machine and versions.
 
-    Peaks alone (`--rounds 0`) stay also where another number of threads has found them.
+    Where times play no part, in training and peaks alone (`--rounds 0`), also those of another number of threads.
     """
     if not file.exists():
         return {}
@@ -297,7 +297,7 @@ def earlier(file: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def timed(result: dict[str, Any]) -> bool:
-    return "median_s" in result.get("contestants", {OURS: {"median_s": 0.0}})[OURS]
+    return "median_s" in result.get("contestants", {OURS: {}})[OURS]
 
 
 def main(arguments: list[str] | None = None) -> None:
