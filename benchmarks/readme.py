@@ -18,7 +18,7 @@ from rich.console import Console
 from pmc_fast.bench.table import duration
 from pmc_fast.cli.bench import measured_on, table_of
 
-from . import busy_core, compare_report, end_to_end, gpu_page, harness
+from . import busy_core, compare_report, end_to_end, gpu_page, harness, methods
 from .cpu_page import cpu_table
 from .suites import Missing, Suites, few_rounds, load, ranged
 
@@ -225,6 +225,8 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "skip": skip_table,
     "busy_core": lambda suites: busy_core.table({r["name"]: r for r in suites.results("busy_core")}),
     "gpu": lambda suites: gpu_page.table(suites.documents.get("gpu")),
+    "methods": methods.time_table,
+    "methods_trained": methods.train_table,
     **{name: _compared(make) for name, make in compare_report.TABLES.items()},
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
+import pmc_fast.ops.divergence as module
 from pmc_fast.ops.divergence import divergence
 
 OPTIONS = {"bias": True, "softcap": 3.0, "logit_scale": 0.7}
@@ -48,10 +49,15 @@ def test_equal_distributions_have_none_in_any_precision():
     assert float(same) == 0
 
 
-def test_backward_computes_the_logits_again():
+@pytest.mark.parametrize(("rows", "times"), [(100, 1), (64, 1), (63, 4)])  # of a chunk, for 64 in all
+def test_backward_computes_the_logits_again_only_where_they_do_not_fit(monkeypatch, rows, times):
     hidden, head, teacher_hidden, teacher_head, scale, *_ = inputs(rows=64, vocab=200)
     hidden.requires_grad_()
-    sizes = []
+    sizes, computed = [], []
+    log_probs = module._log_probs
+    monkeypatch.setattr(module, "_log_probs", lambda *of, **how: computed.append(of) or log_probs(*of, **how))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        divergence(hidden, head, teacher_hidden, teacher_head, scale, workspace=4 * 6 * 4 * 200)
-    assert max(sizes, default=0) < 64 * 200
+        total = divergence(hidden, head, teacher_hidden, teacher_head, scale, workspace=rows * 6 * 4 * 200)
+    total.backward()
+    assert len(computed) == 2 * times  # the student's and the teacher's
+    assert (max(sizes) < 64 * 200) == (times > 1)
