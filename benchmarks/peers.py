@@ -34,7 +34,7 @@ from . import harness
 from .peer_engines import VLLM, Answers, Generate, GenerateBatch, Ours, StaticCompiled, Task, Unavailable
 from .peer_llama import LlamaCpp
 from .settings import SEED, TOP_P, Setting
-from .suites import Missing, Suites, few_rounds, machines, ranged
+from .suites import Suites, few_rounds, machines, ranged
 
 PEERS: Mapping[str, Callable[[Task], Any]] = {
     "generate": Generate,
@@ -246,16 +246,6 @@ def table(suites: Suites) -> str:
     refused = {name: why for result in results for name, why in result["facts"]["refused"].items()}
     notes = [f"{name}: {why}." for name, why in refused.items()]
     return "\n".join([*lines, "", " ".join([f"Measured on {machines([suites.documents['peers']])}.", *notes])])
-
-
-def strongest(suites: Suites, name: str) -> tuple[str, float]:
-    """Return the peer with the most tokens/s in the result whose name begins so, and how many times more ours has."""
-    found = suites.case("peers", name)["contestants"]
-    others = [who for who in found if who != OURS]
-    if not others:
-        raise Missing(f"peers: {name}")
-    best = max(others, key=lambda who: float(found[who]["tokens_per_s"]))
-    return best, found[OURS]["tokens_per_s"] / found[best]["tokens_per_s"]
 
 
 def main(arguments: list[str] | None = None) -> None:
