@@ -29,7 +29,7 @@ from . import harness
 
 RESULT = harness.RESULTS / "busy_core.json"
 QUESTIONS, SAMPLES, LONGEST = 4, 5, 100
-LOOP = "while True: pass"
+LOOP = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # not longer than what it is beside
 
 
 @contextmanager

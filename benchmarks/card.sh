@@ -43,7 +43,7 @@ probe 120 pass --shape "$shape" --quick
 probe 100 rollout --shape "$shape" --quick
 tests 200 tests/ops tests/models/test_fused_layers.py tests/rollout/test_engine.py
 probe 90 profile --shape "$shape"
-probe 120 peers --shape "$shape"
+probe 240 peers --quick --shape "$shape"
 small=$shape; [ "$shape" = 3b ] && small=135m
 probe 90 step --shape "$small"
 [ "$minutes" = 25 ] && exit

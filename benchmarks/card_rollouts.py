@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 
 from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.rollout import RolloutEngine
 
-from .card import SAMPLES, Probe
+from .card import SAMPLES, Probe, spread
+from .peer_engines import Task
+from .peers import PEERS, compare
 
 
 def rollout(probe: Probe) -> None:
@@ -58,27 +59,14 @@ def profile(probe: Probe) -> None:
 
 
 def peers(probe: Probe) -> None:
-    """Measure transformers' own ways to sample the same rows: dynamic cache, static cache, continuous batching."""
+    """Measure other ways to draw the same samples, interleaved: transformers' own, and vLLM where it is installed."""
     model = probe.model(probe.low).eval()
-    prompts = probe.prompts(8)
-    ids = torch.tensor(prompts, device=probe.device).repeat_interleave(SAMPLES, 0)
-    how: dict[str, Any] = {
-        "do_sample": True, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "max_new_tokens": probe.new_tokens,
-        "eos_token_id": -1, "pad_token_id": 0,
-    }  # fmt: skip
-    settings = transformers.GenerationConfig(**how)
-    static = transformers.GenerationConfig(**how, cache_implementation="static")
-    mask = torch.ones_like(ids)
-    calls: dict[str, Callable[[], Any]] = {
-        "generate": lambda: model.generate(ids, attention_mask=mask, generation_config=settings),
-        "generate, static cache": lambda: model.generate(ids, attention_mask=mask, generation_config=static),
-        "generate_batch": lambda: model.generate_batch(ids.tolist(), generation_config=settings),
-    }
-    with torch.no_grad():
-        for name, call in calls.items():
-            try:
-                measured = probe.wall(call, 3, 1)
-            except Exception as error:  # a peer that does not run here is named, and the rest goes on
-                probe.say("peers", f"{name}: {type(error).__name__}", why=str(error)[:160].replace("\n", " "))
-                continue
-            probe.say("peers", name, **measured, tokens_s=len(ids) * probe.new_tokens / measured["ms"] * 1e3)
+    task = Task(model, probe.prompts(8), SAMPLES, probe.new_tokens, (), 0, 0.9, 50, 0.95)
+    names = [name for name in PEERS if name != "llama.cpp"]  # it is built for the CPU
+    # not judged: with random weights in bfloat16 rounding decides which tokens top_k keeps
+    found = compare(task, names, 2 if probe.tiny else probe.rounds, judged=False)
+    for name, way in found["contestants"].items():
+        syncs = {"sync": spread([1e3 * s for s in way["syncs_s"]])} if way["syncs_s"] else {}
+        probe.say("peers", name, **spread([1e3 * s for s in way["rounds_s"]]), tokens_s=way["tokens_per_s"], **syncs)
+    for name, why in found["facts"]["refused"].items():
+        probe.say("peers", f"{name}: not measured", why=why)

@@ -18,7 +18,7 @@ from rich.console import Console
 from pmc_fast.bench.table import duration
 from pmc_fast.cli.bench import measured_on, table_of
 
-from . import busy_core, compare_report, end_to_end, gpu_page, harness, methods
+from . import busy_core, compare_report, end_to_end, gpu_page, harness, methods, peers
 from .cpu_page import cpu_table
 from .suites import Missing, Suites, few_rounds, load, ranged
 
@@ -220,6 +220,7 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "end_to_end": runs_table,
     "drop_ins": drop_ins_table,
     "cpu": cpu_table,
+    "peers": peers.table,
     "request": request_table,
     "request_warm": request_warm_table,
     "skip": skip_table,
