@@ -184,7 +184,7 @@ def _few_samples(config: UnlearnConfig) -> list[str]:
 
 
 def _few_steps(schedule: Schedule) -> list[str]:
-    if schedule.steps >= FEW_STEPS:
+    if schedule.steps is None or schedule.steps >= FEW_STEPS:
         return []
     return [
         f"only {schedule.steps} optimizer steps are planned: under {FEW_STEPS} little may be forgotten; "

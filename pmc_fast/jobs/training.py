@@ -32,13 +32,13 @@ Resumed = tuple[Path, dict[str, Any]] | None  # a checkpoint and its state
 class ProgressCallback(TrainerCallback):
     """Shows a monitor each step as it is logged."""
 
-    def __init__(self, monitor: Monitor, steps: int, clock: TrainingClock) -> None:
+    def __init__(self, monitor: Monitor, steps: int | None, clock: TrainingClock) -> None:
         self.monitor, self.steps, self.clock = monitor, steps, clock
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if is_step(logs or {}):
             step = state.global_step
-            steps = self.steps if self.clock.limit is None else self.clock.expected(step)
+            steps = self.clock.expected(step) if self.steps is None else self.steps
             self.monitor.step(logs | {"step": step}, steps)
 
 

@@ -17,7 +17,6 @@ from ..errors import Terminated
 from ..models import loading
 from ..models.fused_layers import use_checkpointing
 from ..models.packed_forward import causal_lm
-from ..pmc.schedule import UNLIMITED
 from ..report import gates, render
 from ..report.environment import machine, versions
 from ..rollout import SharedEngine
@@ -37,6 +36,8 @@ from .plan import Plan, make_plan, require_inputs
 from .progress import Monitor, Silent, Stages
 from .trackers import Tracker
 from .training import MethodRun, PMCRun, ProgressCallback, is_step
+
+ENDLESS = 10**9  # steps: the Trainer wants a number, also where the clock ends a run
 
 
 def check(config: UnlearnConfig, target: TrainingTarget | None = None, held: Held | None = None) -> Plan:
@@ -172,7 +173,7 @@ def _arguments(c: UnlearnConfig, loaded: loading.LoadedModel, target: TrainingTa
     arguments = PMCArguments(
         output_dir=str(target.checkpoints),
         num_train_epochs=c.num_epochs,
-        max_steps=UNLIMITED if c.max_seconds else c.max_steps or -1,
+        max_steps=ENDLESS if c.max_seconds else c.max_steps or -1,
         per_device_train_batch_size=c.batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps,
         learning_rate=c.learning_rate,
