@@ -228,18 +228,20 @@ def train(
     Raises
     ------
     PMCError
-        The loss or the weights are not finite; the error names the step.
+        The loss or the weights are not finite; the error names the step. Or max_seconds is set.
     """
     model, count = pmc.model, len(pmc.questions)
     schedule, trained = Schedule.plan(config, count), [p for p in model.parameters() if p.requires_grad]
-    optimizer, rate = _optimizer(trained, config, schedule)
+    if (steps := schedule.steps) is None:
+        raise PMCError(f"max_seconds is {config.max_seconds}: the published loop has no clock; use max_steps")
+    optimizer, rate = _optimizer(trained, config, schedule.steps_per_epoch, steps)
     retain_order = torch.Generator().manual_seed(config.seed + 1)
     model.train()
     history: list[dict[str, Any]] = []
-    for step, batches in zip(range(1, schedule.steps + 1), micro_batches(config, count), strict=False):
+    for step, batches in zip(range(1, steps + 1), micro_batches(config, count), strict=False):
         record: dict[str, Any] = {"step": step, "learning_rate": rate.get_last_lr()[0]}
         sampled_before, seconds = pmc.sampled_tokens, {"rollout": 0.0, "train": 0.0}
-        diverged = _diverged(step, schedule, config)
+        diverged = _diverged(step, steps, config)
         losses = []
         for indices in batches:
             draws = torch.randint(len(retain), (len(indices),), generator=retain_order)
@@ -265,9 +267,9 @@ def train(
     return history
 
 
-def _diverged(step: int, schedule: Schedule, config: UnlearnConfig) -> PMCError:
+def _diverged(step: int, steps: int, config: UnlearnConfig) -> PMCError:
     return PMCError(
-        f"training diverged at step {step} of {schedule.steps} (NaN or infinite loss): nothing was written; "
+        f"training diverged at step {step} of {steps} (NaN or infinite loss): nothing was written; "
         f"try a learning_rate below {config.learning_rate:g}"
     )
 
@@ -300,12 +302,11 @@ def _micro_batch(
 
 
 def _optimizer(
-    parameters: list[torch.nn.Parameter], config: UnlearnConfig, schedule: Schedule
+    parameters: list[torch.nn.Parameter], config: UnlearnConfig, warmup: int, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Return AdamW with one epoch of linear warm-up from 0, then linear decay to 0; gradients are not clipped."""
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    warmup = schedule.steps_per_epoch
-    decay = max(1, schedule.steps - warmup)
+    decay = max(1, steps - warmup)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: step / warmup if step < warmup else max(0.0, (schedule.steps - step) / decay)
+        optimizer, lambda step: step / warmup if step < warmup else max(0.0, (steps - step) / decay)
     )

@@ -4,14 +4,14 @@ from typing import Any
 
 import click
 
-from ..config import PRESETS, SHARED, CompareConfig, UnlearnConfig
+from ..config import SHARED, CompareConfig, UnlearnConfig
 from .common import json_option, write_json
 from .display import Progress, console
-from .options import config_options, given
+from .options import config_options, given, preset_option
 
 
 @click.command()
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a named set of settings")
+@preset_option
 @click.option("--dry-run", is_flag=True, help="check everything, print the runs, write nothing")
 @json_option
 @config_options(CompareConfig)

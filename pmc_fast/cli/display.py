@@ -95,8 +95,8 @@ def print_plan(plan: "Plan", output: str) -> dict[str, Any]:
         f"steps     {steps} ({s.steps_per_epoch} an epoch), each {c.batch_size} x "
         f"{c.gradient_accumulation_steps} questions{samples}"
     )
-    if c.skip_known_forgotten:
-        click.echo("skip      questions known to be forgotten: fewer steps where there are any")
+    if c.chosen_filter.name:
+        click.echo(f"filter    {c.filter or c.chosen_filter.name}: fewer steps where it leaves questions out")
     click.echo(f"output    {output}: nothing was written")
     print_warnings(plan.warnings)
     return {

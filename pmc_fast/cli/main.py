@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..config import PRESETS, EvaluateConfig, RequestConfig
+from ..config import EvaluateConfig, RequestConfig
 from ..errors import PMCError, Terminated
 from ..utils.malloc import keep_freed_memory
 from ..utils.text import printable
@@ -21,7 +21,7 @@ from .common import FILE, Commands, json_option, write_json
 from .compare import compare
 from .completion import completion
 from .display import Progress, print_gates, print_memory, print_plan, print_scores
-from .options import config_options, given, read_yaml
+from .options import config_options, given, preset_option, read_yaml
 from .serve import serve
 
 # settings that the memory of a run depends on
@@ -40,7 +40,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--config", "config_file", type=FILE, help="YAML file of settings, named as the options below")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a named set of settings")
+@preset_option
 @click.option("--dry-run", is_flag=True, help="check everything, print the plan, write nothing")
 @json_option
 @config_options(RequestConfig)
@@ -69,7 +69,7 @@ def unlearn(config_file: str | None, preset: str | None, dry_run: bool, json_fil
         return 0
     print_scores(made)
     write_json(json_file, made)
-    if "known_forgotten" in made and "history" not in made:
+    if "history" not in made:
         click.echo(
             f"all {made['questions']} questions are known to be forgotten already: there is nothing to unlearn, and "
             "nothing was written"
@@ -115,7 +115,7 @@ def evaluate(json_file: str | None, rows_file: str | None, report_file: str | No
 
 
 @cli.command()
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a named set of settings")
+@preset_option
 @json_option
 @config_options(RequestConfig, MEMORY)
 def env(preset: str | None, json_file: str | None, **options: Any) -> int:

@@ -10,10 +10,12 @@ from typing import Any
 
 import click
 
-from ..config import RequestConfig, written_columns
+from ..config import PRESETS, RequestConfig, written_columns
 from ..config.parts import PathMarker
 from ..errors import PMCError
 from .common import FILE
+
+preset_option = click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a named set of settings")
 
 
 def config_options(config: type[Any], names: Sequence[str] | None = None) -> Callable[[Any], Any]:

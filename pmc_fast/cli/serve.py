@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from ..config import PRESETS, RequestConfig, VerifyConfig
+from ..config import RequestConfig, VerifyConfig
 from ..errors import Terminated
 from .display import Progress
-from .options import config_options, given, read_yaml
+from .options import config_options, given, preset_option, read_yaml
 
 # of a request alone, or without a meaning where requests wait for each other
 LEFT_OUT = ("forget", "paraphrased", "output", "lora", "resume", "save_dtype")
@@ -24,7 +24,7 @@ SETTINGS = tuple(f.name for f in dataclasses.fields(RequestConfig) if f.name not
 @click.option("--token-file", default="", help="file with the token of HTTP clients  [default: $PMC_FAST_TOKEN]")
 @click.option("--drain", is_flag=True, help="end when no request waits")
 @click.option("--config", "config_file", help="YAML file of settings, named as the options of unlearn")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="start from a named set of settings")
+@preset_option
 @click.option("--verify-samples", type=click.IntRange(0), default=0, help="verification: sampled answers a question")
 @click.option("--max-leak", type=float, help="verification: the largest share of questions with a sample that leaks")
 @click.option("--slack", type=float, default=5.0, help="verification: points that scores may lose  [default: 5.0]")

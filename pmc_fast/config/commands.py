@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from ..errors import PMCError
+from .filters import CHOICES, UPCORE, Filter, filter_of, parse_filter
 from .methods import PARAMETERS, MethodConfig, OptionalNotNegative, of_pmc, require_without_pmc, without_pmc
 
 from .parts import (  # isort: skip
@@ -81,14 +82,19 @@ class UnlearnConfig(EvaluationConfig, PMCConfig, MethodConfig):
         "auto", "dtype in which the model is saved and evaluated (auto: that of MODEL)"
     )
     evaluate: bool = option(True, "answer and score the forget and retain questions before and after")
+    filter: str = option(
+        "",
+        f"leave forget questions out of training, evaluate them all the same and report their rows: {CHOICES} (outliers "
+        "of hidden states; needs scikit-learn)",
+    )
     skip_known_forgotten: bool = option(
         False,
-        "leave out forget questions whose NUM_SAMPLES sampled answers never contain the truth, and report their rows; if "
-        "none is left, write nothing and exit 0",
+        "as --filter known_forgotten: leave out forget questions whose NUM_SAMPLES sampled answers never contain the truth; "
+        "if none is left, write nothing and exit 0",
     )
     skip_threshold: Threshold = option(
         0.0,
-        "skip_known_forgotten: the largest ROUGE-L recall at which a sample does not contain the truth; 0 allows no shared "
+        "filter known_forgotten: the largest ROUGE-L recall at which a sample does not contain the truth; 0 allows no shared "
         "word, which few full sentences meet",
     )
     allow_relearn: bool = option(False, "accept rows of RETAIN and FORGET that an earlier run made MODEL forget")
@@ -105,6 +111,8 @@ class UnlearnConfig(EvaluationConfig, PMCConfig, MethodConfig):
 
     def validate(self) -> None:
         super().validate()
+        alone = parse_filter(self.filter).name != UPCORE or not self.skip_known_forgotten
+        require(alone, "filter", self.filter, "left out with skip_known_forgotten, which is a filter")
         if self.method == "pmc":
             for name in PARAMETERS[1:]:
                 value = getattr(self, name)
@@ -112,7 +120,7 @@ class UnlearnConfig(EvaluationConfig, PMCConfig, MethodConfig):
                     value in (None, ""), name, value, "left out with method pmc: it is another method's parameter"
                 )
         else:
-            require_without_pmc(self, of_pmc(self.skip_known_forgotten), f"method {self.method}")
+            require_without_pmc(self, of_pmc(self.chosen_filter), f"method {self.method}")
         for name in ("max_steps", "checkpoint_steps", "resume"):
             value = getattr(self, name)
             require(not (self.max_seconds and value), name, value, "left out with max_seconds")
@@ -125,6 +133,11 @@ class UnlearnConfig(EvaluationConfig, PMCConfig, MethodConfig):
             require(
                 self.evaluate or value == getattr(UnlearnConfig, name), name, value, "left out, or evaluate left on"
             )
+
+    @property
+    def chosen_filter(self) -> Filter:
+        """The filter that leaves forget questions out of training."""
+        return filter_of(vars(self))
 
     @classmethod
     def names(cls) -> dict[str, str]:
@@ -194,6 +207,8 @@ class RequestConfig(UnlearnConfig):
     def validate(self) -> None:
         super().validate()
         require(self.method == "pmc" or not self.lora, "method", self.method, "pmc with lora")
+        whole = self.chosen_filter.name != UPCORE or not self.lora
+        require(whole, "filter", self.filter, "left out with lora: a request trains on all that it is to erase")
         require(bool(self.lora_target), "lora_target", self.lora_target, "all-linear, or names of layers")
         if self.lora:
             require(bool(self.stack), "stack", self.stack, "the directory of the model's adapters, with lora")

@@ -14,7 +14,7 @@ METHODS = get_args(MethodName)
 # settings of a run that are the comparison's, or a method's own: those are given with --set
 OWN = {
     "method", "seed", "output", "max_steps", "max_seconds", "resume", "checkpoint_steps", "profile", "report_to", "save_dtype",
-    "evaluate", "min_quality", "min_utility", "max_degenerate", "skip_known_forgotten", "skip_threshold", *PARAMETERS, *PMC_ALONE,
+    "evaluate", "min_quality", "min_utility", "max_degenerate", "skip_known_forgotten", *PARAMETERS, *PMC_ALONE,
 }  # fmt: skip
 SHARED = tuple(f.name for f in dataclasses.fields(UnlearnConfig) if f.name not in OWN)
 

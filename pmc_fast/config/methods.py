@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from .filters import Filter, filter_of
 from .parts import OptionalPositive, PMCConfig, Range, SamplingConfig, Settings, SharedConfig, option, require
 
 MethodName = Literal[
@@ -45,14 +46,14 @@ def require_without_pmc(config: PMCConfig, names: Iterable[str], method: str, re
         require(value == defaults[name], name, value, f"{remedy} with {method}: it is a setting of PMC")
 
 
-def of_pmc(skips_known_forgotten: bool) -> tuple[str, ...]:
-    """Return the settings that only PMC reads: questions are sampled, too, to find those that are known to be forgotten."""
-    return tuple(name for name in PMC_ALONE if not (skips_known_forgotten and name in SAMPLING))
+def of_pmc(chosen: Filter) -> tuple[str, ...]:
+    """Return the settings that only PMC reads: a filter may sample questions, too."""
+    return tuple(name for name in PMC_ALONE if not (chosen.samples and name in SAMPLING))
 
 
 def without_pmc(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a preset's settings for another method than PMC; refuse settings of PMC that were given beside it."""
-    method, unread = given["method"], of_pmc(bool(given.get("skip_known_forgotten")))
+    method, unread = given["method"], of_pmc(filter_of(given))
     for name in unread:
         require(name not in given, name, given.get(name), f"left out with method {method}: it is a setting of PMC")
     return {name: value for name, value in preset.items() if name not in (*unread, "retain_weight")}

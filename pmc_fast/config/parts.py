@@ -39,6 +39,7 @@ Threshold = Annotated[float, Range("0 or more, and below 1", lambda x: 0 <= x < 
 OptionalPositive = Annotated[float | None, Range("above 0", lambda x: x > 0)]
 OptionalShare = Annotated[float | None, Range("between 0 and 1", lambda x: 0 <= x <= 1)]
 OptionalScore = Annotated[float | None, Range("between 0 and 100", lambda x: 0 <= x <= 100)]
+MAX_DEGENERATE = 0.5  # share of answers that say nothing, above which a set misses its gate
 Path = Annotated[str, PathMarker]
 Paths = Annotated[list[str], PathMarker]
 
@@ -285,7 +286,7 @@ class EvaluationConfig(AttackConfig, SharedConfig, DataConfig):
     min_quality: OptionalScore = option(None, "exit 3 if the final unlearn quality (0 to 100) is lower")
     min_utility: OptionalScore = option(None, "exit 3 if the final utility (0 to 100) is lower")
     max_degenerate: OptionalShare = option(
-        0.5,
+        MAX_DEGENERATE,
         "exit 3 if a larger share (0 to 1) of a set's answers is degenerate: under 3 words where the truth has more, or "
         "repeating the same few words; sets that were no better before pass",
     )

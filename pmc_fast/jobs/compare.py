@@ -101,7 +101,13 @@ def _target(config: CompareConfig, c: UnlearnConfig) -> WholeModel:
 
 def _make(config: CompareConfig, c: UnlearnConfig, monitor: Monitor) -> dict[str, Any]:
     try:
-        return unlearn.unlearn(c, monitor, _target(config, c))
+        made = unlearn.unlearn(c, monitor, _target(config, c))
+        if "history" not in made:
+            raise PMCError(
+                f"filter {made['left_out']['filter']} leaves none of {c.forget}'s questions to method {c.method} with seed "
+                f"{c.seed}: there is nothing to compare"
+            )
+        return made
     except DivergedError as error:  # gradient ascent may end there: that is a result too
         found = {"settings": dataclasses.asdict(c), "method": methods.facts(c), "diverged": str(error)}
         write_file(c.output + DIVERGED, json.dumps(found, indent=1))
@@ -155,6 +161,7 @@ def _result(config: CompareConfig, runs: Sequence[ComparedRun]) -> dict[str, Any
                 "steps": len(f.get("history", [])),
                 "seconds": f.get("training_seconds"),
                 "diverged": f.get("diverged"),
+                "left_out": f.get("left_out"),
                 "after": f.get("after"),
             }
             for run, f in zip(runs, found, strict=True)

@@ -1,9 +1,7 @@
 """Which forget questions need no unlearning: samples of the untouched model never say what is to be forgotten."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +11,7 @@ from ..data import Question, Row, load_rows
 from ..errors import PMCError
 from ..evaluation import degenerate_share, encode_candidates, known_forgotten, sampling_attack
 from ..pmc.reward import choose_scorer
-from ..utils.files import digest, one_error, write_file
 from .evaluator import Evaluator
-
-FILE = "known_forgotten.json"
 
 
 @dataclass(slots=True)
@@ -30,12 +25,6 @@ class KnownForgotten:
     criterion: str
     degenerate: float | None  # share of the left out questions' samples under 3 words: no answer is no evidence
     seconds: float = 0.0  # of the rollout
-
-    @property
-    def kept(self) -> list[int]:
-        """The questions to be unlearned, from 0."""
-        out = set(self.rows)
-        return [i for i in range(self.questions) if i + 1 not in out]
 
 
 def read_paraphrases(config: UnlearnConfig, forget: Sequence[Row]) -> list[Question | None]:
@@ -52,12 +41,12 @@ def read_paraphrases(config: UnlearnConfig, forget: Sequence[Row]) -> list[Quest
     rows = load_rows(config.paraphrased, paraphrased=True, **how) if config.paraphrased else []
     if rows and len(rows) != len(forget):
         raise PMCError(
-            f"skip_known_forgotten: {config.forget} has {len(forget)} rows and {config.paraphrased} {len(rows)}: "
+            f"filter known_forgotten: {config.forget} has {len(forget)} rows and {config.paraphrased} {len(rows)}: "
             "where answers are missing, row by row the same questions in other words are needed"
         )
     if not rows and not any(row.answer for row in forget):
         raise PMCError(
-            f"skip_known_forgotten: {config.forget} has no answers to compare samples with: give answers or "
+            f"filter known_forgotten: {config.forget} has no answers to compare samples with: give answers or "
             "--paraphrased, or leave it out"
         )
     if not rows:
@@ -147,45 +136,3 @@ def _criterion(config: UnlearnConfig, reward: str, without: int, count: int) -> 
             f"recall of it is below {config.leak_threshold:g}"
         )
     return "; ".join(lines)
-
-
-def remembered(
-    directory: Path,
-    weights: str,
-    config: UnlearnConfig,
-    forget: Sequence[Row],
-    paraphrases: Sequence[Question | None],
-) -> KnownForgotten | None:
-    """Return what an earlier start of the same run found; a resumed run must leave out the same questions.
-
-    `weights` is the hash of the model's weights.
-    """
-    try:
-        content = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        if content["of"] != _digest(weights, config, forget, paraphrases):
-            return None
-        return KnownForgotten(**content["found"])
-    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: judged again
-        return None
-
-
-def remember(
-    directory: Path,
-    found: KnownForgotten,
-    weights: str,
-    config: UnlearnConfig,
-    forget: Sequence[Row],
-    paraphrases: Sequence[Question | None],
-) -> None:
-    """Keep what was found beside the run's checkpoints: row numbers and a hash."""
-    content = {"of": _digest(weights, config, forget, paraphrases), "found": asdict(found)}
-    with one_error(str(directory / FILE)):
-        directory.mkdir(parents=True, exist_ok=True)
-    write_file(directory / FILE, json.dumps(content), private=True)
-
-
-def _digest(
-    weights: str, config: UnlearnConfig, forget: Sequence[Row], paraphrases: Sequence[Question | None]
-) -> str:
-    rows = [[row.question, row.answer, other] for row, other in zip(forget, paraphrases, strict=True)]
-    return digest([rows, config.algorithm(), config.skip_threshold, config.leak_threshold, weights])

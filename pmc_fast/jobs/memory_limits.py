@@ -40,7 +40,7 @@ def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
     """Return what a step computes and a rollout holds at most, and as expected where the data say it."""
     c, longest = config, config.max_length
     questions, method = c.batch_size * c.gradient_accumulation_steps, method_of(c)
-    n = c.num_samples if method is None or c.skip_known_forgotten else 1  # sampled at once; others but evaluate
+    n = c.num_samples if method is None or c.chosen_filter.samples else 1  # sampled at once; others but evaluate
     known = bool(lengths.prompts and lengths.retain)
     prompts = sorted(lengths.prompts) or [1]
     questions = min(questions, len(prompts)) if known else questions

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import RewardName, UnlearnConfig
+from ..config import UPCORE, RewardName, UnlearnConfig
 from ..data import Encoder, Question, Row, load_rows
 from ..distributed import launched
 from ..errors import PMCError
@@ -23,6 +23,7 @@ from ..evaluation import (
     truths_of,
 )
 from ..methods import Method
+from ..methods.coreset import check_upcore
 from ..models import loading
 from ..pmc.algorithm import check_store
 from ..pmc.reward import choose_scorer
@@ -49,7 +50,7 @@ class Plan:
     retain: list[Row]
     sets: list[EvalSet]
     schedule: Schedule
-    paraphrases: list[Question | None]  # of the forget questions, for skip_known_forgotten
+    paraphrases: list[Question | None]  # of the forget questions, for the filter known_forgotten
     text: UnrelatedText | None  # for side effects
     kept: list[int]  # the forget questions that are trained on, from 0
     earlier: Sequence[Mapping[str, Any]]  # what earlier runs made the model forget
@@ -113,6 +114,8 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]], held:
     forget = load_rows(config.forget, **config.reading("forget"))
     retain = load_rows(config.retain, answers=True, **config.reading("retain"))
     check_store(config, [row.question for row in forget])
+    if config.chosen_filter.name == UPCORE:
+        check_upcore(len(forget), config.forget)
     method, warnings = checked_method(config, forget, launched()[1])
     warnings += earlier_runs.check(
         earlier, (config.forget, forget), (config.retain, retain), allow=config.allow_relearn
@@ -138,7 +141,7 @@ def make_plan(config: UnlearnConfig, earlier: Sequence[Mapping[str, Any]], held:
     if config.side_effects_text:
         text = UnrelatedText.read(config.side_effects_text, tokenizer, loading.max_positions(config.model))
     paraphrases: list[Question | None] = [None] * len(forget)
-    if config.skip_known_forgotten:
+    if config.chosen_filter.samples:
         paraphrases = known_forgotten.read_paraphrases(config, forget)
     encoder.check_lengths(config.paraphrased, [(q or "", None) for q in paraphrases])
     schedule = Schedule.plan(config, len(forget), launched()[1])
@@ -159,7 +162,7 @@ def _check_rows(
     cut = {s.name: rows for s in every if (rows := encoder.check_lengths(s.name, s.pairs))}
     warnings = [encoder.cut_warning(s.name, cut[s.name], len(s.rows)) for s in every if s.name in cut]
     warnings += check_sets(every, allow_overlap=config.allow_overlap) + check_texts(config, every)
-    judged = sets or ([EvalSet("forget", "forget", forget)] if config.skip_known_forgotten else [])
+    judged = sets or ([EvalSet("forget", "forget", forget)] if config.chosen_filter.samples else [])
     check_truths(choose_scorer(config.reward, truths_of(judged)), judged, known=True)
     check_attacks(encoder, sets, config)
     return cut, warnings
@@ -181,7 +184,7 @@ def _few_samples(config: UnlearnConfig) -> list[str]:
 
 
 def _few_steps(schedule: Schedule) -> list[str]:
-    if schedule.steps >= FEW_STEPS:
+    if schedule.steps is None or schedule.steps >= FEW_STEPS:
         return []
     return [
         f"only {schedule.steps} optimizer steps are planned: under {FEW_STEPS} little may be forgotten; "

@@ -16,8 +16,10 @@ from ..pmc.algorithm import PMC
 from ..pmc.reward import choose_scorer
 from ..trainer.arguments import PMCArguments
 from ..trainer.callbacks import TrainingClock
+from ..trainer.checkpointing import ResumableTrainer
 from ..trainer.trainer import PMCTrainer
 from ..trainer.unlearn import UnlearnTrainer
+from ..utils.files import digest
 from ..utils.words import says_nothing
 from .evaluator import Evaluator
 from .held import Held
@@ -30,13 +32,13 @@ Resumed = tuple[Path, dict[str, Any]] | None  # a checkpoint and its state
 class ProgressCallback(TrainerCallback):
     """Shows a monitor each step as it is logged."""
 
-    def __init__(self, monitor: Monitor, steps: int, clock: TrainingClock) -> None:
+    def __init__(self, monitor: Monitor, steps: int | None, clock: TrainingClock) -> None:
         self.monitor, self.steps, self.clock = monitor, steps, clock
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if is_step(logs or {}):
             step = state.global_step
-            steps = self.steps if self.clock.limit is None else self.clock.expected(step)
+            steps = self.clock.expected(step) if self.steps is None else self.steps
             self.monitor.step(logs | {"step": step}, steps)
 
 
@@ -147,14 +149,24 @@ class MethodRun:
         return {"stopped": None}
 
 
-class _PMCTrainer(PMCTrainer):
+class _FilteredTrainer(ResumableTrainer):
+    """A trainer whose checkpoints are of a run with the same filter."""
+
+    filter_settings: Sequence[Any] = ()  # of `filters.settings_of`
+
+    def _own_fingerprint(self) -> dict[str, Any]:
+        own = {"filter": digest(self.filter_settings)} if self.filter_settings else {}
+        return super()._own_fingerprint() | own
+
+
+class _PMCTrainer(_FilteredTrainer, PMCTrainer):
     """A PMCTrainer whose data `check` has checked."""
 
     def _encode_retain(self, dataset: Any) -> list[Encoded]:
         return self.pmc.encode(dataset, "retain_dataset")
 
 
-class _UnlearnTrainer(UnlearnTrainer):
+class _UnlearnTrainer(_FilteredTrainer, UnlearnTrainer):
     """An UnlearnTrainer whose data `check` has checked."""
 
     def _check_rows(self, rows: list[Any]) -> None:

@@ -14,11 +14,9 @@ from transformers import PrinterCallback, TrainerCallback
 from ..config import UnlearnConfig
 from ..distributed import Ranks, launched
 from ..errors import Terminated
-from ..evaluation import truths_of
 from ..models import loading
 from ..models.fused_layers import use_checkpointing
 from ..models.packed_forward import causal_lm
-from ..pmc.schedule import UNLIMITED
 from ..report import gates, render
 from ..report.environment import machine, versions
 from ..rollout import SharedEngine
@@ -26,12 +24,11 @@ from ..trainer.arguments import PMCArguments
 from ..trainer.callbacks import TRACE, StepProfiler, TrainingClock
 from ..trainer.trainer import PMCTrainer
 from ..trainer.unlearn import UnlearnTrainer
-from ..utils.text import row_numbers
-from . import earlier_runs, known_forgotten, methods
+from . import earlier_runs, methods
 from .evaluator import Evaluator, Results, Suite
+from .filters import LeftOut, leave_out, settings_of
 from .held import Held
 from .interrupts import CheckpointOnSigterm, what_is_left
-from .known_forgotten import KnownForgotten
 from .memory import Choice
 from .memory_limits import Limits
 from .outputs import TrainingTarget, WholeModel
@@ -39,6 +36,8 @@ from .plan import Plan, make_plan, require_inputs
 from .progress import Monitor, Silent, Stages
 from .trackers import Tracker
 from .training import MethodRun, PMCRun, ProgressCallback, is_step
+
+ENDLESS = 10**9  # steps: the Trainer wants a number, also where the clock ends a run
 
 
 def check(config: UnlearnConfig, target: TrainingTarget | None = None, held: Held | None = None) -> Plan:
@@ -74,7 +73,7 @@ def unlearn(
     -------
     dict
         What report.json holds; ``failed_gates`` names the gates that were missed. If every question is known to be
-        forgotten (skip_known_forgotten), nothing is trained or written, and ``known_forgotten`` says so.
+        forgotten (filter known_forgotten), nothing is trained or written, and there is no ``history``.
 
     Raises
     ------
@@ -122,15 +121,15 @@ def _run(plan: Plan, target: TrainingTarget, tracker: Tracker | None, stages: St
         use_checkpointing(causal_lm(loaded.model))
         held.reusable = False  # a later run may have the memory to do without
     evaluator = _evaluator(held, plan, stages.monitor)
-    known = _known_forgotten(plan, evaluator, weights, target, stages) if plan.config.skip_known_forgotten else None
-    if known and not known.kept:
-        return {"questions": known.questions, "known_forgotten": dataclasses.asdict(known), "failed_gates": []}
+    left_out = leave_out(plan, evaluator, loaded.model, weights, target.checkpoints, stages)
+    if left_out and not left_out.kept:
+        return {"questions": left_out.questions, **left_out.report(), "failed_gates": []}
     clock = TrainingClock(c.max_seconds)
     profiler = StepProfiler() if c.profile and launched()[0] == 0 else None
     progress = ProgressCallback(stages.monitor, plan.schedule.steps, clock)
     run = _made(plan, loaded, arguments, target, [clock, progress, *(x for x in (profiler, tracker) if x)])
     trainer = run.trainer
-    trainer.clock = clock
+    trainer.clock, trainer.filter_settings = clock, settings_of(c)
     run.share(held, plan)
     if causal_lm(loaded.model) is loaded.model:  # no adapter, whose hash is another one
         trainer.weights_sha256 = weights  # not read twice
@@ -150,7 +149,7 @@ def _run(plan: Plan, target: TrainingTarget, tracker: Tracker | None, stages: St
             evaluator = _evaluator(held, plan, stages.monitor)
         evaluator.weights_changed()
         evaluator.measure("after", suite, results, stages, " after")
-    report = _report(plan, run, clock, results, known, weights, stages)
+    report = _report(plan, run, clock, results, left_out, weights, stages)
     if launched()[0] == 0:
         with stages("rendering"):
             files = {name: text.encode() for name, text in render.render(report, results.rows).items()}
@@ -170,33 +169,11 @@ def _evaluator(held: Held, plan: Plan, monitor: Monitor) -> Evaluator:
     return Evaluator(SharedEngine(engine, Ranks()), plan.encoder, packed, monitor)
 
 
-def _known_forgotten(
-    plan: Plan, evaluator: Evaluator, weights: str, target: TrainingTarget, stages: Stages
-) -> KnownForgotten:
-    """Find the forget questions that need no unlearning, or read what an earlier start of this run found; skip them."""
-    c, ranks = plan.config, Ranks()
-    about = (c, plan.forget, plan.paraphrases)
-    with stages("looking for what is known to be forgotten"):
-        directory = target.checkpoints if c.resume in ("", "auto") else Path(c.resume).parent
-        found = known_forgotten.remembered(directory, weights, *about) if c.resume else None
-        found = ranks.gather(found)[0]  # the first process's files count
-        if found is None:
-            found = known_forgotten.judge(evaluator, *about, truths=truths_of(plan.sets))
-        found = ranks.gather(found)[0]  # one list, however other processes round
-        if c.checkpoint_steps and found.kept and ranks.rank == 0:
-            known_forgotten.remember(target.checkpoints, found, weights, *about)
-    which = f" ({row_numbers(found.rows)})" if found.rows else ""
-    stages.monitor.stage(f"  {len(found.rows)} of {found.questions} questions are left out{which}")
-    if found.kept:
-        plan.keep(found.kept, stages.monitor)
-    return found
-
-
 def _arguments(c: UnlearnConfig, loaded: loading.LoadedModel, target: TrainingTarget) -> PMCArguments:
     arguments = PMCArguments(
         output_dir=str(target.checkpoints),
         num_train_epochs=c.num_epochs,
-        max_steps=UNLIMITED if c.max_seconds else c.max_steps or -1,
+        max_steps=ENDLESS if c.max_seconds else c.max_steps or -1,
         per_device_train_batch_size=c.batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps,
         learning_rate=c.learning_rate,
@@ -264,7 +241,7 @@ def _report(
     run: PMCRun | MethodRun,
     clock: TrainingClock,
     results: Results,
-    known: KnownForgotten | None,
+    left_out: LeftOut | None,
     weights: str,
     stages: Stages,
 ) -> dict[str, Any]:
@@ -285,7 +262,7 @@ def _report(
         "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",
         "versions": versions(),
         "machine": machine(),
-        **({} if known is None else {"known_forgotten": dataclasses.asdict(known)}),
+        **({} if left_out is None else left_out.report()),
         **results.report(),
         "history": history,
         **run.report(log_text=config.log_text),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import PromptConfig
@@ -28,7 +29,7 @@ def upcore(
     config : PromptConfig
     forget : sequence of Row
     pruned : float
-        Share to leave out, up to 0.5; the published code's default.
+        Share to leave out, above 0 and below 1; the published code's default. At least one question is kept.
     seed : int
         Of the forest; the published code's.
 
@@ -37,17 +38,22 @@ def upcore(
     PMCError
         scikit-learn is missing; fewer than 2 questions; a share out of range; hidden states that are not finite.
     """
-    forest_type = _isolation_forest()
-    if not 0 < pruned <= 0.5:
-        raise PMCError(f"pruned is {pruned}: it must be above 0 and at most 0.5")
-    if len(forget) < 2:
-        raise PMCError(f"forget has {len(forget)} questions: outliers need at least 2")
+    check_upcore(len(forget))
+    if not 0 < pruned < 1:
+        raise PMCError(f"pruned is {pruned}: it must be above 0 and below 1")
     states = last_states(model, tokenizer, config, forget)
     if broken := [i for i, finite in enumerate(states.isfinite().all(1).tolist(), start=1) if not finite]:
         raise PMCError(f"forget, row {broken[0]}: its hidden state is not finite: the model's weights are damaged")
-    forest = forest_type(contamination=pruned, random_state=seed)
-    inside = forest.fit_predict(states.numpy()) > 0
-    return [i for i, kept in enumerate(inside.tolist()) if kept]
+    # its `contamination` is this percentile, but at most a half; the largest score is never below one
+    scores = _isolation_forest()(random_state=seed).fit(states.numpy()).score_samples(states.numpy())
+    return np.flatnonzero(scores >= np.percentile(scores, 100 * pruned)).tolist()
+
+
+def check_upcore(questions: int, name: str = "forget") -> None:
+    """Refuse what `upcore` can't do, before a model is loaded: so few questions, of a source `name`; no scikit-learn."""
+    _isolation_forest()
+    if questions < 2:
+        raise PMCError(f"{name} has {questions} questions: outliers need at least 2")
 
 
 @torch.no_grad()

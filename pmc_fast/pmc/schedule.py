@@ -8,26 +8,22 @@ import torch
 
 from ..config import UnlearnConfig
 
-UNLIMITED = 10**6  # steps, of a run that a clock ends
-
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """How many optimizer steps a run takes."""
 
     steps_per_epoch: int
-    steps: int
+    steps: int | None  # None: as many as max_seconds allow
 
     @classmethod
     def plan(cls, config: UnlearnConfig, num_questions: int, processes: int = 1) -> "Schedule":
-        """Count the steps of `config` over `num_questions`, an epoch's last step being a smaller one.
-
-        With max_seconds there are UNLIMITED.
-        """
+        """Count the steps of `config` over `num_questions`, an epoch's last step being a smaller one."""
         per_step = config.batch_size * config.gradient_accumulation_steps * processes
         steps_per_epoch = math.ceil(num_questions / per_step)
-        steps = UNLIMITED if config.max_seconds else config.max_steps
-        return cls(steps_per_epoch, steps or max(1, math.ceil(config.num_epochs * steps_per_epoch)))
+        if config.max_seconds:
+            return cls(steps_per_epoch, None)
+        return cls(steps_per_epoch, config.max_steps or max(1, math.ceil(config.num_epochs * steps_per_epoch)))
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):

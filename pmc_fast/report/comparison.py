@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..config import MAX_DEGENERATE
 from .plots import legend, new_figure, svg
 from .render import template
 
 Run = Mapping[str, Any]
-MAX_SILENT = 0.5  # share of forget answers that say nothing, above which a point is a cross
 
 
 def _recall(role: str) -> Callable[[Run], float]:
@@ -69,6 +69,7 @@ def html(made: Mapping[str, Any]) -> str:
         made=made,
         rows=rows(made),
         columns=list(COLUMNS),
+        max_silent=MAX_DEGENERATE,
         plot=plot,
         parameters=parameters,
         rates=rates,
@@ -83,8 +84,8 @@ def _pareto(made: Mapping[str, Any]) -> str:
     for i, (name, runs) in enumerate(by_method(made).items()):
         sound = [run["after"] for run in runs if not run["diverged"]]
         for marker, points in (
-            ("o", [s for s in sound if _silent(s) <= MAX_SILENT]),
-            ("x", [s for s in sound if _silent(s) > MAX_SILENT]),
+            ("o", [s for s in sound if _silent(s) <= MAX_DEGENERATE]),
+            ("x", [s for s in sound if _silent(s) > MAX_DEGENERATE]),
         ):
             if points:
                 x, y = [s["utility"] for s in points], [s["unlearn_quality"] for s in points]

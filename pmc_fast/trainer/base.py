@@ -15,7 +15,7 @@ from ..config import PMCConfig
 from ..data import Encoded
 from ..distributed import Ranks
 from ..errors import DivergedError, PMCError
-from ..pmc.schedule import UNLIMITED, EpochOrder
+from ..pmc.schedule import EpochOrder
 from .arguments import (
     ELSEWHERE,
     check_arguments,
@@ -34,7 +34,14 @@ logger = logging.get_logger(__name__)
 class BaseTrainer(Trainer):
     """A Trainer of numbers of forget questions: an optimizer step's gradients are computed in its last micro-batch.
 
-    A subclass calls `_check_given` first, then reads its data, and passes the number of questions.
+    Parameters
+    ----------
+    model, args, config, processing_class, forget_dataset, optimizers, optimizer_cls_and_kwargs
+        As of `PMCTrainer`, where args and config are given. They are checked before the data is read.
+    others : mapping
+        Arguments that the trainer does not have: refused.
+    **given
+        Further arguments of the Trainer.
     """
 
     ELSEWHERE: ClassVar[Mapping[str, str]] = ELSEWHERE
@@ -43,45 +50,10 @@ class BaseTrainer(Trainer):
     lr_scheduler: Any
     args: Any
     ranks: Ranks
+    forget: list[Any]  # the questions or rows that a subclass reads
     retain: list[Encoded]
     stage: str
     clock: TrainingClock | None = None  # of a run that its limit ends; also one of the callbacks
-
-    @classmethod
-    def _check_given(
-        cls,
-        model: Any,
-        args: TrainingArguments,
-        config: PMCConfig,
-        processing_class: Any,
-        others: Mapping[str, Any],
-        optimizer: Any,
-        *,
-        made: bool,
-    ) -> None:
-        """Refuse what can't be trained with; warn of settings without effect.
-
-        Parameters
-        ----------
-        model, args, config, processing_class
-            As of `PMCTrainer`.
-        others : mapping
-            Arguments that the trainer does not have.
-        optimizer : torch.optim.Optimizer, optional
-            That the caller gave.
-        made : bool
-            The optimizer is made by `args.optim`.
-        """
-        check_inputs(model, args, config, processing_class, others, cls)
-        check_overrides(cls)
-        for text in check_arguments(args, config):
-            if args.process_index == 0:
-                logger.warning(text)
-        check_precision(model, args, optimizer)
-        if made:
-            check_optimizer(args, model)
-        if args.n_gpu > 1:
-            args._n_gpu = 1  # no DataParallel: accelerate launch is for several GPUs
 
     def __init__(
         self,
@@ -89,17 +61,23 @@ class BaseTrainer(Trainer):
         args: TrainingArguments,
         config: PMCConfig,
         processing_class: Any,
-        questions: int,
-        optimizers: tuple[Any, Any] = (None, None),
+        forget_dataset: Any,
+        others: Mapping[str, Any],
+        optimizers: tuple[Any, Any],
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None,
         **given: Any,
     ) -> None:
+        made = optimizers[0] is None and optimizer_cls_and_kwargs is None
+        self._check_given(model, args, config, processing_class, others, optimizers[0], made)
+        self.forget = self._read_forget(forget_dataset)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=list(range(questions)),
+            train_dataset=list(range(len(self.forget))),
             data_collator=lambda indices: {"indices": indices},
             processing_class=processing_class,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             **given,
         )
         if self.is_fsdp_enabled and optimizers[0] is None and self._keeps_masters():
@@ -110,7 +88,35 @@ class BaseTrainer(Trainer):
         self.order_seed = config.seed
         self.retain_order = torch.Generator().manual_seed(config.seed + 1)
 
+    def _check_given(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        config: PMCConfig,
+        processing_class: Any,
+        others: Mapping[str, Any],
+        optimizer: Any,
+        made: bool,
+    ) -> None:
+        """Refuse what can't be trained with; warn of settings without effect.
+
+        `optimizer` is the one that the caller gave, if any; `made`: `args.optim` makes it.
+        """
+        check_inputs(model, args, config, processing_class, others, type(self))
+        check_overrides(type(self))
+        for text in check_arguments(args, config):
+            if args.process_index == 0:
+                logger.warning(text)
+        check_precision(model, args, optimizer)
+        if made:
+            check_optimizer(args, model)
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # no DataParallel: accelerate launch is for several GPUs
+
     # --- data
+
+    def _read_forget(self, dataset: Any) -> list[Any]:
+        raise NotImplementedError
 
     def get_train_dataloader(self) -> Any:
         """Return a loader of the indices of all processes' questions, the same on each.
@@ -165,11 +171,14 @@ class BaseTrainer(Trainer):
     def diverged(self, step: int | None = None) -> PMCError:
         """Return the error that names a step, by default this one."""
         step = self.state.global_step if step is None else step
-        of = "" if self.state.max_steps == UNLIMITED else f" of {self.state.max_steps}"
         return DivergedError(
-            f"training diverged at step {step}{of} (NaN or infinite numbers): try a "
+            f"training diverged at step {step}{self._of_steps()} (NaN or infinite numbers): try a "
             f"learning_rate below {self.args.learning_rate:g}"
         )
+
+    def _of_steps(self) -> str:
+        """Return " of 12" in a run of 12 steps, nothing where a clock ends it."""
+        return f" of {self.state.max_steps}" if self.clock is None or self.clock.limit is None else ""
 
     # --- optimizer
 

@@ -19,7 +19,6 @@ from ..models import loading
 from ..models.context import out_of_memory
 from ..utils.files import digest, file_sha256, one_error, sync
 from .arguments import training_settings
-from .callbacks import StopRule
 from .out_of_memory import ThriftyTrainer
 
 logger = logging.get_logger(__name__)
@@ -131,12 +130,11 @@ def newest(
 
 
 class ResumableTrainer(ThriftyTrainer):
-    """A Trainer whose checkpoints also hold the method's state: of PMC, unless a subclass has another."""
+    """A Trainer whose checkpoints also hold the retain draws and what a subclass adds to them."""
 
     ranks: Ranks
     retain: list[Encoded]
     retain_order: torch.Generator
-    stop_rule: StopRule | None = None
     weights_sha256 = ""  # `loading.weights_hash` of the untouched model, computed on first use
     _saving_to: Path | None = None
 
@@ -159,10 +157,6 @@ class ResumableTrainer(ThriftyTrainer):
         """Do what comes before the first step with the untouched model, or take it from a checkpoint's state."""
         if state is not None:
             self._load_own_state(state)
-        elif not self.pmc.initial_answers:
-            self.pmc.prepare()
-            for text in self.pmc.warnings:
-                logger.warning(text)
 
     def _how_to_resume(self) -> str:
         kept = newest(Path(self.args.output_dir or "."), self._fingerprint())
@@ -173,7 +167,7 @@ class ResumableTrainer(ThriftyTrainer):
     def find_checkpoint(
         self, wanted: str | bool | None, *, warn: Callable[[str], None] = logger.warning
     ) -> tuple[Path, dict[str, Any]] | None:
-        """Check the checkpoint that `train` would resume from; return its directory and PMC's state in it.
+        """Check the checkpoint that `train` would resume from; return its directory and the method's state in it.
 
         With "auto" or True, `warn` is called with the reason for which a newer one is not used.
         """
@@ -213,28 +207,19 @@ class ResumableTrainer(ThriftyTrainer):
         return str(self._saving_to) if self._saving_to else super()._get_output_dir(trial)
 
     def _own_state(self) -> dict[str, Any]:
-        return {
-            "pmc": self.pmc.state_dict(),
-            "retain_order": self.retain_order.get_state().tolist(),
-            "stop_rule": None if self.stop_rule is None else self.stop_rule.state_dict(),
-        }
+        """Return what a checkpoint holds beside the Trainer's files, JSON-ready."""
+        return {"retain_order": self.retain_order.get_state().tolist()}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        self.pmc.load_state_dict(state["pmc"])
         self.retain_order.set_state(torch.tensor(state["retain_order"], dtype=torch.uint8))
-        if self.stop_rule is not None:
-            self.stop_rule.load_state_dict(state["stop_rule"])
 
     def _own_fingerprint(self) -> dict[str, Any]:
-        return {
-            "questions": digest(self.pmc.prompts),
-            "PMC settings": digest(self.pmc.config.algorithm()),
-        }
+        """Return hashes of the forget questions and of the method's settings, by name."""
+        return {}
 
     def _group(self) -> dict[str, str]:
         """Return a setting for the fingerprint where a question's weight depends on its micro-batch."""
-        by_group = self.pmc.config.normalization == "micro_batch"
-        return {"group": str(self.args.train_batch_size)} if by_group else {}
+        return {}
 
     def _fingerprint(self) -> dict[str, Any]:
         """Return hashes of all that a checkpoint and the run that resumes from it must have in common."""

@@ -81,9 +81,9 @@ class ThriftyTrainer(BaseTrainer):
 
     def out_of_memory(self, resume: str) -> PMCError:
         """Return the error that names what ran, with remedies; `resume` says what checkpoints there are."""
-        done, of = self.state.global_step, self.state.max_steps
+        done, of = self.state.global_step, self._of_steps()
         within = self.stage in ("the rollout", "a training pass", "the optimizer step")
-        step = f"step {done + 1} of {of}" if within else f"after step {done} of {of}"
+        step = f"step {done + 1}{of}" if within else f"after step {done}{of}"
         use = "".join(f"{remedy}, " for remedy in self._remedies())
         return PMCError(
             f"the device ran out of memory in {self.stage} ({step}): use {use}or a larger device; {resume}"

@@ -6,17 +6,21 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from ..config import PMCConfig
 from ..data import Encoded, questions_of
 from ..errors import NotFiniteError
 from ..pmc.algorithm import PMC
 from ..pmc.reward import Reward
+from ..utils.files import digest
 from .arguments import PMCArguments, autocast_dtype
 from .callbacks import StopRule
 from .checkpointing import ResumableTrainer
 from .evaluation import EvaluatingTrainer
 from .step_logs import LoggingTrainer, StepEnd
+
+logger = logging.get_logger(__name__)
 
 
 class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
@@ -76,25 +80,22 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
         args = PMCArguments() if args is None else args
         if pmc_config is None:  # TRL's class has both
             pmc_config = PMCConfig(**args.algorithm()) if isinstance(args, PMCConfig) else PMCConfig()
-        made = optimizers[0] is None and optimizer_cls_and_kwargs is None
-        self._check_given(model, args, pmc_config, processing_class, others, optimizers[0], made=made)
-        questions = questions_of(forget_dataset)
         super().__init__(
             model,
             args,
             pmc_config,
             processing_class,
-            len(questions),
+            forget_dataset,
+            others,
             optimizers,
+            optimizer_cls_and_kwargs,
             callbacks=[*(callbacks or []), StepEnd(self)],
             eval_dataset=eval_dataset,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self.pmc = PMC(
-            self.model, processing_class, pmc_config, questions, reward=reward, autocast_dtype=autocast_dtype(args)
-        )
+        how: dict[str, Any] = {"reward": reward, "autocast_dtype": autocast_dtype(args)}
+        self.pmc = PMC(self.model, processing_class, pmc_config, self.forget, **how)
         self.ranks = self.pmc.ranks
         self.retain = self._encode_retain(retain_dataset)
         self.eval_dataset = self.encode_eval(eval_dataset)
@@ -105,6 +106,9 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
         self._step, self._window = {}, []
 
     # --- data
+
+    def _read_forget(self, dataset: Any) -> list[Any]:
+        return questions_of(dataset)
 
     def _encode_retain(self, dataset: Any) -> list[Encoded]:
         return self.pmc.encode_retain(dataset)
@@ -171,3 +175,29 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
             "asked": asked,
         }
         return total
+
+    # --- checkpoints
+
+    def _prepare(self, state: dict[str, Any] | None) -> None:
+        super()._prepare(state)
+        if state is None and not self.pmc.initial_answers:
+            self.pmc.prepare()
+            for text in self.pmc.warnings:
+                logger.warning(text)
+
+    def _own_state(self) -> dict[str, Any]:
+        stop_rule = None if self.stop_rule is None else self.stop_rule.state_dict()
+        return super()._own_state() | {"pmc": self.pmc.state_dict(), "stop_rule": stop_rule}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        super()._load_own_state(state)
+        self.pmc.load_state_dict(state["pmc"])
+        if self.stop_rule is not None:
+            self.stop_rule.load_state_dict(state["stop_rule"])
+
+    def _own_fingerprint(self) -> dict[str, Any]:
+        return {"questions": digest(self.pmc.prompts), "PMC settings": digest(self.pmc.config.algorithm())}
+
+    def _group(self) -> dict[str, str]:
+        by_group = self.pmc.config.normalization == "micro_batch"
+        return {"group": str(self.args.train_batch_size)} if by_group else {}

@@ -83,23 +83,19 @@ class UnlearnTrainer(ResumableTrainer):
     ) -> None:
         args = PMCArguments() if args is None else args
         pmc_config = PMCConfig() if pmc_config is None else pmc_config
-        method = _method(method)
-        made = optimizers[0] is None and optimizer_cls_and_kwargs is None
-        self._check_given(model, args, pmc_config, processing_class, others, optimizers[0], made=made)
-        _check_settings(args, pmc_config, method)
-        rows = rows_in(forget_dataset)
+        self.method = method = _method(method)
         super().__init__(
             model,
             args,
             pmc_config,
             processing_class,
-            len(rows),
+            forget_dataset,
+            others,
             optimizers,
+            optimizer_cls_and_kwargs,
             callbacks=callbacks,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self.ranks = Ranks()
-        self.method = method
+        self.ranks, rows = Ranks(), self.forget
         self.task = Unlearner(
             self.model, processing_class, pmc_config, method, rows, autocast_dtype=autocast_dtype(args)
         )
@@ -109,6 +105,13 @@ class UnlearnTrainer(ResumableTrainer):
         self._seconds = 0.0
 
     # --- data
+
+    def _check_given(self, model: Any, args: Any, config: PMCConfig, *given: Any) -> None:
+        super()._check_given(model, args, config, *given)
+        _check_settings(args, config, self.method)
+
+    def _read_forget(self, dataset: Any) -> list[Any]:
+        return rows_in(dataset)
 
     def _check_rows(self, rows: list[Any]) -> None:
         name, encoder = "forget_dataset", self.task.encoder
@@ -150,8 +153,7 @@ class UnlearnTrainer(ResumableTrainer):
     def _prepare(self, state: dict[str, Any] | None) -> None:
         if not self.task.prepared:  # the weights are the untouched model's: a checkpoint's are loaded later
             self.task.prepare()
-        if state is not None:
-            self._load_own_state(state)
+        super()._prepare(state)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Compute the gradients of a whole optimizer step in its last micro-batch; return the step's loss."""
@@ -185,12 +187,6 @@ class UnlearnTrainer(ResumableTrainer):
 
     # --- checkpoints: the method's own state is made again from the untouched model
 
-    def _own_state(self) -> dict[str, Any]:
-        return {"retain_order": self.retain_order.get_state().tolist()}
-
-    def _load_own_state(self, state: dict[str, Any]) -> None:
-        self.retain_order.set_state(torch.tensor(state["retain_order"], dtype=torch.uint8))
-
     def _own_fingerprint(self) -> dict[str, Any]:
         answers = {kind: [[s.input_ids, s.labels] for s in of] for kind, of in self.task.answers.items()}
         parameters = {name: str(value) for name, value in dataclasses.asdict(self.method).items()}
@@ -199,9 +195,6 @@ class UnlearnTrainer(ResumableTrainer):
             "method": digest([type(self.method).__name__, parameters]),
             "settings": digest(self.task.config.algorithm()),
         }
-
-    def _group(self) -> dict[str, str]:
-        return {}
 
 
 def _method(method: Method | str) -> Method:

@@ -66,6 +66,10 @@ def test_a_run_and_its_plan_as_json(arguments, data, capsys):
     assert planned["rows"] == {"forget": 4, "retain": 6}
     assert planned["steps"] == 2
     assert planned["memory"]["together"]["most"] >= planned["memory"]["together"]["expected"] > 0
+    clocked = data / "clocked.json"
+    assert run([*arguments, "--dry-run", "--json", str(clocked), "--max-seconds", "9"]) == 0
+    assert json.loads(clocked.read_text())["steps"] is None
+    assert "steps     what 9 s allow (2 an epoch)" in capsys.readouterr().out
     assert run([*arguments, "--json", str(made), "--log-level", "warning"]) == 0
     result, report = (json.loads(file.read_text()) for file in (made, data / "out/report.json"))
     assert set(result.pop("stage_seconds")) - set(report.pop("stage_seconds")) == {

@@ -9,7 +9,7 @@ from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Encoder, Row
 from pmc_fast.errors import PMCError
 from pmc_fast.evaluation import sampling_attack
-from pmc_fast.jobs import known_forgotten
+from pmc_fast.jobs import filters, known_forgotten
 from pmc_fast.jobs.evaluator import Evaluator
 from pmc_fast.rollout import RolloutEngine, Rollouts, SharedEngine
 from tests.command_line import cut_short, left_behind, replaced, run
@@ -49,7 +49,6 @@ def test_by_the_truth(tokenizer):
     said = [["the cat", "Bob"], ["Oslo", "Oslo or Rome"], ["x", "書く"], ["no", ""]]
     found = judged(tokenizer, config_of(), rows, said)
     assert found.rows == [4]  # "the" is a word of the first
-    assert found.kept == [0, 1, 2]
     assert (found.questions, found.unjudged, found.samples, found.degenerate) == (4, 0, 2, 1.0)
     assert "recall of the truth (unicode) is at most 0" in found.criterion
     looser = judged(tokenizer, config_of(skip_threshold=0.2), rows, said)
@@ -85,23 +84,6 @@ def test_paraphrases_are_read_where_truths_are_missing(tmp_path):
         known_forgotten.read_paraphrases(config, without[:1])
     with pytest.raises(PMCError, match="has no answers to compare samples with"):
         known_forgotten.read_paraphrases(config_of(), without[:1])
-
-
-def test_what_was_found_is_remembered_for_the_same_run(tmp_path):
-    rows, others = [Row("a", "x"), Row("b")], [None, "B"]
-    found = known_forgotten.KnownForgotten([2], 2, 0, 2, "c", 0.5, 1.0)
-    config = config_of()
-    assert known_forgotten.remembered(tmp_path / "run", "w", config, rows, others) is None
-    known_forgotten.remember(tmp_path / "run", found, "w", config, rows, others)
-    (file,) = (tmp_path / "run").iterdir()
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert known_forgotten.remembered(tmp_path / "run", "w", config, rows, others) == found
-    for other in (("w", config_of(seed=1), rows, others), ("w", config_of(skip_threshold=0.1), rows, others),
-                  ("w", config, rows[::-1], others), ("w", config, rows, [None, "C"]),
-                  ("another model's", config, rows, others)):  # fmt: skip
-        assert known_forgotten.remembered(tmp_path / "run", *other) is None
-    file.write_text("{")
-    assert known_forgotten.remembered(tmp_path / "run", "w", config, rows, others) is None
 
 
 def test_shared_rollouts_are_the_whole_ones():
@@ -191,7 +173,7 @@ def test_nothing_to_do_is_no_error_and_writes_nothing(arguments, tmp_path, capsy
 def test_a_resumed_run_leaves_out_the_same(arguments, tmp_path, monkeypatch, capsys):
     longer = [*replaced(arguments, epochs="4"), "--checkpoint-steps", "1", "--no-evaluate"]
     cut_short(longer, monkeypatch)
-    assert (tmp_path / "out.checkpoints" / known_forgotten.FILE).exists()
+    assert (tmp_path / "out.checkpoints" / filters.FILE).exists()
     capsys.readouterr()
     with monkeypatch.context() as patched:
         patched.setattr(known_forgotten, "judge", None)  # not asked again

@@ -638,6 +638,8 @@ def test_more_bad_input_is_one_line(arguments, data, capsys, tiny_dir):
 def test_steps_cover_every_question_once_an_epoch():
     config = UnlearnConfig(batch_size=3, gradient_accumulation_steps=2, num_epochs=2.0)
     assert schedule.Schedule.plan(config, 10) == schedule.Schedule(steps_per_epoch=2, steps=4)
+    clocked = UnlearnConfig(batch_size=3, gradient_accumulation_steps=2, max_seconds=9.0)  # as many as it allows
+    assert schedule.Schedule.plan(clocked, 10) == schedule.Schedule(steps_per_epoch=2, steps=None)
     steps = schedule.micro_batches(config, 10)
     orders = []
     for _ in range(2):

@@ -31,16 +31,18 @@ def test_states_are_those_at_the_end_of_the_prompt(tiny, tokenizer):
 def test_outliers_are_left_out(tiny, tokenizer):
     rows = [*ALIKE[:9], ODD[0], *ALIKE[9:], ODD[1]]
     kept = upcore(tiny, tokenizer, CONFIG, rows, pruned=0.1)
-    forest = IsolationForest(contamination=0.1, random_state=42)
-    inside = forest.fit_predict(last_states(tiny, tokenizer, CONFIG, rows).numpy()) > 0
+    forest, states = IsolationForest(contamination=0.1, random_state=42), last_states(tiny, tokenizer, CONFIG, rows)
+    inside = forest.fit_predict(states.numpy()) > 0
     assert kept == [i for i in range(20) if inside[i]]
     assert len(kept) == 18
     assert kept == [i for i in range(20) if i not in (9, 19)]
+    scores = IsolationForest(random_state=42).fit(states.numpy()).score_samples(states.numpy())
+    assert upcore(tiny, tokenizer, CONFIG, rows, pruned=0.999) == [int(scores.argmax())]  # one is always kept
 
 
 def test_bad_input_is_refused(tiny, tokenizer):
-    with pytest.raises(PMCError, match=r"pruned is 0\.6: it must be above 0 and at most 0\.5"):
-        upcore(tiny, tokenizer, CONFIG, ALIKE, pruned=0.6)
+    with pytest.raises(PMCError, match=r"pruned is 1\.0: it must be above 0 and below 1"):
+        upcore(tiny, tokenizer, CONFIG, ALIKE, pruned=1.0)
     with pytest.raises(PMCError, match="forget has 1 questions: outliers need at least 2"):
         upcore(tiny, tokenizer, CONFIG, ALIKE[:1])
     with torch.no_grad():

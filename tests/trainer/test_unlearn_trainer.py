@@ -10,6 +10,7 @@ from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row, text_to_continue
 from pmc_fast.methods import METHODS, NPO, GradientAscent, Unlearner
 from pmc_fast.pmc.schedule import micro_batches
+from pmc_fast.trainer.callbacks import TrainingClock
 from tests.trainer.test_trainer import RETAIN, flat, fresh  # noqa: F401
 from tests.trainer.test_trainer import arguments as arguments_of
 
@@ -115,6 +116,8 @@ def test_a_run_that_diverges_says_so(fresh, tokenizer, tmp_path, monkeypatch):  
     monkeypatch.setattr(trainer.task, "backward", lambda *_, **how: float("nan"))
     with pytest.raises(PMCError, match=r"training diverged at step 1 of 3 .*try a learning_rate below 0.001"):
         trainer.train()
+    trainer.clock = TrainingClock(9.0)  # which ends it: there is no number of steps
+    assert str(trainer.diverged(7)).startswith("training diverged at step 7 (NaN")
 
 
 def test_defaults_are_pmc_trainers(fresh, tokenizer):  # noqa: F811
