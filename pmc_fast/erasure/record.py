@@ -12,7 +12,7 @@ from ..errors import PMCError
 from ..report.environment import code
 from ..utils.files import digest
 
-FORMAT = 2  # format 1 has no hashes of single questions
+FORMAT = 3  # format 1 has no hashes of single questions, format 2 all entries of the requests before
 CLAIM = (
     "output-level evidence: what the model answers was measured as stated here; this is no proof that its weights hold "
     "nothing of the data"

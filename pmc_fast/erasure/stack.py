@@ -5,8 +5,8 @@
     STACK/rolled_back/
 
 A request exists once its directory has its name, which is one rename; rolling it back is another. There is no index: the
-order follows from names and records. Each record holds the hashes of all before it, so that a change to one of them, or
-its absence, is found.
+order follows from names and records. Each record holds the hash of the one before it, which so stands for all before, and a
+change to one of them, or its absence, is found.
 """
 
 import contextlib
@@ -102,16 +102,20 @@ class Stack:
             raise PMCError(f"stack {self.directory} has no requests: `pmc-fast unlearn --lora` makes the first")
 
     def links(self) -> list[dict[str, str]]:
-        """Return the entries of all requests for the next record."""
+        """Return the entries of all requests."""
         return [request.link() for request in self.requests]
+
+    def last_link(self) -> list[dict[str, str]]:
+        """Return the entry of the last request, if any, for the next record: its hash stands for all before it."""
+        return [request.link() for request in self.requests[-1:]]
 
     def earlier(self) -> list[dict[str, Any]]:
         """Return an entry per request and per run that made the base model; see `earlier_runs.check`."""
         entries: list[dict[str, Any]] = []
         for request in self.requests:
             data = request.record["data"]
-            # a record holds the entries before it; one of format 1 does not
-            entries = [*data.get("earlier", entries), entry(f"request {request.name}", data)]
+            # the first record holds the base model's; one of format 2 all those before it, too
+            entries = [*(data.get("earlier") or entries), entry(f"request {request.name}", data)]
         return entries
 
     def _read(self, name: str) -> ErasureRequest:
@@ -126,7 +130,7 @@ class Stack:
         for file, sha256 in files.items():
             if not (directory / file).is_file() or self._hashes.sha256(directory / file) != sha256:
                 raise PMCError(f"request {directory} is damaged: {file} is not what was written; restore it")
-        if before != self.links():
+        if before != self.last_link() and before != self.links():  # of all before it, up to format 2
             raise PMCError(
                 f"request {directory} was made upon other requests than those before it: their order or content changed"
             )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,9 @@ class StackedAdapter:
     def earlier(self) -> list[dict[str, Any]]:
         return self.stack.earlier() or earlier_runs.read(self.config.model)
 
+    def recorded(self, earlier: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        return () if self.stack.requests else earlier  # the records before this one hold them
+
     def check_room(self, parameters: int, dtype: torch.dtype) -> None:
         """Do nothing: an adapter is small."""
 
@@ -167,7 +170,7 @@ class StackedAdapter:
                 request=self.directory.name,
                 **self.named,
                 model={"source": self.config.model, "before": self.before, "after": self.after},
-                stack={"before": self.stack.links()},
+                stack={"before": self.stack.last_link()},
                 adapter={
                     "r": self.config.lora_r,
                     "alpha": self.config.lora_alpha,

@@ -1,5 +1,6 @@
 """What a run trains and writes: the whole model, or another target with the same methods."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,9 @@ class TrainingTarget(Protocol):
 
     def earlier(self) -> list[dict[str, Any]]:
         """Return an entry for each run that the model to be trained came from; see `earlier_runs.check`."""
+
+    def recorded(self, earlier: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return those of `earlier` that the report is to hold for later runs: all that no other file holds."""
 
     def check_room(self, parameters: int, dtype: torch.dtype) -> None:
         """Refuse a model with so many parameters, saved in `dtype` before, if the disk has no room for the output."""
@@ -86,6 +90,9 @@ class WholeModel:
 
     def earlier(self) -> list[dict[str, Any]]:
         return earlier_runs.read(self.config.model)
+
+    def recorded(self, earlier: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        return earlier
 
     def check_room(self, parameters: int, dtype: torch.dtype) -> None:
         saved = self.config.save_dtype

@@ -149,7 +149,8 @@ def _run(plan: Plan, target: TrainingTarget, tracker: Tracker | None, stages: St
             evaluator = _evaluator(held, plan, stages.monitor)
         evaluator.weights_changed()
         evaluator.measure("after", suite, results, stages, " after")
-    report = _report(plan, run, clock, results, left_out, weights, stages)
+    data = earlier_runs.data_of(plan.rows, target.recorded(plan.earlier))
+    report = _report(plan, run, clock, results, left_out, weights, data, stages)
     if launched()[0] == 0:
         with stages("rendering"):
             files = {name: text.encode() for name, text in render.render(report, results.rows).items()}
@@ -243,6 +244,7 @@ def _report(
     results: Results,
     left_out: LeftOut | None,
     weights: str,
+    data: dict[str, Any],
     stages: Stages,
 ) -> dict[str, Any]:
     config = plan.config
@@ -257,7 +259,7 @@ def _report(
         "models": {"before": {"source": config.model, "sha256": weights}},
         "questions": len(plan.forget),
         "retain_rows": len(plan.retain),
-        "data": earlier_runs.data_of(plan.rows, plan.earlier),
+        "data": data,
         "cut": {source: len(rows) for source, rows in plan.cut.items()} | {"initial answers": run.cut_answers},
         "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",
         "versions": versions(),
