@@ -131,7 +131,8 @@ def _layers() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         if x == weight:
             block = {"BLOCK": layers.CONFIGS["silu_mul"]}
             pointers = dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr"), f"*{x}")
-            yield f"silu_mul {x}", layers.silu_mul_kernel, pointers | {"size": "i32"}, block, {"num_warps": 4}
+            types = pointers | dict.fromkeys(("width", "blocks", "gate_stride", "up_stride"), "i32")
+            yield f"silu_mul {x}", layers.silu_mul_kernel, types, block, {"num_warps": 4}
             pointers = dict.fromkeys(("dy_ptr", "gate_ptr", "up_ptr", "d_gate_ptr", "d_up_ptr"), f"*{x}")
             flags = {"NEED_GATE": True, "NEED_UP": True}
             types = pointers | {"size": "i32"}
