@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from .fused_layers import plain
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def siblings(model: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
+def siblings(model: torch.nn.Module) -> Iterator[list[Any]]:
     """Yield the projections of each attention and of each gated MLP, which are likely to read one input."""
     for module in model.modules():
         children = vars(module)["_modules"]

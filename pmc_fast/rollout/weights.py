@@ -14,6 +14,7 @@ from ..cuda_graphs.recorder import HOOKS
 from ..models.fused_layers import plain
 from ..models.joined_weights import joined, siblings
 from ..models.patching import is_bare
+from ..ops.fp8_linear import FP8, MULTIPLE, fp8_linear, fp8_rows
 from ..ops.layers import fast_linear_serves, linear
 
 # in fewer bits W + scaling B A would round away what the first steps of training add to B A
@@ -28,6 +29,14 @@ class Weights(NamedTuple):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    scale: torch.Tensor | None = None  # of each row of a weight in 8 bits
+
+    def forward(self) -> Forward:
+        """Return what computes products without gradients, on any device: few rows by our kernel where it serves."""
+        if self.scale is not None:
+            return functools.partial(fp8_linear, weight=self.weight, scale=self.scale, bias=self.bias)
+        call = linear if fast_linear_serves(self.weight) else torch.nn.functional.linear
+        return functools.partial(call, weight=self.weight, bias=self.bias)
 
 
 class RolloutWeights:
@@ -41,12 +50,15 @@ class RolloutWeights:
     ----------
     model : torch.nn.Module
     autocast_dtype : torch.dtype, optional
+    fp8 : bool
+        Read copies in 8 bits instead, of all layers but the head whose sizes are multiples of 16.
     """
 
-    def __init__(self, model: Any, autocast_dtype: torch.dtype | None) -> None:
-        self.model, self.autocast_dtype = model, autocast_dtype
+    def __init__(self, model: Any, autocast_dtype: torch.dtype | None, *, fp8: bool = False) -> None:
+        self.model, self.autocast_dtype, self.fp8 = model, autocast_dtype, fp8
         self.copies: dict[Any, Weights] = {}  # by layer
 
+    @torch.no_grad()
     def forwards(self) -> dict[Any, Forward]:
         """Update the copies and return what replaces the forward of each layer."""
         sources = self._sources()
@@ -59,9 +71,9 @@ class RolloutWeights:
         for group in groups:
             for run in _side_by_side({m: read[m] for m in group if self._joins(m, read[m])}):
                 found |= JoinedProduct(run).forwards()
-        for module, (weight, bias) in read.items():
-            if module not in found and (module in self.copies or fast_linear_serves(weight)):
-                found[module] = functools.partial(_product(weight), weight=weight, bias=bias)
+        for module, weights in read.items():
+            if module not in found and (module in self.copies or fast_linear_serves(weights.weight)):
+                found[module] = weights.forward()
         return found
 
     def _sources(self) -> dict[Any, torch.nn.Linear]:
@@ -74,6 +86,9 @@ class RolloutWeights:
 
     def _copied_in(self, module: Any, source: torch.nn.Linear) -> torch.dtype | None:
         """Return the dtype of a layer's copy, or None if it reads the model's own weight."""
+        fits = self.fp8 and not any(n % MULTIPLE for n in source.weight.shape)
+        if fits and source not in set(self.model.get_output_embeddings().modules()):
+            return FP8
         if module is not source:  # LoRA, merged
             return source.weight.dtype
         return self.autocast_dtype if source.weight.dtype == torch.float32 else None
@@ -85,31 +100,53 @@ class RolloutWeights:
         if len(kinds) != 1:  # of several kinds: then each gets its own, since it is given alone too
             return
         [(dtype, device, width, no_bias)] = kinds
-        empty = functools.partial(torch.empty, dtype=dtype, device=device)
+        empty = functools.partial(torch.empty, device=device)
         sizes = [source.weight.shape[0] for source in new.values()]
-        biases = [None] * len(sizes) if no_bias else empty(sum(sizes)).split(sizes)
-        for module, weight, bias in zip(new, empty(sum(sizes), width).split(sizes), biases, strict=True):
-            self.copies[module] = Weights(weight, bias)
+        nothing = [None] * len(sizes)
+        low = self.autocast_dtype or next(iter(new.values())).weight.dtype
+        weights = empty(sum(sizes), width, dtype=dtype).split(sizes)
+        biases = nothing if no_bias else empty(sum(sizes), dtype=low if dtype == FP8 else dtype).split(sizes)
+        scales = empty(sum(sizes), dtype=torch.float32).split(sizes) if dtype == FP8 else nothing
+        self.copies |= {m: Weights(*parts) for m, *parts in zip(new, weights, biases, scales, strict=True)}
 
     def _updated(self, module: Any, source: torch.nn.Linear) -> Weights:
         """Return what a layer reads, a copy with the values of now."""
         copy = self.copies.get(module)
         if copy is None:
             return Weights(source.weight, source.bias)
-        copy.weight.copy_(source.weight)
+        if copy.scale is None:
+            _write(copy.weight, module, source)
+        else:  # 8 bits of the merged weight, not of the parts
+            for mine, new in zip((copy.weight, copy.scale), fp8_rows(_exact(module, source)), strict=True):
+                mine.copy_(new)
         if copy.bias is not None:
             copy.bias.copy_(source.bias)
-        if module is not source:
-            for name in module.active_adapters:
-                if name in module.lora_A:
-                    a, b = module.lora_A[name].weight, module.lora_B[name].weight
-                    copy.weight.addmm_(b, a, alpha=module.scaling[name])
         return copy
+
+    @torch.no_grad()
+    def fp8_error(self) -> float | None:
+        """Return the largest relative error of a layer's product in 8 bits, or None if there is none.
+
+        Rows of the weight are multiplied with themselves: no term is negative, so rounding bounds the error of the sum.
+        """
+        errors = []
+        for module, source in self._sources().items():
+            copy = self.copies.get(module)
+            if copy is None or copy.scale is None:
+                continue
+            weight = _exact(module, source)
+            rows = weight[:: max(1, len(weight) // 16)]
+            made = copy._replace(bias=None).forward()(rows.to(self.autocast_dtype or rows.dtype))
+            made = made[:, :: max(1, len(weight) // 16)].diagonal().float()
+            exact = rows.float().square().sum(1)
+            errors.append(((made - exact).abs() / exact.clamp_min(1e-12)).max())
+        return torch.stack(errors).max().item() if errors else None
 
     def _joins(self, module: Any, read: Weights) -> bool:
         """Return whether a layer's product may be computed together with others'."""
         low, hooked = self.autocast_dtype, any(getattr(module, kind) for kind in HOOKS)
-        return read.weight.device.type in JOINED and not hooked and low in (None, read.weight.dtype)
+        good = read.scale is not None or low in (None, read.weight.dtype)
+        return read.weight.device.type in JOINED and not hooked and good
 
 
 class JoinedProduct:
@@ -126,8 +163,11 @@ class JoinedProduct:
 
     def __init__(self, layers: Mapping[Any, Weights]) -> None:
         self._layers = list(layers)
-        self._own, self._all = list(layers.values()), _as_one(layers.values())
-        self._sizes = [len(own.weight) for own in self._own]
+        together = _as_one(layers.values())
+        if together is None:
+            raise ValueError("the layers' weights do not lie side by side")
+        self._own, self._all = [own.forward() for own in layers.values()], together.forward()
+        self._sizes = [len(own.weight) for own in layers.values()]
         self._apart = False
         self._forget()
 
@@ -144,11 +184,9 @@ class JoinedProduct:
             self._apart = True
             self._forget()
         if self._apart or x.is_inference():  # such tensors have no version
-            weight, bias = self._own[layer]
-            return _product(weight)(x, weight, bias)
+            return self._own[layer](x)
         if not self._parts:
-            weight, bias = self._all
-            self._parts = dict(enumerate(_product(weight)(x, weight, bias).split(self._sizes, -1)))
+            self._parts = dict(enumerate(self._all(x).split(self._sizes, -1)))
             self._input = x, x._version
         part = self._parts.pop(layer)
         if not self._parts:
@@ -165,18 +203,31 @@ def _reading(layer: Any, sources: Mapping[Any, Any]) -> Any:
     return next((m for m in (layer, inner) if m in sources), None)
 
 
-def _product(weight: torch.Tensor) -> Forward:
-    """Return what computes products without gradients, on any device: few rows by our kernel where it serves."""
-    return linear if fast_linear_serves(weight) else torch.nn.functional.linear
+def _exact(module: Any, source: torch.nn.Linear) -> torch.Tensor:
+    """Return the weight that a layer multiplies with: its own, or a new one with adapters merged into it."""
+    return source.weight if module is source else _write(torch.empty_like(source.weight), module, source)
+
+
+def _write(weight: torch.Tensor, module: Any, source: torch.nn.Linear) -> torch.Tensor:
+    """Write a layer's weight, with the active adapters of LoRA where they are merged: W + sum of scaling * B @ A."""
+    weight.copy_(source.weight)
+    for name in module.active_adapters if module is not source else ():
+        if name in module.lora_A:
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            weight.addmm_(b, a, alpha=module.scaling[name])
+    return weight
 
 
 def _as_one(layers: Iterable[Weights]) -> Weights | None:
     """Return the weights of layers as those of one, or None if they do not lie side by side."""
-    weights, biases = zip(*layers, strict=True)
-    weight, given = joined(weights), [b for b in biases if b is not None]
-    bias = joined(given) if given else None
-    good = weight is not None and len(given) in (0, len(biases)) and (bias is not None or not given)
-    return Weights(weight, bias) if good else None
+    found: list[Any] = []
+    for parts in zip(*layers, strict=True):  # all weights, biases, scales
+        given = [t for t in parts if t is not None]
+        whole = joined(given) if given else None
+        if given and (whole is None or len(given) < len(parts)):
+            return None
+        found.append(whole)
+    return Weights(*found)
 
 
 def _side_by_side(layers: Mapping[Any, Weights]) -> Iterator[dict[Any, Weights]]:

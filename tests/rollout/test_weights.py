@@ -1,12 +1,18 @@
 """Products of several layers computed as one: on the CPU, where rollouts do not, so that every path is run."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pmc_fast.errors import PMCError
+from pmc_fast.models.context import plain_logps
 from pmc_fast.models.joined_weights import join_weights, joined, siblings
+from pmc_fast.ops.fp8_linear import fp8_rows
 from pmc_fast.rollout import RolloutEngine, weights
+from pmc_fast.rollout import engine as engine_module
 from pmc_fast.rollout.weights import JoinedProduct, Weights
 from pmc_fast.trainer.master_weights import MasterWeights
 from tests.families import FAMILIES, HOW, PROMPTS, build
@@ -35,6 +41,12 @@ class Products(TorchDispatchMode):
         return out
 
 
+def products_of(engine):
+    forwards = engine._step.weights.forwards().values()
+    found = [getattr(forward.func, "__self__", None) for forward in forwards]
+    return list(dict.fromkeys(p for p in found if isinstance(p, JoinedProduct)))
+
+
 def same(ours, expected, atol=1e-7):
     assert ours.tokens == expected.tokens
     for a, b in zip((x for s in ours.logps for x in s), (x for s in expected.logps for x in s), strict=True):
@@ -54,7 +66,7 @@ def test_joined_products_are_the_layers_own(family, low, monkeypatch):
         assert join_weights(model) == groups
     engine = RolloutEngine(model, autocast_dtype=low)
     same(engine(PROMPTS, **SHORT), expected, 1e-7 if low is None else 0.05)
-    found = engine._step._weights.forwards()
+    found = engine._step.weights.forwards()
     products = {
         f.func.__self__ for f in found.values() if isinstance(getattr(f.func, "__self__", None), JoinedProduct)
     }
@@ -161,10 +173,10 @@ def test_adapters_stay_their_layers_own(targets, dtype, monkeypatch):
             lora = peft.get_peft_model(model, config)
         engine = RolloutEngine(lora)
         made.append(engine(PROMPTS, **SHORT))
-    joins = [f.func.__self__._sizes for f in engine._step._weights.forwards().values() if hasattr(f.func, "__self__")]
+    joins = [product._sizes for product in products_of(engine)]
     attention = [sizes for sizes in joins if sizes != [48, 48]]
     together = {1: [16, 16], 2: None, 5: [32, 16, 16]}[len(targets)] if dtype == torch.float64 else [32, 16, 16]
-    assert attention == ([together] * 2 * len(together) if together else [])
+    assert attention == ([together] * 2 if together else [])
     if dtype == torch.float64:
         same(made[1], made[0])
     else:  # bfloat16 rounds sums of another order otherwise
@@ -179,7 +191,7 @@ def test_weights_that_change_or_move_under_captured_steps(on_cpu):
     for _ in range(3):
         last = engine(PROMPTS, **HOW)
     assert last.counters["graph_captures"] == 0 < last.counters["graph_replays"]
-    assert engine._step._weights.forwards()  # joined
+    assert len(products_of(engine)) == 4
 
     def plain():
         fresh = build(FAMILIES["llama"]())
@@ -196,10 +208,124 @@ def test_weights_that_change_or_move_under_captured_steps(on_cpu):
     moved = [engine(PROMPTS, **HOW) for _ in range(3)]
     assert [m.tokens for m in moved] == [plain()] * 3
     assert moved[0].tokens != changed.tokens
-    assert attention.k_proj not in engine._step._weights.forwards()
+    assert attention.k_proj not in engine._step.weights.forwards()
     attention.q_proj.register_forward_hook(lambda module, args, out: -out)
     hooked = [engine(PROMPTS, **HOW).tokens for _ in range(3)]
     assert hooked[0] == hooked[2] != moved[0].tokens
+
+
+# --- weights of 8 bits
+
+FP8 = SHORT | {"rollout_dtype": "fp8"}
+
+
+def in_8_bits(model):
+    """Replace the forward of all layers but the head by a product, in float64, of numbers rounded to 8 bits."""
+
+    def rounded(x):
+        y, scale = fp8_rows(x)
+        return y.double() * scale.double()[:, None]
+
+    def product(w, b, x):
+        y = rounded(x.flatten(0, -2)).unflatten(0, x.shape[:-1]) @ w.T
+        return y if b is None else y + b
+
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear and layer is not model.get_output_embeddings():
+            layer.forward = functools.partial(product, rounded(layer.weight.detach()), layer.bias)
+    return model
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["apart", "joined"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_neox"])
+def test_samples_in_8_bits_are_those_of_the_rounded_model(family, joins, monkeypatch):
+    monkeypatch.setattr(weights, "JOINED", ("cpu",) if joins else ())
+    model = build(FAMILIES[family]())
+    engine = RolloutEngine(model)
+    exact = engine(PROMPTS, **SHORT)
+    assert engine.fp8_error is None
+    ours = engine(PROMPTS, **FP8)
+    assert engine.fp8_error > 0
+    oracle = in_8_bits(build(FAMILIES[family]()))
+    errors, moved = [], []
+    for prompt, samples, logps in zip(PROMPTS, ours.tokens, ours.logps, strict=True):
+        for tokens, own in zip(samples, logps, strict=True):
+            ids = torch.tensor([prompt + tokens])
+            for found, judge in ((errors, oracle), (moved, model)):
+                found += abs(plain_logps(judge, ids)[0, len(prompt) - 1 :].numpy() - own).tolist()
+    assert np.mean(errors) < 0.1 * np.mean(moved)  # not 0: numbers of other last digits may be rounded otherwise
+    assert np.median(errors) < 1e-4
+    same(engine(PROMPTS, **SHORT), exact, 0)  # as if nothing had been
+
+
+def test_8_bit_copies_follow_the_weights_and_are_captured(on_cpu):
+    model = build(FAMILIES["llama"]())
+    engine = taped(model)
+    for change in (1.0, -0.5):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "proj" in name:
+                    p.mul_(change)
+        expected = RolloutEngine(model, pad_steps=True)(PROMPTS, **FP8)
+        for _ in range(3):
+            ours = engine(PROMPTS, **FP8)
+            assert ours.tokens == expected.tokens
+        assert ours.counters["graph_replays"] > ours.counters["graph_captures"] == 0
+    linear = [m for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"]
+    assert ours.counters["copy_bytes"] == sum(m.weight.numel() + 4 * len(m.weight) for m in linear)
+    for _ in range(3):
+        assert engine(PROMPTS, **SHORT).tokens == RolloutEngine(model, pad_steps=True)(PROMPTS, **SHORT).tokens
+        assert engine(PROMPTS, **FP8).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_adapters_in_8_bits(low):
+    """Merged before rounding, or beside what they wrap."""
+    import peft
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        lora = peft.get_peft_model(build(FAMILIES["llama"](), torch.float32), config)
+    engine = RolloutEngine(lora, autocast_dtype=low)
+    ours = engine(PROMPTS, **FP8)
+    if low is None:
+        assert ours.tokens == RolloutEngine(lora.merge_and_unload())(PROMPTS, **FP8).tokens
+    else:
+        assert 0 < engine.fp8_error < 1
+
+
+def test_what_is_wrong_in_8_bits_is_refused(monkeypatch):
+    model = build(FAMILIES["llama"]())
+
+    def twice(x):
+        y, scale = fp8_rows(x)
+        return y, scale * 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "fp8_rows", twice)
+        engine = RolloutEngine(model)
+        engine(PROMPTS, **SHORT)  # the model's own are as they were
+        with pytest.raises(PMCError, match=r"rollout_dtype is 'fp8', but a product of LlamaForCausalLM is off by 1"):
+            engine(PROMPTS, **FP8)
+    with monkeypatch.context() as patch:  # the exact path is compared first
+        patch.setattr(
+            engine_module.ModelStep,
+            "attend",
+            lambda self, layer, q, k, v, *rest: v.transpose(1, 2).repeat(1, 1, 2, 1),
+        )
+        with pytest.raises(PMCError, match="rollouts do not compute what the model computes"):
+            RolloutEngine(model)(PROMPTS, **FP8)
+    with pytest.raises(PMCError, match="rollout_dtype is 'int8': it must be auto or fp8"):
+        RolloutEngine(model)(PROMPTS, **SHORT, rollout_dtype="int8")
+    with pytest.raises(PMCError, match="GPT2LMHeadModel has no linear layer of multiples of 16"):
+        RolloutEngine(build(FAMILIES["gpt2"]()))(PROMPTS, **FP8)
+    monkeypatch.setattr(engine_module, "why_no_fp8", lambda device, dtype: f"a card of {dtype}")
+    with pytest.raises(PMCError, match=r"rollout_dtype is 'fp8', but a card of torch.bfloat16: use auto"):
+        RolloutEngine(model, autocast_dtype=torch.bfloat16)(PROMPTS, **FP8)
+
+
+# --- the parts
 
 
 def pair(bias=True, dtype=torch.float64):
