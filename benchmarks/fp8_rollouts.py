@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a directory; by default the demo's model")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -55,7 +56,7 @@ def main() -> None:
     loaded = load_model(args.model, device=device, param_dtype="auto")
     model, low = loaded.model.eval(), loaded.autocast_dtype
     encoder = Encoder(load_tokenizer(args.model), PMCConfig(), model.generation_config)
-    prompts = [encoder.prompt(row.question) for row in load_rows(f"{TOFU}/forget20.jsonl")]
+    prompts = [encoder.prompt(row.question) for row in load_rows(f"{TOFU}/forget20.jsonl")[: args.questions]]
     engine = RolloutEngine(model, autocast_dtype=low)
     how = {"num_samples": 1, "temperature": 0.0, "max_new_tokens": args.max_new_tokens, "stop_ids": encoder.stops}
     greedy = {kind: engine(prompts, rollout_dtype=kind, **how).tokens for kind in ("auto", "fp8")}
