@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from pmc_fast.models.joined_weights import join_weights
 from pmc_fast.models.packed_forward import PackedPass
 from pmc_fast.rollout import RolloutEngine
 
@@ -14,17 +15,24 @@ from .peers import PEERS, compare
 
 
 def rollout(probe: Probe) -> None:
-    """Measure rollouts of 8 and 16 questions with 20 samples each: seconds, steps, tokens/s, padding."""
+    """Measure rollouts of 1, 8 and 16 questions with 20 samples each: seconds, steps, tokens/s, padding.
+
+    Of 1 and 8 also with q, k, v and gate, up computed apart, and with weights of 8 bits.
+    """
     model = probe.model(probe.low).eval()
-    for questions in (8, 16):
+    kinds = [(1, ", apart"), (8, ", apart"), (1, ""), (8, ""), (16, ""), (1, ", fp8"), (8, ", fp8")]
+    for questions, kind in kinds:
+        if not kind:
+            join_weights(model)
         engine = RolloutEngine(model)
         how: dict[str, Any] = {"num_samples": SAMPLES, "temperature": 0.9, "top_p": 0.95, "seed": 1}
+        how["rollout_dtype"] = "fp8" if "fp8" in kind else "auto"
         call = lambda e=engine, q=questions, how=how: e(probe.prompts(q), max_new_tokens=probe.new_tokens, **how)  # noqa: E731
         counters = call().counters
         measured = probe.wall(call, 3 if probe.tiny else probe.rounds, 2)
         seconds = measured["ms"] / 1e3
         probe.say(
-            "rollout", f"{SAMPLES * questions} rows", **measured, steps=counters["steps"],
+            "rollout", f"{SAMPLES * questions} rows{kind}", **measured, steps=counters["steps"],
             ms_a_step=measured["ms"] / counters["steps"], tokens_s=counters["sampled_tokens"] / seconds,
             padded_rows=counters["padded_rows"], **probe.memory(),
         )  # fmt: skip

@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from pmc_fast.kernels import (
     adamw,
+    fp8_rows,
     layers,
     nll_rows,
     sampling,
@@ -35,6 +36,7 @@ from pmc_fast.kernels import (
 CHIPS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 DTYPES = ("fp32", "bf16", "fp16")
 FLAGS = (False, True)
+FP8, FP8_CHIP = "fp8e4nv", 89  # the first chip that has it
 
 
 def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
@@ -85,6 +87,13 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         )  # fmt: skip
         types = {"table_ptr": "*i64", **dict.fromkeys(numbers, "fp32")}
         yield f"adamw {low}", adamw.adamw_kernel, types, {"LOW": adamw.LOW[low]} | block, options
+    for low, width in itertools.product(DTYPES, (576, 4096, 14336, 28672)):
+        block = fp8_rows.config(width)
+        options = {"num_warps": block.pop("num_warps")}
+        types = {
+            "x_ptr": f"*{low}", "y_ptr": f"*{FP8}", "scale_ptr": "*fp32", "width": "i32", "x_stride": "i32",
+        }  # fmt: skip
+        yield f"fp8_rows {low} {width}", fp8_rows.fp8_rows_kernel, types, block, options
     yield from _layers()
 
 
@@ -131,7 +140,8 @@ def _layers() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         if x == weight:
             block = {"BLOCK": layers.CONFIGS["silu_mul"]}
             pointers = dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr"), f"*{x}")
-            yield f"silu_mul {x}", layers.silu_mul_kernel, pointers | {"size": "i32"}, block, {"num_warps": 4}
+            types = pointers | dict.fromkeys(("width", "blocks", "gate_stride", "up_stride"), "i32")
+            yield f"silu_mul {x}", layers.silu_mul_kernel, types, block, {"num_warps": 4}
             pointers = dict.fromkeys(("dy_ptr", "gate_ptr", "up_ptr", "d_gate_ptr", "d_up_ptr"), f"*{x}")
             flags = {"NEED_GATE": True, "NEED_UP": True}
             types = pointers | {"size": "i32"}
@@ -185,6 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'kernel':36} {'chip':6} {'registers':>9} {'stack':>6} {'shared KiB':>10}")
     for name, kernel, types, constexprs, launch in shipped():
         for chip, limit in CHIPS.items():
+            if f"*{FP8}" in types.values() and chip < FP8_CHIP:
+                continue
             used = compile_one(kernel, types, constexprs, launch, chip, divisible="any size" not in name)
             rows.append({"kernel": name, "chip": f"sm_{chip}"} | used)
             print(

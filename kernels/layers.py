@@ -152,12 +152,22 @@ def rotary_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def silu_mul_kernel(gate_ptr, up_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty), mask=at < size)
+@triton.jit(do_not_specialize=["blocks"])
+def silu_mul_kernel(
+    gate_ptr,  # [rows, width], strided
+    up_ptr,  # [rows, width], strided
+    y_ptr,  # [rows, width]
+    width,
+    blocks,  # of a row
+    gate_stride,
+    up_stride,
+    BLOCK: tl.constexpr,
+):
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + row * gate_stride + at, mask=at < width, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + at, mask=at < width, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * width + at, (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty), mask=at < width)
 
 
 @triton.jit
@@ -295,11 +305,24 @@ def rotary(
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor) -> None:
-    """Launch the kernel: three contiguous tensors of one size, the last is written."""
-    size, block = y.numel(), CONFIGS["silu_mul"]
-    if size:
+    """Launch the kernel.
+
+    Parameters
+    ----------
+    gate, up : float32, bfloat16 or float16 Tensor [R, D]
+        Last dimension contiguous: parts of the rows of one product, say.
+    y : Tensor [R, D]
+        Contiguous; written.
+    """
+    if gate.is_contiguous() and up.is_contiguous():  # one long row
+        gate, up, y = (t.view(1, -1) for t in (gate, up, y))
+    (rows, width), block = y.shape, CONFIGS["silu_mul"]
+    blocks = triton.cdiv(width, block)
+    if rows * blocks:
         with torch.cuda.device_of(y):
-            silu_mul_kernel[(triton.cdiv(size, block),)](gate, up, y, size, BLOCK=block, num_warps=4)
+            silu_mul_kernel[(rows * blocks,)](
+                gate, up, y, width, blocks, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4
+            )
 
 
 def silu_mul_backward(

@@ -226,6 +226,11 @@ class PMCConfig(SamplingConfig, SharedConfig):
         "extension: questions whose stored answer scores at most this are trained on without being sampled again (0: as "
         "published)",
     )
+    rollout_dtype: Literal["auto", "fp8"] = option(
+        "auto",
+        "extension: what answers are sampled with: auto, the model itself; fp8, copies of its weights in 8 bits, which CUDA reads "
+        "faster (sm_89 or later)",
+    )
     store: Literal["auto", "text", "ids"] = option(
         "auto", "store sampled answers as text, encoded again, or as token ids (auto: as the questions are)"
     )

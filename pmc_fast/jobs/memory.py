@@ -189,6 +189,8 @@ class Memory:
             add(f"{_name(self.low)} weights for rollouts", ALWAYS, self.low.itemsize * s.linear)
         else:
             add("merged weights for rollouts", ALWAYS, s.adapted)
+        if self.config.rollout_dtype == "fp8":
+            add("8-bit weights for rollouts", ALWAYS, s.multiplied)
         limit = work.slots.most if choice.pool_tokens is None else choice.pool_tokens
         ahead = 1.5  # a pool grows by a half, or to twice its size
         slots = [limit, min(limit, ahead * work.slots.get(expected=True))]

@@ -16,6 +16,7 @@ from ..errors import PMCError
 from ..ops.dispatch import why_refused
 from . import context
 from .fsdp import fsdp_launched
+from .joined_weights import join_weights
 
 ParamDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -237,6 +238,8 @@ def load_model(
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise PMCError(f"{source} holds NaN or infinite weights in {name}: use a sound checkpoint")
+    if device.type == "cuda":  # on the CPU rollouts would gain nothing
+        join_weights(model)
     _make_savable(model.generation_config, source)
     model.eval()
     return LoadedModel(model, autocast_dtype(param_dtype, dtype, device), checkpoint_dtype(config))

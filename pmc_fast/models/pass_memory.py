@@ -65,6 +65,7 @@ class Sizes:
     embedded: int  # trained, in embeddings
     factors: int  # rows and columns of trained matrices: what a factored second moment has
     linear: int  # of float32, in linear layers
+    multiplied: int  # of any type, in linear layers
     adapted: int  # bytes of float32 or float64, in layers with an adapter
     vocab: int
     width: int
@@ -74,7 +75,7 @@ class Sizes:
     @classmethod
     def nothing(cls) -> "Sizes":
         """Return what is counted where nothing is known."""
-        return cls(Counter(), Counter(), 0, 0, 0, 0, 0, 0, False, False)
+        return cls(Counter(), Counter(), 0, 0, 0, 0, 0, 0, 0, False, False)
 
 
 class Shape:
@@ -139,6 +140,7 @@ class Shape:
             embedded=sum(w.numel() for w in embeddings if w.requires_grad),
             factors=sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel() for p in trained),
             linear=sum(w.numel() for w in linear if w.dtype == torch.float32),
+            multiplied=sum(w.numel() for w in linear),
             adapted=sum(w.nbytes for w in adapted if w.dtype in (torch.float32, torch.float64)),
             vocab=head.shape[0],
             width=head.shape[1],

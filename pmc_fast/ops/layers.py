@@ -112,7 +112,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None
         )
     if _needs_grad(gate, up):
         return _SiluMul.apply(gate, up, chosen)
-    return _silu_mul(gate.contiguous(), up.contiguous(), chosen)
+    return _silu_mul(gate, up, chosen)
 
 
 def rotary(
@@ -180,8 +180,13 @@ def _rms_norm(
 
 
 def _silu_mul(gate: torch.Tensor, up: torch.Tensor, backend: str) -> torch.Tensor:
-    y = torch.empty_like(gate)
-    _kernels(backend).silu_mul(gate, up, y)
+    y = gate.new_empty(gate.shape)
+    if backend == "cpu":
+        _Cpu.silu_mul(gate.contiguous(), up.contiguous(), y)
+    elif y.numel():  # rows are views where they may be parts of longer ones
+        gate, up = (torch.atleast_2d(t).flatten(0, -2) for t in (gate, up))
+        gate, up = (t if t.stride(1) == 1 else t.contiguous() for t in (gate, up))
+        _kernels(backend).silu_mul(gate, up, y.view(gate.shape))
     return y
 
 

@@ -168,6 +168,8 @@ class PMC:
         )
         if not is_sharded(self.model):  # else with the first loss, whose model gathers the weights
             self._loss.check()
+        if self.config.rollout_dtype != "auto":  # before initial answers, which are the model's own, are drawn
+            self.engine.check(self.config.rollout_dtype)
         mine = self.ranks.share(range(len(self.prompts)))
         rollouts = self.engine(
             [self.prompts[i] for i in mine], num_samples=1, temperature=0, max_length=self.config.max_length,
@@ -262,6 +264,7 @@ class PMC:
             stream_ids=[(visit << 32) + i for i, visit in zip(asked, visits, strict=True)],
             drafts=None if biased else [[ids] for ids in initial], positions=[self.positions[i] for i in asked],
             logit_bias=[self._penalty(ids) for ids in initial] if biased else None, as_generate=True,
+            rollout_dtype=c.rollout_dtype,
         )  # fmt: skip
         texts = [self.encoder.samples(s, self.questions[i]) for i, s in zip(asked, rollouts.tokens, strict=True)]
         candidates: list[Any] = [

@@ -1,6 +1,6 @@
 """The rollout loop: plan a step, compute its logits, draw tokens, until every sample has ended."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from ..models.fsdp import Lockstep, is_sharded
 from ..models.recognition import Recognised, own_errors, recognise
 from ..models.supported import check_adapters
 from ..ops import native
+from ..ops.fp8_linear import FP8_ERROR, why_no_fp8
 from ..ops.sample_nucleus import Draws
 from .inputs import StepInputs
 from .logits_processors import Histories, settings_of
@@ -96,6 +97,7 @@ class RolloutEngine:
         self._inputs = StepInputs(self._step.device, pads=pad_steps)
         self._warned: set[str] = set()  # settings
         self._checked, self._recognised = False, Recognised(type(model).__name__)
+        self.fp8_error: float | None = None  # how far 8 bits move log-probs, mean and absolute, once it is checked
 
     def __call__(
         self,
@@ -118,6 +120,7 @@ class RolloutEngine:
         ngram_drafts: bool = True,
         trie: bool = True,
         as_generate: bool = False,
+        rollout_dtype: Literal["auto", "fp8"] = "auto",
     ) -> Rollouts:
         """Sample answers to prompts.
 
@@ -163,6 +166,10 @@ class RolloutEngine:
         as_generate : bool
             Apply the logits processors of the model's generation_config (`generation.FOLLOWED`: repetition_penalty,
             suppress_tokens, ...), as `generate` does, and warn of its other settings. Log-probs stay the model's own.
+        rollout_dtype : {"auto", "fp8"}
+            fp8: copies of the linear layers' weights in 8 bits, but for the head's, and inputs rounded so as well
+            (`ops.fp8_linear`). Samples and their log-probs are then those of a slightly different model. On CUDA this
+            needs sm_89 and a model that computes in bfloat16; on the CPU it is slower, and there for tests.
 
         Returns
         -------
@@ -184,24 +191,38 @@ class RolloutEngine:
         if pool_tokens is None and self.pool_tokens is not None:
             work.limit(self.pool_tokens)
         check_adapters(self.model)  # each time: another may have been added
-        self.check()
+        self.check(rollout_dtype)
         self._recognised.require(*work.longest())
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         asked = settings_of(self.model, sampling=temperature > 0, warned=self._warned) if as_generate else {}
 
         def run() -> Rollouts:
-            return self._run(work, draw, ngram_drafts=ngram_drafts, trie=trie, settings=asked)
+            with patching.attribute(self._step, "fp8", rollout_dtype == "fp8"):
+                return self._run(work, draw, ngram_drafts=ngram_drafts, trie=trie, settings=asked)
 
         if (done := self._tried(run)) is None:  # and the error with the tensors that it held is gone
             self._shrink(work)
             done = run()
         return done
 
-    def check(self) -> None:
+    def check(self, rollout_dtype: Literal["auto", "fp8"] = "auto") -> None:
         """Refuse, unless that was done, a model that rollouts do not serve; else the first call does it."""
+        if rollout_dtype not in ("auto", "fp8"):
+            raise PMCError(f"rollout_dtype is {rollout_dtype!r}: it must be auto or fp8")
+        fp8 = rollout_dtype == "fp8"
+        if fp8 and is_sharded(self.model):
+            name = type(self.model).__name__
+            raise PMCError(f"rollout_dtype is 'fp8', but {name} is sharded, and its layers are not whole: use auto")
+        if fp8 and (why := why_no_fp8(self._step.device, self._computes_in())):
+            raise PMCError(f"rollout_dtype is 'fp8', but {why}: use auto")
         if not self._checked:
             self._check()
             self._checked = True
+        if fp8 and self.fp8_error is None:
+            self.fp8_error = self._check_fp8()
+
+    def _computes_in(self) -> torch.dtype:
+        return self._step.autocast_dtype or next(self.model.parameters()).dtype
 
     def release(self) -> int:
         """Release the memory that is kept between calls; return how many tokens the pool had room for."""
@@ -280,25 +301,52 @@ class RolloutEngine:
     def _check(self) -> None:
         """Compare the log-probs of short rollouts with those of the model's own forward pass."""
         with self._step.autocast():  # without it layers with adapters of another dtype may not compute
-            known = self._recognised = recognise(self.model)
-        dtype = self._step.autocast_dtype or next(self.model.parameters()).dtype
+            self._recognised = recognise(self.model)
+        dtype = self._computes_in()
         if self._step.device.type == "cpu" and dtype == torch.float16:
             raise PMCError(
                 f"{type(self.model).__name__} computes in float16, in which rollouts on the CPU do not: use bfloat16 or "
                 "float32"
             )
+        with patching.ONE_AT_A_TIME, own_errors(self.model):  # the plain forward is compared with
+            errors = [np.abs(self._plain_logps(*s) - logps).mean() for s, logps in self._short_rollouts()]
+        require_same_logps(self.model, "rollouts do", max(errors), dtype)
+
+    def _short_rollouts(self) -> Iterator[tuple[tuple[list[int], list[list[int]]], np.ndarray]]:
+        """Yield prompts with their samples, and the log-probs that these were drawn with."""
         vocab = known_tokens(self.model)
         generator = np.random.default_rng(0)
         draw = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-        errors = []
-        with patching.ONE_AT_A_TIME, own_errors(self.model):  # the plain forward is compared with
-            for lengths, samples in [((5, 9), 4), *(((n - 4,), 1) for n in known.wide)]:
-                prompts = [generator.integers(0, vocab, n).tolist() for n in lengths]
-                work = Request.checked(self.model, prompts, samples, max_new_tokens=4, max_rows=8)
-                ours = self._run(work, draw, ngram_drafts=True, trie=True)
-                for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
-                    errors.append(np.abs(self._plain_logps(prompt, tokens) - np.stack(logps)).mean())
-        require_same_logps(self.model, "rollouts do", max(errors), dtype)
+        for lengths, samples in [((5, 9), 4), *(((n - 4,), 1) for n in self._recognised.wide)]:
+            prompts = [generator.integers(0, vocab, n).tolist() for n in lengths]
+            work = Request.checked(self.model, prompts, samples, max_new_tokens=4, max_rows=8)
+            ours = self._run(work, draw, ngram_drafts=True, trie=True)
+            for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
+                yield (prompt, tokens), np.stack(logps)
+
+    def _check_fp8(self) -> float:
+        """Compare rollouts in 8 bits with the plain forward on the same layers; the exact ones have been compared.
+
+        Each layer's product must be within the rounding of 8 bits. Log-probs of the two may be as far apart as what 8 bits
+        change in them, which is returned: inputs that differ by their rounding alone may be rounded to 8 bits up in
+        one and down in the other.
+        """
+        name, step = type(self.model).__name__, self._step
+        errors, changes = [], []
+        with patching.ONE_AT_A_TIME, own_errors(self.model), patching.attribute(step, "fp8", True):
+            for sampled, logps in self._short_rollouts():
+                exact = self._plain_logps(*sampled)
+                with patching.forwards(step.weights.forwards()):
+                    plain = self._plain_logps(*sampled)
+                errors.append(np.abs(plain - logps).mean())
+                changes.append(np.abs(plain - exact).mean())
+            largest = step.weights.fp8_error()
+        if largest is None:
+            raise PMCError(f"rollout_dtype is 'fp8', but {name} has no linear layer of multiples of 16: use auto")
+        if not largest <= FP8_ERROR:
+            raise PMCError(f"rollout_dtype is 'fp8', but a product of {name} is off by {largest:.2g} of it: use auto")
+        require_same_logps(self.model, "rollouts in 8 bits do", max(errors) - max(changes), self._computes_in())
+        return float(max(changes))
 
     def _plain_logps(self, prompt: list[int], samples: list[list[int]]) -> np.ndarray:
         ids = torch.tensor([prompt + tokens for tokens in samples], device=self._step.device)

@@ -39,6 +39,7 @@ class ModelStep:
 
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None) -> None:
         self.model, self.autocast_dtype = model, autocast_dtype
+        self.fp8 = False  # read weights in 8 bits
         self.graphs: StepGraphs | None = None
         self.most_slots: int | None = None  # of the pool, which else grows ahead of what is needed
         self._logits: torch.Tensor | None = None  # the memory that graphs write logits to
@@ -72,12 +73,12 @@ class ModelStep:
             stack.enter_context(patching.attention(self.model, ATTENTION))
             sharded = is_sharded(self.model)  # then weights are whole during a layer's own forward alone
             if not sharded:
-                stack.enter_context(patching.forwards(self._weights.forwards()))
+                stack.enter_context(patching.forwards(self.weights.forwards()))
             stack.enter_context(self.autocast())
             if not sharded:
                 stack.enter_context(self._layers.replaced())  # under autocast, in which kernels are compared
             if self.graphs is not None:  # once a rollout: weights do not move during one
-                self._relies_on = fingerprint(self.model, self._weights.copies)
+                self._relies_on = fingerprint(self.model, self.weights.copies)
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -177,8 +178,14 @@ class ModelStep:
         return sum(t.nbytes for pair in self.pool.values() for t in pair)
 
     def copy_bytes(self) -> int:
-        """Return the memory of copied weights: those for autocast and those with merged LoRA adapters."""
-        return sum(t.nbytes for pair in self._weights.copies.values() for t in pair if t is not None)
+        """Return the memory of copied weights: those for autocast, with merged LoRA adapters and in 8 bits."""
+        kinds = self._kinds.values()
+        return sum(t.nbytes for kind in kinds for copy in kind.copies.values() for t in copy if t is not None)
+
+    @property
+    def weights(self) -> RolloutWeights:
+        """What the linear layers read, as `fp8` says."""
+        return self._kinds[self.fp8]
 
     def graph_counters(self) -> dict[str, int]:
         """Return the numbers of captured and of replayed steps so far."""
@@ -189,7 +196,7 @@ class ModelStep:
         weight = self.model.get_input_embeddings().weight
         self.device, self._dtype = weight.device, weight.dtype
         self.pool: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._weights = RolloutWeights(self.model, self.autocast_dtype)
+        self._kinds = {fp8: RolloutWeights(self.model, self.autocast_dtype, fp8=fp8) for fp8 in (False, True)}
         self._layers = FusedLayers(self.model)
         self._span = 0
         self._logits = None

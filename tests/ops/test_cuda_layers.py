@@ -120,6 +120,16 @@ def test_silu_mul(shape, need, dtype):
     compare(silu_mul, torch_silu_mul, inputs, randn(*shape, seed=2))
 
 
+@EACH
+def test_silu_mul_reads_parts_of_rows(dtype):
+    """As of one product that gives both: without a copy."""
+    both = randn(1, 3, 2 * 1100, dtype=dtype)
+    for gate, up in (both.split(1100, -1), both[0].split(1100, -1), (both[..., 0::2], both[..., 1::2])):
+        y = silu_mul(gate, up)
+        assert y.is_contiguous()
+        assert torch.equal(y, silu_mul(gate.contiguous(), up.contiguous()))
+
+
 def test_silu_mul_far_out():
     gate = torch.tensor([-300.0, -90.0, 0.0, 90.0, 300.0], device=DEVICE)
     up = torch.full((5,), 2.0, device=DEVICE)
