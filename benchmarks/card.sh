@@ -37,14 +37,15 @@ probe 60 trainer --shape "$shape"
 [ "$minutes" = 10 ] && exit
 
 # to 25
-lora=$shape; [ "$shape" = 3b ] && lora=8b
+lora=$shape small=$shape; [ "$shape" = 3b ] && lora=8b small=135m
+probe 60 attention --shape "$shape" --quick
+[ "$small" = "$shape" ] || probe 60 attention --shape "$small" --quick
 probe 120 lora --shape "$lora" --quick
 probe 120 pass --shape "$shape" --quick
 probe 100 rollout --shape "$shape" --quick
 tests 200 tests/ops tests/models/test_fused_layers.py tests/rollout/test_engine.py
 probe 90 profile --shape "$shape"
 probe 240 peers --quick --shape "$shape"
-small=$shape; [ "$shape" = 3b ] && small=135m
 probe 90 step --shape "$small"
 [ "$minutes" = 25 ] && exit
 

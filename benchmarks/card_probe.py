@@ -1,6 +1,6 @@
 """Where the milliseconds and the gigabytes go on one card: a line per number, printed and written as it is found.
 
-    python -m benchmarks.card_probe memory step run head pass rollout lora trainer profile peers
+    python -m benchmarks.card_probe memory step run head attention pass rollout lora trainer profile peers
         --shape 3b [--quick] [--epochs N] [--json FILE]
 
 Needs no model files and no network: weights and tokens are random. Without a GPU it runs on the CPU, with `--shape tiny`
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import card_passes, card_rollouts, card_run, card_training
+from . import card_attention, card_passes, card_rollouts, card_run, card_training
 from .card import SHAPES, Probe
 
 BLOCKS: dict[str, Callable[[Probe], None]] = {
@@ -24,6 +24,7 @@ BLOCKS: dict[str, Callable[[Probe], None]] = {
     "step": card_training.step,
     "run": card_run.run,
     "head": card_passes.head,
+    "attention": card_attention.attention,
     "pass": card_passes.training_pass,
     "rollout": card_rollouts.rollout,
     "lora": card_training.lora,

@@ -26,6 +26,7 @@ SIZES = {"f32": 4, "f64": 8, "bf16": 2}
 KERNELS = {
     "append": r"append_kernelI(?P<type>\w+?)EEv",
     "attention": r"decode_attention_kernelI(?P<type>\w+?)Li(?P<longest>\d+)ELi(?P<heads>\d)E",
+    "attention mma": r"decode_attention_mma_kernelILi(?P<longest>\d+)E",  # bfloat16 alone
 }
 BUILD = "PMC_FAST_CUDA=1 pip install -e ."
 
@@ -50,7 +51,8 @@ def usages(module: str) -> Iterator[tuple[int, str, str, int, int, dict[str, int
                 if match := re.search(pattern, symbol):
                     longest, heads = (int(match.groupdict().get(of) or 0) for of in ("longest", "heads"))
                     used = {"registers": registers, "stack": stack + local, "shared": shared}
-                    yield chip, kernel, TYPES[match["type"]], longest, heads, used
+                    dtype = TYPES[match.groupdict().get("type", "NS_8BFloat16E")]
+                    yield chip, kernel, dtype, longest, heads, used
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         if kernel == "attention":
             warps, dynamic = native.cuda().decode_attention_block(longest, SIZES[dtype])
             used["shared"] += dynamic
+        if kernel == "attention mma":
+            warps, used["shared"] = native.cuda().decode_attention_mma_block(longest)
         rows.append({"kernel": name, "head": longest, "heads": heads, "chip": f"sm_{chip}", "warps": warps} | used)
         print(
             f"{name:20} {f'<={longest}' if longest else 'any':>6} {heads or 'any':>5} sm_{chip:<3} {used['registers']:9} "
@@ -91,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = {r["kernel"] for r in rows if r["chip"] == f"sm_{chip}"}
         faults += [
             f"{kernel} {dtype} is not compiled for sm_{chip}"
-            for kernel in KERNELS for dtype in SIZES if f"{kernel} {dtype}" not in found
+            for kernel in KERNELS for dtype in SIZES
+            if f"{kernel} {dtype}" not in found and (dtype == "bf16" or "mma" not in kernel)
         ]  # fmt: skip
     if f"sm_{max(CHIPS)}.ptx" not in cuobjdump("--list-ptx", spec.origin):
         faults.append(f"no PTX of sm_{max(CHIPS)} for later chips")

@@ -302,6 +302,33 @@ PMC_DEVICE void merge_teams(Running<C, kHeads, S::numbers>& run) {
   }
 }
 
+// One warp: a query's result from what kParts warps have of it, each `apart` numbers behind the one before.
+template <int kParts, int kDim, typename C, typename T>
+PMC_DEVICE void merge_splits(const C* outs, const C* peaks, const C* sums, int apart, int dim, int lane,
+                             T* result) {
+  C peak = kNothing<C>, sum = 0, share[kParts];
+#pragma unroll
+  for (int w = 0; w < kParts; ++w) {
+    share[w] = peaks[w * apart];
+    peak = std::fmax(peak, share[w]);
+  }
+#pragma unroll
+  for (int w = 0; w < kParts; ++w) {
+    share[w] = exp2_of(share[w] - peak);
+    sum += share[w] * sums[w * apart];
+  }
+  const C inverse = 1 / sum;
+#pragma unroll
+  for (int n = 0; n < kDim / kWarp; ++n) {
+    const int d = lane + n * kWarp;
+    if (d >= dim) continue;
+    C out = 0;
+#pragma unroll
+    for (int w = 0; w < kParts; ++w) out += share[w] * outs[w * apart + d];
+    store(out * inverse, result + d);
+  }
+}
+
 // Thread block (some units, kv_head), of ceil_div(rows x per_row, units_of_block) x kv_heads; units have up
 // to kHeads heads. Two blocks on a multiprocessor hide each other's waits; for more, registers would spill.
 template <typename T, int kDim, int kHeads, typename C = typename SumOf<T>::Type>
@@ -373,27 +400,8 @@ __global__ void __launch_bounds__(threads_of_block(sizeof(C)), 2)
   const int i = split;
   if (idle || i >= unit.heads) return;
   const C* const parts = own - split * size;  // of the unit's warps
-  C peak = kNothing<C>, sum = 0, share[kSplits];
-#pragma unroll
-  for (int w = 0; w < kSplits; ++w) {
-    share[w] = parts[w * size + kQueries * dim + i];
-    peak = std::fmax(peak, share[w]);
-  }
-#pragma unroll
-  for (int w = 0; w < kSplits; ++w) {
-    share[w] = exp2_of(share[w] - peak);
-    sum += share[w] * parts[w * size + kQueries * (dim + 1) + i];
-  }
-  const C inverse = 1 / sum;
-#pragma unroll
-  for (int n = 0; n < kDim / kWarp; ++n) {
-    const int d = lane + n * kWarp;
-    if (d >= dim) continue;
-    C out = 0;
-#pragma unroll
-    for (int w = 0; w < kSplits; ++w) out += share[w] * parts[w * size + i * dim + d];
-    store(out * inverse, a.out + (int64_t{unit.row} * a.heads + head + i) * a.dim + d);
-  }
+  merge_splits<kSplits, kDim>(parts + i * dim, parts + kQueries * dim + i, parts + kQueries * (dim + 1) + i,
+                              size, dim, lane, a.out + (int64_t{unit.row} * a.heads + head + i) * a.dim);
 }
 
 // A launch of its own before the other: rows of one step see each other's tokens (guesses of a question, a

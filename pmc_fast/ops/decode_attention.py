@@ -10,6 +10,10 @@ from . import native
 from .dispatch import resolve_backend
 
 DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+VARIANTS = ("fma", "mma")  # of the CUDA kernel
+VARIANT = "fma"  # mma has not run on a card: benchmarks.card_probe attention compares them
+MMA_STEP = 16  # head sizes that mma serves are multiples
+MMA_TILE_ROWS = 0  # rows that read a prompt together, 0: chosen for the card; results do not depend on it
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
     backend: str | None = None,
+    variant: str | None = None,
 ) -> torch.Tensor:
     """Write each row's key and value to its slot, then let each row attend to the slots that it sees.
 
@@ -82,6 +87,9 @@ def decode_attention(
     window : int, optional
         A row sees this many last positions, its own included.
     backend : {"reference", "cpu", "cuda"}, optional
+    variant : {"fma", "mma"}, optional
+        Of the CUDA kernel, VARIANT by default. mma multiplies on tensor cores; it serves bfloat16 and head sizes that
+        are multiples of 16, and fma everything else. Both are as exact.
 
     Returns
     -------
@@ -91,8 +99,11 @@ def decode_attention(
     Raises
     ------
     PMCError
-        Other dtypes or layouts.
+        Other dtypes, layouts or variants.
     """
+    variant = VARIANT if variant is None else variant
+    if variant not in VARIANTS:
+        raise PMCError(f"decode_attention: variant {variant!r}: use one of {', '.join(VARIANTS)}")
     backend = resolve_backend(backend, q.device)
     if backend == "reference":
         return _reference(q, k, v, k_pool, v_pool, index, scale, softcap, window)
@@ -116,16 +127,23 @@ def decode_attention(
         k_pool.data_ptr(), v_pool.data_ptr(), out.data_ptr(), (q.shape[1], k.shape[1], q.shape[2]),
         scale, softcap or 0.0, window or 0, index.addresses,
     )  # fmt: skip
-    kernel = getattr(module, f"decode_attention_{DTYPES[q.dtype]}")
+    kernel = getattr(module, kernel_name(backend, variant, q.dtype, q.shape[2]))
     if backend == "cpu":
         kernel(*arguments, k_pool.shape[0], native.isa(), torch.get_num_threads())
     else:
+        tiles = (MMA_TILE_ROWS,) if "mma" in kernel.__name__ else ()
         with torch.cuda.device(q.device):  # launches go to the current device, whatever the stream
             try:
-                kernel(*arguments, torch.cuda.current_stream(q.device).cuda_stream)
+                kernel(*arguments, torch.cuda.current_stream(q.device).cuda_stream, *tiles)
             except ValueError as error:
                 raise PMCError(str(error)) from error
     return out
+
+
+def kernel_name(backend: str, variant: str, dtype: torch.dtype, dim: int) -> str:
+    """Return the name of the compiled function that serves such tensors."""
+    mma = backend == "cuda" and variant == "mma" and dtype == torch.bfloat16 and dim % MMA_STEP == 0
+    return f"decode_attention_{'mma_' if mma else ''}{DTYPES[dtype]}"
 
 
 def _reference(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import native
-from pmc_fast.ops.decode_attention import DTYPES, StepIndex, decode_attention
+from pmc_fast.ops.decode_attention import DTYPES, VARIANTS, StepIndex, decode_attention, kernel_name
 from pmc_fast.rollout.inputs import (
     DRAWS,
     ENTRIES,
@@ -106,15 +106,20 @@ def emulation(tmp_path_factory):
     return ctypes.CDLL(str(target))
 
 
-def emulate(library, index, q, k, v, k_pool, v_pool, *, scale, softcap=None, window=None, order=0):
+def emulate(
+    library, index, q, k, v, k_pool, v_pool, *, scale, softcap=None, window=None, order=0, variant="fma", tile_rows=0
+):
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)
     strided = [n for t in (q, k, v) for n in (t.data_ptr(), t.stride(0), t.stride(1))]
     numbers = [*strided, k_pool.data_ptr(), v_pool.data_ptr(), out.data_ptr(), q.shape[1], k.shape[1], q.shape[2],
                window or 0, *index.addresses]  # fmt: skip
-    library.emulate(
-        list(DTYPES).index(q.dtype), (ctypes.c_int64 * len(numbers))(*numbers),
-        (ctypes.c_double * 2)(scale, softcap or 0.0), ctypes.c_uint(order),
-    )  # fmt: skip
+    numbers = (ctypes.c_int64 * len(numbers))(*numbers)
+    factors = (ctypes.c_double * 2)(scale, softcap or 0.0)
+    if variant == "mma":
+        assert q.dtype == torch.bfloat16
+        library.emulate_mma(numbers, factors, ctypes.c_int64(tile_rows), ctypes.c_uint(order))
+    else:
+        library.emulate(list(DTYPES).index(q.dtype), numbers, factors, ctypes.c_uint(order))
     return out
 
 
@@ -126,18 +131,27 @@ SHAPES = [  # kv heads, group, dim, questions, longest prompt, rows, suffixes
     (1, 16, 8, 2, 40, 6, 70),
     (1, 2, 256, 2, 40, 6, 40),
     (1, 1, 72, 300, 3, 1, 2),  # more questions than a block has threads
+    (1, 8, 96, 2, 130, 5, 60),
+    (1, 4, 128, 1, 400, 12, 30),
 ]
+KERNELS = [*(("fma", dtype) for dtype in DTYPES), ("mma", torch.bfloat16)]
+kernels = pytest.mark.parametrize(("variant", "dtype"), KERNELS, ids=str)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def served(variant, dim):
+    """The next head size that a variant serves."""
+    return -(-dim // 16) * 16 if variant == "mma" else dim
+
+
+@kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_emulated_kernel(emulation, shape, dtype):
+def test_emulated_kernel(emulation, shape, variant, dtype):
     kv_heads, group, dim, *rest = shape
-    step = random_step(1, dtype, kv_heads, group, dim, *rest)
+    step = random_step(1, dtype, kv_heads, group, served(variant, dim), *rest)
     how = {"scale": dim**-0.5}
     exact, pools, bound = exact_and_bound(*step, how)
     index, q, k, v, *ours = step
-    out = emulate(emulation, index, q, k, v, *ours, **how)
+    out = emulate(emulation, index, q, k, v, *ours, variant=variant, **how)
     assert (out.double() - exact).abs().max().item() <= bound
     assert all(torch.equal(a.double(), b) for a, b in zip(ours, pools, strict=True))
 
@@ -161,17 +175,47 @@ def test_emulated_kernel_in_any_order(
     assert all(torch.equal(a.double(), b) for a, b in zip(ours, pools, strict=True))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 2, 3, 4, 7, 8, 9, 17, 33]),
+    dim=st.sampled_from([16, 48, 64, 80, 144, 256]), questions=st.integers(1, 4), longest=st.sampled_from([12, 70]),
+    softcap=st.sampled_from([None, 2.0]), window=st.sampled_from([None, 1, 5, 13, 37, 1000]),
+    tile_rows=st.integers(0, 16), order=st.integers(0, 5),
+)  # fmt: skip
+def test_emulated_mma_in_any_order(
+    emulation, seed, kv_heads, group, dim, questions, longest, softcap, window, tile_rows, order
+):
+    step = random_step(seed, torch.bfloat16, kv_heads, group, dim, questions, longest, rows=7)
+    how = {"scale": dim**-0.5, "softcap": softcap, "window": window}
+    exact, pools, bound = exact_and_bound(*step, how)
+    index, q, k, v, *ours = step
+    out = emulate(emulation, index, q, k, v, *ours, order=order, variant="mma", tile_rows=tile_rows, **how)
+    assert (out.double() - exact).abs().max().item() <= bound
+    assert all(torch.equal(a.double(), b) for a, b in zip(ours, pools, strict=True))
+
+
+def test_emulated_mma_is_the_same_for_all_tiles(emulation):
+    step = random_step(11, torch.bfloat16, 1, 3, 32, 3, 60, rows=9)
+    for window in (None, 30):
+        first, *others = (
+            emulate(emulation, *step, scale=0.2, window=window, variant="mma", tile_rows=n) for n in (1, 2, 3, 5)
+        )
+        assert all(torch.equal(first, other) for other in others)  # digit by digit
+
+
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), dtype=st.sampled_from(list(DTYPES)), group=st.sampled_from([1, 3, 5]),
+    seed=st.integers(0, 10**6), kernel=st.sampled_from(KERNELS), group=st.sampled_from([1, 3, 5]),
     questions=st.integers(1, 4), rows=st.integers(0, 19), blocks=st.integers(0, 9),
     window=st.sampled_from([None, 1, 5]), order=st.integers(0, 3),
 )  # fmt: skip
-def test_emulated_kernel_of_a_padded_step(emulation, seed, dtype, group, questions, rows, blocks, window, order):
+def test_emulated_kernel_of_a_padded_step(emulation, seed, kernel, group, questions, rows, blocks, window, order):
+    variant, dtype = kernel
     step = random_step(seed, dtype, 2, group, 16, questions, rows=7)
     wide = padded_step(*step, rows, blocks)
-    expected = emulate(emulation, *step, scale=0.25, window=window, order=order)
-    out = emulate(emulation, *wide, scale=0.25, window=window, order=order)
+    how = {"scale": 0.25, "window": window, "order": order, "variant": variant}
+    expected = emulate(emulation, *step, **how)
+    out = emulate(emulation, *wide, **how)
     real = len(expected)
     assert torch.equal(out[:real], expected)  # digit by digit
     assert torch.equal(out[real:], torch.ones_like(out[real:]))  # they see their own value alone
@@ -179,34 +223,57 @@ def test_emulated_kernel_of_a_padded_step(emulation, seed, dtype, group, questio
         assert torch.equal(longer[: len(pool)], pool)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_emulated_kernel_gives_a_row_alone_the_same(emulation, dtype):
-    index, q, k, v, k_pool, v_pool = random_step(7, dtype, 2, 4, 40, 3, rows=5)
-    together = emulate(emulation, index, q, k, v, k_pool, v_pool, scale=0.2)
-    for block in range(len(index.cu_rows) - 1):
-        for row in range(int(index.cu_rows[block]), int(index.cu_rows[block + 1])):
-            prefix = index.prefix[int(index.cu_prefix[block]) : int(index.cu_prefix[block + 1])]
-            suffix = index.suffix[int(index.cu_suffix[row]) : int(index.cu_suffix[row + 1])]
-            ends = [torch.tensor([0, end], dtype=torch.int32) for end in (len(suffix), 1, len(prefix))]
-            one = slice(row, row + 1)
-            alone = StepIndex(index.slots[one], index.prefix_len[one], ends[0], suffix, *ends[1:], prefix)
-            out = emulate(emulation, alone, q[one], k[one], v[one], k_pool, v_pool, scale=0.2)
-            assert torch.equal(out, together[one])  # digit by digit
+def rows_of(index):
+    """Each row with its block."""
+    ends = index.cu_rows.tolist()
+    return [(row, block) for block, end in enumerate(ends[1:]) for row in range(ends[block], end)]
 
 
-def test_emulated_kernel_keeps_what_is_not_finite(emulation):
-    index, q, k, v, k_pool, v_pool = random_step(4, torch.float32, 1, 2, 16, 1)
+@kernels
+def test_emulated_kernel_gives_a_row_alone_the_same(emulation, variant, dtype):
+    index, q, k, v, k_pool, v_pool = random_step(7, dtype, 2, 4, served(variant, 40), 3, 40, rows=5)
+    together = emulate(emulation, index, q, k, v, k_pool, v_pool, scale=0.2, variant=variant)
+    for row, block in rows_of(index):
+        prefix = index.prefix[int(index.cu_prefix[block]) : int(index.cu_prefix[block + 1])]
+        suffix = index.suffix[int(index.cu_suffix[row]) : int(index.cu_suffix[row + 1])]
+        ends = [torch.tensor([0, end], dtype=torch.int32) for end in (len(suffix), 1, len(prefix))]
+        one = slice(row, row + 1)
+        alone = StepIndex(index.slots[one], index.prefix_len[one], ends[0], suffix, *ends[1:], prefix)
+        out = emulate(emulation, alone, q[one], k[one], v[one], k_pool, v_pool, scale=0.2, variant=variant)
+        assert torch.equal(out, together[one])  # digit by digit
+
+
+@kernels
+@pytest.mark.parametrize("window", [None, 20])
+def test_emulated_kernel_shows_a_row_nothing_else(emulation, window, variant, dtype):
+    index, q, k, v, k_pool, v_pool = random_step(9, dtype, 1, 3, 16, 2, 40, rows=4)
+    how = {"scale": 0.3, "window": window, "variant": variant}
+    before = emulate(emulation, index, q, k, v, k_pool.clone(), v_pool.clone(), **how)
+    for row, block in rows_of(index):
+        hidden = torch.ones(len(k_pool), dtype=torch.bool)
+        hidden[index.visible(row, block, window)] = False
+        theirs = hidden[index.slots.long()][:, None, None]
+        spoiled = [t.masked_fill(hidden[:, None, None], torch.nan) for t in (k_pool, v_pool)]
+        spoiled_rows = [t.masked_fill(theirs, torch.nan) for t in (k, v)]
+        after = emulate(emulation, index, q, *spoiled_rows, *spoiled, **how)
+        assert torch.equal(after[row], before[row])  # digit by digit
+
+
+@kernels
+def test_emulated_kernel_keeps_what_is_not_finite(emulation, variant, dtype):
+    index, q, k, v, k_pool, v_pool = random_step(4, dtype, 1, 2, 16, 1)
     row = int(index.cu_rows[1]) - 1
+    how = {"scale": 0.3, "variant": variant}
     infinite = v.clone()
     infinite[row] = torch.inf
-    out = emulate(emulation, index, q, k, infinite, k_pool.clone(), v_pool.clone(), scale=0.3)
+    out = emulate(emulation, index, q, k, infinite, k_pool.clone(), v_pool.clone(), **how)
     assert (out[row] == torch.inf).all()
     for value, spoiled in ((torch.nan, k), (torch.inf, k), (torch.nan, v)):
         changed = spoiled.clone()
         changed[row] = value
         out = emulate(
             emulation, index, q, changed if spoiled is k else k, changed if spoiled is v else v, k_pool.clone(),
-            v_pool.clone(), scale=0.3,
+            v_pool.clone(), **how,
         )  # fmt: skip
         assert out[row].isnan().all()
 
@@ -231,11 +298,37 @@ def test_sizes_that_the_kernel_does_not_serve_are_refused(dim):
 
 
 @pytest.mark.skipif(not BUILT, reason="needs the CUDA module: PMC_FAST_CUDA=1 pip install -e .")
+@pytest.mark.parametrize(("dim", "tile_rows"), [(24, 0), (264, 0), (32, -1)])
+def test_sizes_that_mma_does_not_serve_are_refused(dim, tile_rows):
+    with pytest.raises(ValueError, match=r"decode_attention on CUDA.*: a head of .* it serves multiples of"):
+        native.cuda().decode_attention_mma_bf16(
+            (0, 0, 0), (0, 0, 0), (0, 0, 0), 0, 0, 0, (1, 1, dim), 1.0, 0.0, 0, (0,) * 7 + (1, 1), 0, tile_rows
+        )
+
+
+def test_mma_serves_what_it_can_and_fma_the_rest():
+    chosen = {
+        (variant, dtype, dim): kernel_name("cuda", variant, dtype, dim)
+        for variant in VARIANTS for dtype in DTYPES for dim in (8, 24, 64, 80, 256)
+    }  # fmt: skip
+    mma = {key for key, name in chosen.items() if name == "decode_attention_mma_bf16"}
+    assert mma == {("mma", torch.bfloat16, dim) for dim in (64, 80, 256)}
+    assert all(name == f"decode_attention_{DTYPES[key[1]]}" for key, name in chosen.items() if key not in mma)
+    assert kernel_name("cpu", "mma", torch.bfloat16, 64) == "decode_attention_bf16"
+    if BUILT:
+        assert all(hasattr(native.cuda(), name) for name in chosen.values())
+    step = random_step(1, torch.bfloat16, 1, 2, 16, 1)
+    with pytest.raises(PMCError, match="decode_attention: variant 'wmma': use one of fma, mma"):
+        decode_attention(*step[1:], step[0], scale=1.0, variant="wmma")
+
+
+@pytest.mark.skipif(not BUILT, reason="needs the CUDA module: PMC_FAST_CUDA=1 pip install -e .")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_without_a_gpu_the_module_imports_and_a_call_says_why_it_fails():
+@pytest.mark.parametrize(("name", "tiles"), [("f32", ()), ("mma_bf16", (0,))])
+def test_without_a_gpu_the_module_imports_and_a_call_says_why_it_fails(name, tiles):
     with pytest.raises(RuntimeError, match="decode_attention on CUDA: ") as caught:
-        native.cuda().decode_attention_f32(
-            (0, 0, 0), (0, 0, 0), (0, 0, 0), 0, 0, 0, (1, 1, 64), 1.0, 0.0, 0, (0,) * 7 + (1, 1), 0
+        getattr(native.cuda(), f"decode_attention_{name}")(
+            (0, 0, 0), (0, 0, 0), (0, 0, 0), 0, 0, 0, (1, 1, 64), 1.0, 0.0, 0, (0,) * 7 + (1, 1), 0, *tiles
         )
     assert "\n" not in str(caught.value)
 
@@ -245,42 +338,50 @@ def on_gpu(index, *tensors):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@kernels
 @pytest.mark.parametrize("how", [{}, {"softcap": 2.0}, {"window": 5}, {"window": 45, "softcap": 20.0}], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (8, 3, 128, 8, 200, 20, 100), (3, 3, 64, 9, 300, 40, 60)], ids=str)
-def test_gpu(shape, how, dtype):
+def test_gpu(shape, how, variant, dtype):
     kv_heads, group, dim, *rest = shape
-    step = random_step(2, dtype, kv_heads, group, dim, *rest)
+    step = random_step(2, dtype, kv_heads, group, served(variant, dim), *rest)
     how = {"scale": dim**-0.5} | how
     exact, pools, bound = exact_and_bound(*step, how)
     index, q, k, v, *ours = on_gpu(*step)
-    out = decode_attention(q, k, v, *ours, index, **how)
+    out = decode_attention(q, k, v, *ours, index, variant=variant, **how)
     assert (out.double().cpu() - exact).abs().max().item() <= bound
     assert all(torch.equal(a.double().cpu(), b) for a, b in zip(ours, pools, strict=True))
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@kernels
 @pytest.mark.parametrize(("rows", "blocks"), [(0, 0), (0, 5), (1, 0), (37, 60)])
-def test_gpu_padded_step(rows, blocks, dtype):
+def test_gpu_padded_step(rows, blocks, variant, dtype):
     step = random_step(6, dtype, 3, 3, 64, 8, 100, 20, 60)
     index, *tensors = on_gpu(*step)
-    expected = decode_attention(*tensors, index, scale=0.1)
+    expected = decode_attention(*tensors, index, scale=0.1, variant=variant)
     index, *tensors = on_gpu(*padded_step(*step, rows, blocks))
-    out = decode_attention(*tensors, index, scale=0.1)
+    out = decode_attention(*tensors, index, scale=0.1, variant=variant)
     assert torch.equal(out[: len(expected)], expected)
     assert out.isfinite().all()
 
 
 @needs_gpu
-def test_gpu_repeats_digit_by_digit():
-    index, q, k, v, *pools = on_gpu(*random_step(3, torch.bfloat16, 3, 3, 64, 8, 100, 20, 60))
-    first = decode_attention(q, k, v, *pools, index, scale=0.1)
-    assert all(torch.equal(first, decode_attention(q, k, v, *pools, index, scale=0.1)) for _ in range(20))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gpu_repeats_digit_by_digit(variant, monkeypatch):
+    step = random_step(3, torch.bfloat16, 3, 3, 64, 8, 100, 20, 60)
+    index, q, k, v, *pools = on_gpu(*step)
+    again = lambda: decode_attention(q, k, v, *pools, index, scale=0.1, variant=variant)  # noqa: E731
+    first = again()
+    assert all(torch.equal(first, again()) for _ in range(20))
+    for rows in (1, 2, 5):  # of a tile of mma
+        monkeypatch.setattr("pmc_fast.ops.decode_attention.MMA_TILE_ROWS", rows)
+        assert torch.equal(first, again())
 
 
 @needs_gpu
-def test_gpu_graph_and_stream():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gpu_graph_and_stream(variant, monkeypatch):
+    monkeypatch.setattr("pmc_fast.ops.decode_attention.VARIANT", variant)
     index, q, k, v, k_pool, v_pool = on_gpu(*random_step(5, torch.bfloat16, 2, 3, 128, 4, 100, 20, 60))
     index.addresses  # noqa: B018
     stream = torch.cuda.Stream()
@@ -308,3 +409,7 @@ def test_gpu_refuses_other_head_sizes_and_takes_no_rows():
     q = torch.empty(0, 2, 16, device="cuda")
     pool = torch.empty(4, 1, 16, device="cuda")
     assert decode_attention(q, q[:, :1], q[:, :1], pool, pool.clone(), empty, scale=1.0).shape == (0, 2, 16)
+    q, pool = q.bfloat16(), pool.bfloat16()
+    assert decode_attention(
+        q, q[:, :1], q[:, :1], pool, pool.clone(), empty, scale=1.0, variant="mma"
+    ).shape == (0, 2, 16)  # fmt: skip
