@@ -150,10 +150,11 @@ def test_steps_of_a_bucket_lie_at_the_same_places():
     for plan, span in steps(3, 3, 6, 64, 12):
         step = inputs(plan, span, 64)
         if step.bucket is not None:
-            tensors = (step.tokens, step.positions, step.logit_rows, *vars(step.index).values())
+            index = [getattr(step.index, name) for name in INDEX]
+            tensors = (step.tokens, step.positions, step.logit_rows, step.sources, *index, *step.draws)
             found.setdefault(step.bucket, set()).add(tuple(t.data_ptr() for t in tensors))
+            assert step.index.addresses[: len(INDEX)] == tuple(t.data_ptr() for t in index)
             assert step.index.prefix.data_ptr() == step.index.suffix.data_ptr()
-            assert step.index.addresses[:4] == tuple(t.data_ptr() for t in list(vars(step.index).values())[:4])
     assert len(found) > 1
     assert all(len(where) == 1 for where in found.values())
 
