@@ -1,6 +1,7 @@
 """Sampling from rows of logits: temperature, top-k, top-p, then an exponential race with keyed randomness."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,23 +106,16 @@ def sample_nucleus(
         torch.empty_like(keys[1], dtype=torch.float64),
         torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device),
     )
-    out = (draws.tokens, draws.logps, draws.nucleus_mass)
     if chosen == "cuda":
-        numbers = launch_settings(temperature, top_k, top_p)
+        out, numbers = (draws.tokens, draws.logps, draws.nucleus_mass), launch_settings(temperature, top_k, top_p)
         native.triton_kernels("sampling").sample_nucleus(logits, *keys, *out, numbers, seed)
     else:
-        _on_cpu(logits, *keys, *out, temperature, top_k, top_p, seed)
+        _on_cpu(logits, keys, draws, temperature, top_k, top_p, seed)
     return draws
 
 
 def sample_nucleus_static(
-    logits: torch.Tensor,
-    cu_draws: torch.Tensor,
-    streams: torch.Tensor,
-    samples: torch.Tensor,
-    positions: torch.Tensor,
-    settings: torch.Tensor,
-    out: Draws,
+    logits: torch.Tensor, keys: Sequence[torch.Tensor], settings: torch.Tensor, out: Draws
 ) -> None:
     """Draw as `sample_nucleus` does, with settings and results in memory: for CUDA graphs.
 
@@ -129,21 +123,22 @@ def sample_nucleus_static(
 
     Parameters
     ----------
-    logits, cu_draws, streams, samples, positions
-        As in `sample_nucleus`. The seed is in the streams: see `seeded`.
+    logits : Tensor [R, V]
+    keys : int64 Tensors
+        `cu_draws`, `streams`, `samples` and `positions` as in `sample_nucleus`. The seed is in the streams: see `seeded`.
     settings : float64 Tensor [6]
         What `launch_settings` returns, on the device of logits.
     out : Draws
         Written.
     """
-    written = out.tokens, out.logps, out.nucleus_mass
     if logits.is_cuda:
-        kernels = native.triton_kernels("sampling")
-        kernels.sample_nucleus(logits, cu_draws, streams, samples, positions, *written, settings, 0)
+        written = out.tokens, out.logps, out.nucleus_mass
+        native.triton_kernels("sampling").sample_nucleus(logits, *keys, *written, settings, 0)
         return
     _, top_k, top_p, _, greedy, temperature = settings.numpy().tolist()
-    how = (0.0, 0, 1.0) if greedy else (temperature, int(top_k), top_p)
-    _on_cpu(logits, cu_draws, streams, samples, positions, *written, *how, 0)
+    if greedy:
+        temperature, top_k, top_p = 0.0, 0, 1.0
+    _on_cpu(logits, keys, out, temperature, int(top_k), top_p, 0)
 
 
 def check_settings(temperature: float, top_k: int, top_p: float) -> None:
@@ -172,13 +167,8 @@ def seeded(stream: int, seed: int) -> int:
 
 def _on_cpu(
     logits: torch.Tensor,
-    cu_draws: torch.Tensor,
-    streams: torch.Tensor,
-    samples: torch.Tensor,
-    positions: torch.Tensor,
-    tokens: torch.Tensor,
-    logps: torch.Tensor,
-    mass: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    out: Draws,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -186,10 +176,10 @@ def _on_cpu(
 ) -> None:
     module = native.cpu()
     kernel = module.sample_nucleus_f32 if logits.dtype == torch.float32 else module.sample_nucleus_f64
-    arrays = (cu_draws, streams, samples, positions, tokens, logps, mass)
+    arrays = (*keys, out.tokens, out.logps, out.nucleus_mass)
     kernel(
         logits.data_ptr(), logits.stride(0), *logits.shape, temperature, top_k, top_p, seed % 2**64,
-        *(t.data_ptr() for t in arrays), tokens.shape[0], native.isa(), torch.get_num_threads(),
+        *(t.data_ptr() for t in arrays), out.tokens.shape[0], native.isa(), torch.get_num_threads(),
     )  # fmt: skip
 
 

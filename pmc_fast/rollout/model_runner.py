@@ -42,6 +42,8 @@ class ModelStep:
         self.model, self.autocast_dtype = model, autocast_dtype
         self.graphs: StepGraphs | None = None
         self.most_slots: int | None = None  # of the pool, which else grows ahead of what is needed
+        self._logits: torch.Tensor | None = None  # the memory that graphs write logits to
+        self._settings: torch.Tensor | None = None  # by which they draw
         self._relies_on: Any = None
         self._forget_buffers()
         self._index: StepIndex | None = None
@@ -118,7 +120,7 @@ class ModelStep:
         outputs, settings = self._outputs[step.bucket], self._settings
 
         def compute() -> torch.Tensor:
-            sample_nucleus_static(self._compute(step), *step.draws, settings, outputs.draws)
+            sample_nucleus_static(self._compute(step), step.draws, settings, outputs.draws)
             return outputs.memory
 
         self._run("draws", step, compute)
@@ -235,11 +237,10 @@ class ModelStep:
         self._weights = RolloutWeights(self.model, self.autocast_dtype)
         self._layers = FusedLayers(self.model)
         self._span = 0
-        self._logits: torch.Tensor | None = None
+        self._logits = self._settings = None
         self._written: dict[tuple[Bucket, int], torch.Tensor] = {}  # part of `_logits`, or of an earlier, smaller one
         self._outputs: dict[Bucket, Outputs] = {}
         self._landing = Landing(self.device)
-        self._settings: torch.Tensor | None = None
         if self.graphs is not None:
             self.graphs.drop()
 

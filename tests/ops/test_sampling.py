@@ -300,7 +300,7 @@ def test_settings_in_memory_draw_the_same(backend, vocab):
             written = out.tokens, out.logps, out.nucleus_mass
             native.triton_kernels("sampling").sample_nucleus(logits, *keys, *written, settings, 0)
         else:
-            sample_nucleus_static(logits, *keys, settings, out)
+            sample_nucleus_static(logits, keys, settings, out)
         assert torch.equal(out.tokens, expected.tokens)
         assert torch.equal(out.logps, expected.logps)
         assert torch.equal(out.nucleus_mass, expected.nucleus_mass)
