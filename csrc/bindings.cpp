@@ -234,13 +234,14 @@ py::object array(py::object self, const std::string& name) {
     return Array<T>(static_cast<py::ssize_t>(values.size()), values.data(), self);
   };
   const std::pair<const char*, const std::vector<int64_t>*> wide[] = {
-      {"tokens", &p.tokens},         {"positions", &p.positions}, {"logit_rows", &p.logit_rows},
-      {"questions", &p.questions},   {"cu_draws", &p.cu_draws},   {"streams", &p.streams},
-      {"samples", &p.samples},       {"sources", &p.sources},     {"draw_positions", &p.draw_positions},
+      {"tokens", &p.tokens},       {"positions", &p.positions}, {"logit_rows", &p.logit_rows},
+      {"questions", &p.questions}, {"cu_draws", &p.cu_draws},   {"streams", &p.streams},
+      {"samples", &p.samples},     {"sources", &p.sources},     {"draw_positions", &p.draw_positions},
   };
   const std::pair<const char*, const std::vector<int32_t>*> narrow[] = {
-      {"slots", &p.slots},     {"prefix_len", &p.prefix_len}, {"cu_suffix", &p.cu_suffix}, {"suffix", &p.suffix},
-      {"cu_rows", &p.cu_rows}, {"cu_prefix", &p.cu_prefix},   {"prefix", &p.prefix},
+      {"slots", &p.slots},   {"prefix_len", &p.prefix_len}, {"cu_suffix", &p.cu_suffix},
+      {"suffix", &p.suffix}, {"cu_rows", &p.cu_rows},       {"cu_prefix", &p.cu_prefix},
+      {"prefix", &p.prefix},
   };
   for (const auto& [known, values] : wide) {
     if (name == known) return view(*values);
@@ -338,12 +339,13 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("blocks", &pmc::StepPlan::blocks)
       .def_property_readonly("draws", &pmc::StepPlan::draws)
       .def_property_readonly("logits", &pmc::StepPlan::logits)
-      .def("padded_bytes",
-           [](const pmc::StepPlan& p, int64_t rows, int64_t blocks, int64_t logits, int64_t draws) {
-             pmc::check_range("rows", rows, p.rows(), kInt32);
-             return pmc::padded_bytes(p, {rows, blocks, logits, draws});
-           },
-           py::arg("rows"), py::arg("blocks"), py::arg("logits"), py::arg("draws"))
+      .def(
+          "padded_bytes",
+          [](const pmc::StepPlan& p, int64_t rows, int64_t blocks, int64_t logits, int64_t draws) {
+            pmc::check_range("rows", rows, p.rows(), kInt32);
+            return pmc::padded_bytes(p, {rows, blocks, logits, draws});
+          },
+          py::arg("rows"), py::arg("blocks"), py::arg("logits"), py::arg("draws"))
       .def("pad", &pad_step, py::arg("rows"), py::arg("blocks"), py::arg("logits"), py::arg("draws"),
            py::arg("scratch"), py::arg("out").noconvert());
   py::class_<pmc::RolloutTrie>(m, "RolloutTrie")

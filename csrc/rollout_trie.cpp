@@ -410,8 +410,8 @@ void RolloutTrie::finish(Active& active, int32_t number) {
   left.erase(std::find(left.begin(), left.end(), number));
 }
 
-// Takes the draws of a step after which another was planned ahead: nothing forks, and rows stay in their places,
-// since that step counts on them.
+// Takes the draws of a step after which another was planned ahead: nothing forks, and rows stay in their
+// places, since that step counts on them.
 void RolloutTrie::advance_chain(const int64_t* tokens, const double* logps, const double* mass) {
   for (Node& node : nodes_) {
     Active& active = active_[node.active];

@@ -18,7 +18,8 @@ struct Sample {
 
 struct Counters {
   int64_t rows = 0, draft_rows = 0, draft_hits = 0, prefill_tokens = 0, steps = 0, sampled_tokens = 0,
-          preemptions = 0, ahead_steps = 0, ended_rows = 0;  // ended_rows: computed ahead, of samples that had ended
+          preemptions = 0, ahead_steps = 0,
+          ended_rows = 0;  // ended_rows: computed ahead, of samples that had ended
 };
 
 // Prompts share the slots of their common prefix, which is computed once. Samples of
@@ -38,10 +39,10 @@ class RolloutTrie {
   // Fills `plan` with at most max_rows rows, guesses only as far as guess_rows; false when all is done.
   bool plan(int64_t max_rows, int64_t guess_rows, StepPlan& plan);
 
-  // Fills `plan` with the step after the one that was planned last, before its draws are known: its tokens are
-  // these draws (`sources`). False where they decide which rows it has: where samples share a row, rows or
-  // questions wait, guesses were or would be made, or the pool is short. A row that a stop token ends in the
-  // step before is computed in vain; it holds its slots until the draws of the step ahead are taken, too.
+  // Fills `plan` with the step after the one that was planned last, before its draws are known: its tokens
+  // are these draws (`sources`). False where they decide which rows it has: where samples share a row, rows
+  // or questions wait, guesses were or would be made, or the pool is short. A row that a stop token ends in
+  // the step before is computed in vain; it holds its slots until the draws of the step ahead are taken, too.
   bool plan_ahead(int64_t max_rows, int64_t guess_rows, StepPlan& plan);
 
   // Takes the draws of the first step whose draws were not yet taken: tokens and logps [D], mass [L].
@@ -116,9 +117,9 @@ class RolloutTrie {
   std::vector<Question> questions_;
   std::deque<Work> waiting_;
   std::vector<Active> active_;  // in the order of admission
-  std::vector<Node> nodes_;  // of the first step whose draws were not yet taken
-  std::vector<Node> ahead_;  // of the step after it, if it was planned ahead
-  int64_t draws_ = 0;        // of nodes_
+  std::vector<Node> nodes_;     // of the first step whose draws were not yet taken
+  std::vector<Node> ahead_;     // of the step after it, if it was planned ahead
+  int64_t draws_ = 0;           // of nodes_
   Counters counters_;
 };
 

@@ -28,20 +28,13 @@ std::vector<Field> step_layout(const Bucket& bucket) {
   check_range("blocks", bucket.blocks, 1, kInt32 / 8);
   check_range("logits", bucket.logits, 1, kInt32 / 8);
   check_range("draws", bucket.draws, 1, kInt32 / 8);
-  std::vector<Field> fields = {{"tokens", 0, bucket.rows, 8},
-                               {"positions", 0, bucket.rows, 8},
-                               {"logit_rows", 0, bucket.logits, 8},
-                               {"sources", 0, bucket.rows, 8},
-                               {"cu_draws", 0, bucket.logits + 1, 8},
-                               {"streams", 0, bucket.draws, 8},
-                               {"samples", 0, bucket.draws, 8},
-                               {"draw_positions", 0, bucket.draws, 8},
-                               {"slots", 0, bucket.rows, 4},
-                               {"prefix_len", 0, bucket.rows, 4},
-                               {"cu_suffix", 0, bucket.rows + 1, 4},
-                               {"cu_rows", 0, bucket.blocks + 1, 4},
-                               {"cu_prefix", 0, bucket.blocks + 1, 4},
-                               {"entries", 0, 0, 4}};
+  std::vector<Field> fields = {{"tokens", 0, bucket.rows, 8},          {"positions", 0, bucket.rows, 8},
+                               {"logit_rows", 0, bucket.logits, 8},    {"sources", 0, bucket.rows, 8},
+                               {"cu_draws", 0, bucket.logits + 1, 8},  {"streams", 0, bucket.draws, 8},
+                               {"samples", 0, bucket.draws, 8},        {"draw_positions", 0, bucket.draws, 8},
+                               {"slots", 0, bucket.rows, 4},           {"prefix_len", 0, bucket.rows, 4},
+                               {"cu_suffix", 0, bucket.rows + 1, 4},   {"cu_rows", 0, bucket.blocks + 1, 4},
+                               {"cu_prefix", 0, bucket.blocks + 1, 4}, {"entries", 0, 0, 4}};
   size_t end = 0;
   for (Field& field : fields) {
     field.begin = (end + kAligned - 1) / kAligned * kAligned;
