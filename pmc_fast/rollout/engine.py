@@ -60,9 +60,9 @@ class RolloutEngine:
     autocast_dtype : torch.dtype, optional
         What the model computes in under torch.autocast, if it does.
     cuda_graphs : bool
-        On CUDA, pad decode steps to a few sizes and replay CUDA graphs of them, unless the model is sharded.
+        On CUDA, pad steps to a few sizes and replay CUDA graphs of them, unless the model is sharded.
     pad_steps : bool
-        Pad decode steps without CUDA graphs: for tests and measurements.
+        Pad steps without CUDA graphs: for tests and measurements.
     graph_draws : bool
         Draw the tokens of padded steps within their CUDA graph. False: launch by launch, for measurements.
     run_ahead : bool

@@ -167,7 +167,9 @@ class ModelStep:
                 return compute()
 
         pool = [t.data_ptr() for pair in self.pool.values() for t in pair]
-        self.graphs.require((self._relies_on, pool))
+        if self.graphs.require((self._relies_on, pool)):
+            self._logits = None
+            self._written.clear()
         size = what, step.bucket, step.tokens.data_ptr()
         replay = self.graphs.get(size, lambda recorder: recorder.record(alone)[0])
         (alone if replay is None else replay)()

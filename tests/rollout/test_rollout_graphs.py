@@ -290,6 +290,23 @@ def test_a_size_that_fails_runs_eagerly_and_the_others_are_replayed(error):
     assert None in engine._step.graphs._graphs.values()
 
 
+def test_steps_that_read_prompts_are_replayed():
+    """Prompts of other lengths, and parts of prompts, from which nothing is drawn."""
+    model = build(FAMILIES["llama"]())
+    engine = taped(model)
+    for cut in (9, 8, 7) * 2:
+        prompts = [*PROMPTS[:2], PROMPTS[2][:cut], PROMPTS[3]]
+        assert engine(prompts, **HOW).tokens == rollout(model, prompts, **HOW).tokens
+    captured = [bucket for _, bucket, _ in engine._step.graphs.captured()]
+    assert [bucket.rows for bucket in captured if bucket.logits < bucket.rows] == [16]
+    how = HOW | {"max_rows": 4}
+    parts = [engine(PROMPTS, **how) for _ in range(3)]
+    assert [run.tokens for run in parts] == [plain(model)] * 3
+    captured = [bucket for _, bucket, _ in engine._step.graphs.captured()]
+    assert any(bucket.rows == 4 and bucket.logits == 1 for bucket in captured)
+    assert parts[-1].counters["graph_captures"] == 0 < parts[-1].counters["graph_replays"]
+
+
 def test_logits_that_are_processed_are_captured_too():
     model = build(FAMILIES["llama"]())
     engine = taped(model)
