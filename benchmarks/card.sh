@@ -51,6 +51,7 @@ probe 90 step --shape "$small"
 
 # to 45: all epochs of a run, races and bounds, then the tables of README and docs/
 probe 400 run --shape "$shape" --epochs 30
+probe 240 decode --shape "$shape" --quick
 if command -v compute-sanitizer > /dev/null; then
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 block 240 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q \
     -p no:cacheprovider tests/ops/test_decode_cuda.py -k gpu

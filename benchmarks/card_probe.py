@@ -1,6 +1,6 @@
 """Where the milliseconds and the gigabytes go on one card: a line per number, printed and written as it is found.
 
-    python -m benchmarks.card_probe memory step run head attention pass rollout lora trainer profile peers
+    python -m benchmarks.card_probe memory step run head attention pass rollout decode lora trainer profile peers
         --shape 3b [--quick] [--epochs N] [--json FILE]
 
 Needs no model files and no network: weights and tokens are random. Without a GPU it runs on the CPU, with `--shape tiny`
@@ -27,6 +27,7 @@ BLOCKS: dict[str, Callable[[Probe], None]] = {
     "attention": card_attention.attention,
     "pass": card_passes.training_pass,
     "rollout": card_rollouts.rollout,
+    "decode": card_rollouts.decode,
     "lora": card_training.lora,
     "trainer": card_run.trainer,
     "profile": card_rollouts.profile,

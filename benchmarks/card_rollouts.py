@@ -1,13 +1,17 @@
 """Rollouts on a card: their speed, beside transformers' own, and the kernels of a rollout and of a pass by their time."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 
 from pmc_fast.models.joined_weights import join_weights
 from pmc_fast.models.packed_forward import PackedPass
-from pmc_fast.rollout import RolloutEngine
+from pmc_fast.rollout import RolloutEngine, inputs
+from pmc_fast.rollout import engine as rollout_engine
 
 from .card import SAMPLES, Probe, spread
 from .peer_engines import Task
@@ -37,6 +41,62 @@ def rollout(probe: Probe) -> None:
             padded_rows=counters["padded_rows"], **probe.memory(),
         )  # fmt: skip
         probe.free()
+
+
+NGRAM_ROWS = (64, 128, 192)
+WARPS = (8, 16)  # of the sampler's selection
+
+
+def decode(probe: Probe) -> None:
+    """Measure what only a card can decide of a decode step, as shipped and with one thing changed at a time.
+
+    Steps that run ahead or wait, draws in the graph or apart, row buckets without 160 and 320, rows up to which n-gram
+    drafts are looked up (random weights repeat nothing: this is what drafts cost), warps of the sampler's selection.
+    """
+    model = probe.model(probe.low).eval()
+    pads = {} if probe.on_gpu else {"pad_steps": True}
+    modes: dict[str, tuple[dict[str, bool], Any]] = {
+        "unchanged": ({}, nullcontext),
+        "waits for draws": ({"run_ahead": False}, nullcontext),
+        "waits, draws apart": ({"graph_draws": False}, nullcontext),
+        "no buckets of 160 and 320": ({}, _without_buckets(160, 320)),
+        **{f"n-gram drafts to {rows} rows": ({}, _ngram_rows(rows)) for rows in NGRAM_ROWS},
+        **{f"{warps} warps": ({}, _warps(warps)) for warps in (WARPS if probe.on_gpu else ())},
+    }
+    for questions in (8,) if probe.tiny else (8, 16):
+        for name, (on, changed) in modes.items():
+            with changed():
+                engine = RolloutEngine(model, **pads, **on)
+                how: dict[str, Any] = {"num_samples": SAMPLES, "temperature": 0.9, "top_p": 0.95, "seed": 1}
+                call = functools.partial(engine, probe.prompts(questions), max_new_tokens=probe.new_tokens, **how)
+                measured = probe.wall(call, 2 if probe.tiny else probe.rounds, 1 if probe.tiny else 3)
+                counters = call().counters
+            shown = {
+                name: counters[name] for name in ("steps", "ahead_steps", "padded_rows", "draft_rows", "ended_rows")
+            }
+            ms = measured["ms"] / counters["steps"]
+            probe.say("decode", f"{SAMPLES * questions} rows, {name}", **measured, ms_a_step=ms, **shown)
+            del engine, call
+            probe.free()
+
+
+def _without_buckets(*sizes: int) -> Callable[[], Any]:
+    return lambda: mock.patch.object(inputs, "ROWS", tuple(n for n in inputs.ROWS if n not in sizes))
+
+
+def _ngram_rows(rows: int) -> Callable[[], Any]:
+    return lambda: mock.patch.dict(rollout_engine.NGRAM_ROWS, cpu=rows, cuda=rows)
+
+
+def _warps(warps: int) -> Callable[[], Any]:
+    @contextmanager
+    def changed() -> Iterator[None]:
+        from pmc_fast.kernels import sampling
+
+        with mock.patch.dict(sampling.CONFIGS, select=sampling.CONFIGS["select"] | {"num_warps": warps}):
+            yield
+
+    return changed
 
 
 def profile(probe: Probe) -> None:

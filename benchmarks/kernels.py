@@ -55,23 +55,7 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         yield name, nll_rows.nll_rows_kernel, types, constexprs, options
         if bias == softcap == grad:  # vocabularies such as 50257 launch another variant
             yield f"{name} any size", nll_rows.nll_rows_kernel, types, constexprs, options
-    for dtype, size in itertools.product(DTYPES, ("", " any size")):
-        select, race = (dict(sampling.CONFIGS[kernel]) for kernel in ("select", "race"))
-        types = {
-            "logits_ptr": f"*{dtype}", "stride": "i32", "vocab": "i32", "list_ptr": "*i32", "capacity": "i32",
-            "limits_ptr": "*i32", "sums_ptr": "*fp32", "mass_ptr": "*fp64", "inverse_temperature": "fp32",
-            "top_k": "i32", "top_p": "fp32", "log_tail": "fp32", "greedy": "i32",
-        }  # fmt: skip
-        options = {"num_warps": select.pop("num_warps")}
-        yield f"sampling select {dtype}{size}", sampling.select_kernel, types, select, options
-        types = {
-            "logits_ptr": f"*{dtype}", "stride": "i32", "vocab": "i32", "rows": "i32", "list_ptr": "*i32",
-            "capacity": "i32", "limits_ptr": "*i32", "sums_ptr": "*fp32", "cu_draws_ptr": "*i64",
-            "streams_ptr": "*i64", "samples_ptr": "*i64", "positions_ptr": "*i64", "tokens_ptr": "*i64",
-            "logps_ptr": "*fp64", "temperature": "fp64", "seed": "u64",
-        }  # fmt: skip
-        options = {"num_warps": race.pop("num_warps")}
-        yield f"sampling race {dtype}{size}", sampling.race_kernel, types, race, options
+    yield from _sampling()
     # gradients to the types of their inputs: float16's are float32 until then, and so are a bias's
     for x, y in (("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "fp16"), ("fp32", "bf16")):
         for size, kind in (("", "i32"), (" any size", "i32"), (" over int32", "i64")):
@@ -95,6 +79,30 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         }  # fmt: skip
         yield f"fp8_rows {low} {width}", fp8_rows.fp8_rows_kernel, types, block, options
     yield from _layers()
+
+
+def _sampling() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    for dtype, size, memory in itertools.product(DTYPES, ("", " any size"), FLAGS):
+        select, race = (dict(sampling.CONFIGS[kernel]) for kernel in ("select", "race"))
+        name = f"{dtype}{' settings' if memory else ''}{size}"
+        settings = {"settings_ptr": "*fp64"} if memory else {}
+        for config in (select, race):
+            config.update({} if memory else {"settings_ptr": None})
+        types = {
+            "logits_ptr": f"*{dtype}", "stride": "i32", "vocab": "i32", "list_ptr": "*i32", "capacity": "i32",
+            "limits_ptr": "*i32", "sums_ptr": "*fp32", "mass_ptr": "*fp64", "inverse_temperature": "fp32",
+            "top_k": "i32", "top_p": "fp32", "log_tail": "fp32", "greedy": "i32",
+        }  # fmt: skip
+        options = {"num_warps": select.pop("num_warps")}
+        yield f"sampling select {name}", sampling.select_kernel, types | settings, select, options
+        types = {
+            "logits_ptr": f"*{dtype}", "stride": "i32", "vocab": "i32", "rows": "i32", "list_ptr": "*i32",
+            "capacity": "i32", "limits_ptr": "*i32", "sums_ptr": "*fp32", "cu_draws_ptr": "*i64",
+            "streams_ptr": "*i64", "samples_ptr": "*i64", "positions_ptr": "*i64", "tokens_ptr": "*i64",
+            "logps_ptr": "*fp64", "temperature": "fp64", "seed": "u64",
+        }  # fmt: skip
+        options = {"num_warps": race.pop("num_warps")}
+        yield f"sampling race {name}", sampling.race_kernel, types | settings, race, options
 
 
 def _layers() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:

@@ -226,29 +226,61 @@ Array<T> array_of(const std::vector<T>& values) {
   return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-// The next step's arrays by name, or None when all is done.
+// One of a plan's arrays, in the plan's own memory.
+py::object array(py::object self, const std::string& name) {
+  const pmc::StepPlan& p = self.cast<const pmc::StepPlan&>();
+  const auto view = [&](const auto& values) -> py::object {
+    using T = typename std::decay_t<decltype(values)>::value_type;
+    return Array<T>(static_cast<py::ssize_t>(values.size()), values.data(), self);
+  };
+  const std::pair<const char*, const std::vector<int64_t>*> wide[] = {
+      {"tokens", &p.tokens},       {"positions", &p.positions}, {"logit_rows", &p.logit_rows},
+      {"questions", &p.questions}, {"cu_draws", &p.cu_draws},   {"streams", &p.streams},
+      {"samples", &p.samples},     {"sources", &p.sources},     {"draw_positions", &p.draw_positions},
+  };
+  const std::pair<const char*, const std::vector<int32_t>*> narrow[] = {
+      {"slots", &p.slots},   {"prefix_len", &p.prefix_len}, {"cu_suffix", &p.cu_suffix},
+      {"suffix", &p.suffix}, {"cu_rows", &p.cu_rows},       {"cu_prefix", &p.cu_prefix},
+      {"prefix", &p.prefix},
+  };
+  for (const auto& [known, values] : wide) {
+    if (name == known) return view(*values);
+  }
+  for (const auto& [known, values] : narrow) {
+    if (name == known) return view(*values);
+  }
+  throw py::key_error(name);
+}
+
+// The arrays of a step padded to a bucket: name -> where it begins, its elements, their bytes.
+py::dict step_layout(int64_t rows, int64_t blocks, int64_t logits, int64_t draws) {
+  py::dict out;
+  for (const pmc::Field& field : pmc::step_layout({rows, blocks, logits, draws})) {
+    out[py::str(field.name)] = py::make_tuple(field.begin, field.count, field.bytes);
+  }
+  return out;
+}
+
+void pad_step(const pmc::StepPlan& plan, int64_t rows, int64_t blocks, int64_t logits, int64_t draws,
+              int64_t scratch, Array<uint8_t>& out) {
+  const pmc::Bucket bucket{rows, blocks, logits, draws};
+  if (rows < plan.rows()) throw std::invalid_argument("the bucket is too small for the step");
+  const size_t needed = pmc::padded_bytes(plan, bucket);
+  char* to = reinterpret_cast<char*>(out.mutable_data());
+  if (static_cast<size_t>(out.size()) < needed || reinterpret_cast<uintptr_t>(to) % sizeof(int64_t)) {
+    throw std::invalid_argument("the step needs " + std::to_string(needed) + " aligned bytes");
+  }
+  pmc::pad_step(plan, bucket, scratch, to);
+}
+
+// The next step, or None: when all is done, or where draws decide which step it is.
+template <bool (pmc::RolloutTrie::*Plan)(int64_t, int64_t, pmc::StepPlan&)>
 py::object plan(pmc::RolloutTrie& trie, int64_t max_rows, int64_t guess_rows) {
-  pmc::StepPlan p;
   pmc::check_range("max_rows", max_rows, 1, kInt32);
   pmc::check_range("guess_rows", guess_rows, 0, kInt32);
-  if (!trie.plan(max_rows, guess_rows, p)) return py::none();
-  py::dict out;
-  out["tokens"] = array_of(p.tokens);
-  out["positions"] = array_of(p.positions);
-  out["slots"] = array_of(p.slots);
-  out["prefix_len"] = array_of(p.prefix_len);
-  out["cu_suffix"] = array_of(p.cu_suffix);
-  out["suffix"] = array_of(p.suffix);
-  out["cu_rows"] = array_of(p.cu_rows);
-  out["cu_prefix"] = array_of(p.cu_prefix);
-  out["prefix"] = array_of(p.prefix);
-  out["logit_rows"] = array_of(p.logit_rows);
-  out["questions"] = array_of(p.questions);
-  out["cu_draws"] = array_of(p.cu_draws);
-  out["streams"] = array_of(p.streams);
-  out["samples"] = array_of(p.samples);
-  out["draw_positions"] = array_of(p.draw_positions);
-  return out;
+  pmc::StepPlan made;
+  if (!(trie.*Plan)(max_rows, guess_rows, made)) return py::none();
+  return py::cast(std::move(made));
 }
 
 void advance(pmc::RolloutTrie& trie, const Array<int64_t>& tokens, const Array<double>& logps,
@@ -272,6 +304,8 @@ py::dict counters(const pmc::RolloutTrie& trie) {
   out["draft_rows"] = c.draft_rows;
   out["draft_hits"] = c.draft_hits;
   out["preemptions"] = c.preemptions;
+  out["ahead_steps"] = c.ahead_steps;
+  out["ended_rows"] = c.ended_rows;
   return out;
 }
 
@@ -298,12 +332,29 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("decode_attention_f32", &decode_attention<float>);
   m.def("decode_attention_f64", &decode_attention<double>);
   m.def("decode_attention_bf16", &decode_attention<pmc::BFloat16>);
+  m.def("step_layout", &step_layout, py::arg("rows"), py::arg("blocks"), py::arg("logits"), py::arg("draws"));
+  py::class_<pmc::StepPlan>(m, "StepPlan")
+      .def("__getitem__", &array)
+      .def_property_readonly("rows", &pmc::StepPlan::rows)
+      .def_property_readonly("blocks", &pmc::StepPlan::blocks)
+      .def_property_readonly("draws", &pmc::StepPlan::draws)
+      .def_property_readonly("logits", &pmc::StepPlan::logits)
+      .def(
+          "padded_bytes",
+          [](const pmc::StepPlan& p, int64_t rows, int64_t blocks, int64_t logits, int64_t draws) {
+            pmc::check_range("rows", rows, p.rows(), kInt32);
+            return pmc::padded_bytes(p, {rows, blocks, logits, draws});
+          },
+          py::arg("rows"), py::arg("blocks"), py::arg("logits"), py::arg("draws"))
+      .def("pad", &pad_step, py::arg("rows"), py::arg("blocks"), py::arg("logits"), py::arg("draws"),
+           py::arg("scratch"), py::arg("out").noconvert());
   py::class_<pmc::RolloutTrie>(m, "RolloutTrie")
       .def(py::init<int64_t, std::vector<int32_t>, int64_t, bool>(), py::arg("capacity"), py::arg("stops"),
            py::arg("match"), py::arg("share_prompts") = true)
       .def("add", &pmc::RolloutTrie::add, py::arg("prompt"), py::arg("stream"), py::arg("samples"),
            py::arg("max_new"), py::arg("drafts"), py::arg("positions") = std::vector<int64_t>())
-      .def("plan", &plan, py::arg("max_rows"), py::arg("guess_rows"))
+      .def("plan", &plan<&pmc::RolloutTrie::plan>, py::arg("max_rows"), py::arg("guess_rows"))
+      .def("plan_ahead", &plan<&pmc::RolloutTrie::plan_ahead>, py::arg("max_rows"), py::arg("guess_rows"))
       .def("advance", &advance, py::arg("tokens").noconvert(), py::arg("logps").noconvert(),
            py::arg("mass").noconvert())
       .def("results", &results, py::arg("question"))

@@ -69,7 +69,7 @@ bool RolloutTrie::plan(int64_t max_rows, int64_t guess_rows, StepPlan& plan) {
       prompt_rows[i] = std::min(length - active.prefilled, max_rows - rows);
       rows += prompt_rows[i];
       if (prompt_rows[i] > 0 && active.prefilled + prompt_rows[i] == length) {
-        active.rows.push_back({{}, active.work.samples});
+        active.rows.push_back({{}, active.work.samples, true});
         nodes_.push_back({static_cast<int64_t>(i),
                           0,
                           static_cast<int64_t>(nodes_.size()),
@@ -80,14 +80,14 @@ bool RolloutTrie::plan(int64_t max_rows, int64_t guess_rows, StepPlan& plan) {
       continue;
     }
     for (size_t r = 0; r < active.rows.size() && rows < max_rows; ++r, ++rows) {
-      const Row& row = active.rows[r];
+      Row& row = active.rows[r];
       Node node{static_cast<int64_t>(i),
                 static_cast<int64_t>(r),
                 static_cast<int64_t>(nodes_.size()),
                 question.results[row.samples[0]].tokens.back(),
-                row.table,
+                std::exchange(row.table, {}),
                 {}};
-      pool_.hold(node.table);
+      row.planned = true;
       node.table.push_back(pool_.take());
       nodes_.push_back(std::move(node));
     }
@@ -96,7 +96,47 @@ bool RolloutTrie::plan(int64_t max_rows, int64_t guess_rows, StepPlan& plan) {
   counters_.steps += 1;
   for (const int64_t count : prompt_rows) counters_.prefill_tokens += count;
   add_guesses(rows, max_rows, guess_rows);
-  emit(prompt_rows, plan);
+  emit(nodes_, prompt_rows, plan);
+  draws_ = plan.draws();
+  return true;
+}
+
+bool RolloutTrie::plan_ahead(int64_t max_rows, int64_t guess_rows, StepPlan& plan) {
+  if (!ahead_.empty()) throw std::logic_error("a step has been planned ahead already");
+  if (max_rows < 1) throw std::invalid_argument("max_rows must be at least 1");
+  plan = StepPlan();
+  if (nodes_.empty() || !waiting_.empty()) return false;  // none: a part of a prompt, or no step at all
+  for (const Active& active : active_) {
+    if (active.prefilled < static_cast<int64_t>(questions_[active.work.question].prompt.size())) return false;
+    for (const Row& row : active.rows) {
+      if (!row.samples.empty() && (!row.planned || row.samples.size() > 1)) return false;
+    }
+  }
+  std::vector<int64_t> go_on;  // nodes whose sample is not over: by its length, or by an earlier stop token
+  for (size_t n = 0; n < nodes_.size(); ++n) {
+    const Node& node = nodes_[n];
+    if (node.anchor != static_cast<int64_t>(n)) return false;
+    const Active& active = active_[node.active];
+    const Question& question = questions_[active.work.question];
+    const Row& row = active.rows[node.row];
+    if (row.samples.empty()) continue;
+    const int64_t drawn = static_cast<int64_t>(question.results[row.samples[0]].tokens.size());
+    if (drawn + 1 < question.max_new) go_on.push_back(static_cast<int64_t>(n));
+  }
+  const int64_t rows = static_cast<int64_t>(go_on.size());
+  if (rows == 0 || rows > max_rows || rows > pool_.available()) return false;
+  if (match_ > 0 && rows < std::min(max_rows, guess_rows)) return false;
+  for (const int64_t n : go_on) {
+    Node& before = nodes_[n];
+    const int64_t number = static_cast<int64_t>(ahead_.size());
+    Node node{before.active, before.row, number, 0, std::exchange(before.table, {}), {}};
+    node.table.push_back(pool_.take());
+    node.source = before.first_draw;
+    ahead_.push_back(std::move(node));
+  }
+  counters_.steps += 1;
+  counters_.ahead_steps += 1;
+  emit(ahead_, std::vector<int64_t>(active_.size(), 0), plan);
   return true;
 }
 
@@ -295,11 +335,16 @@ size_t RolloutTrie::continuation(const Question& question, int32_t sample,
   return at;
 }
 
-void RolloutTrie::emit(const std::vector<int64_t>& prompt_rows, StepPlan& plan) {
+void RolloutTrie::emit(std::vector<Node>& nodes, const std::vector<int64_t>& prompt_rows, StepPlan& plan) {
   plan.cu_rows = plan.cu_prefix = plan.cu_suffix = {0};
   plan.cu_draws = {0};
   std::vector<std::vector<int64_t>> nodes_of(active_.size());
-  for (size_t n = 0; n < nodes_.size(); ++n) nodes_of[nodes_[n].active].push_back(static_cast<int64_t>(n));
+  size_t suffixes = 0;
+  for (size_t n = 0; n < nodes.size(); ++n) {
+    nodes_of[nodes[n].active].push_back(static_cast<int64_t>(n));
+    suffixes += nodes[n].table.size();
+  }
+  plan.suffix.reserve(suffixes);
   const auto draw = [&](Node& node, int64_t row) {
     const Active& active = active_[node.active];
     const Question& question = questions_[active.work.question];
@@ -329,9 +374,10 @@ void RolloutTrie::emit(const std::vector<int64_t>& prompt_rows, StepPlan& plan) 
     }
     active.prefilled += prompt_rows[i];
     for (const int64_t n : nodes_of[i]) {
-      Node& node = nodes_[n];
+      Node& node = nodes[n];
       if (!node.table.empty()) {
         plan.tokens.push_back(node.token);
+        if (node.source >= 0) plan.sources.push_back(node.source);
         plan.positions.push_back(question.positions.back() + static_cast<int64_t>(node.table.size()));
         plan.slots.push_back(node.table.back());
         plan.prefix_len.push_back(static_cast<int32_t>(length));
@@ -346,19 +392,53 @@ void RolloutTrie::emit(const std::vector<int64_t>& prompt_rows, StepPlan& plan) 
     plan.cu_prefix.push_back(static_cast<int32_t>(plan.prefix.size()));
     plan.cu_rows.push_back(static_cast<int32_t>(plan.tokens.size()));
   }
-  draws_ = static_cast<int64_t>(plan.samples.size());
+}
+
+// Adds a draw to a sample; returns whether the sample is over.
+bool RolloutTrie::take(Question& question, int32_t number, int64_t token, double logp, double mass) {
+  Sample& sample = question.results[number];
+  sample.tokens.push_back(static_cast<int32_t>(token));
+  sample.logps.push_back(static_cast<float>(logp));
+  sample.mass.push_back(static_cast<float>(mass));
+  counters_.sampled_tokens += 1;
+  sample.stopped = std::find(stops_.begin(), stops_.end(), token) != stops_.end();
+  return sample.stopped || static_cast<int64_t>(sample.tokens.size()) >= question.max_new;
+}
+
+void RolloutTrie::finish(Active& active, int32_t number) {
+  auto& left = active.work.samples;
+  left.erase(std::find(left.begin(), left.end(), number));
+}
+
+// Takes the draws of a step after which another was planned ahead: nothing forks, and rows stay in their
+// places, since that step counts on them.
+void RolloutTrie::advance_chain(const int64_t* tokens, const double* logps, const double* mass) {
+  for (Node& node : nodes_) {
+    Active& active = active_[node.active];
+    Row& row = active.rows[node.row];
+    if (row.samples.size() > 1) throw std::logic_error("a step was planned ahead of a row that may fork");
+    counters_.ended_rows += row.samples.empty();
+    if (!row.samples.empty()) {
+      const int64_t d = node.first_draw;
+      if (take(questions_[active.work.question], row.samples[0], tokens[d], logps[d], mass[node.logits])) {
+        finish(active, row.samples[0]);
+        row.samples.clear();
+      }
+    }
+    pool_.drop(node.table);  // empty if the row goes on: then the step ahead has the table
+  }
+  nodes_ = std::exchange(ahead_, {});
+  draws_ = 0;
+  for (const Node& node : nodes_) draws_ = std::max(draws_, node.first_draw + 1);
 }
 
 void RolloutTrie::advance(const int64_t* tokens, const double* logps, const double* mass) {
+  if (!ahead_.empty()) return advance_chain(tokens, logps, mass);
   std::vector<std::vector<Row>> kept(active_.size());  // rows that this step did not compute, then new ones
-  std::vector<size_t> computed(active_.size(), 0);
-  for (size_t n = 0; n < nodes_.size(); ++n) {
-    if (nodes_[n].anchor == static_cast<int64_t>(n)) ++computed[nodes_[n].active];
-  }
   for (size_t i = 0; i < active_.size(); ++i) {
-    auto& rows = active_[i].rows;
-    kept[i].insert(kept[i].end(), std::make_move_iterator(rows.begin() + computed[i]),
-                   std::make_move_iterator(rows.end()));
+    for (Row& row : active_[i].rows) {
+      if (!row.planned && !row.samples.empty()) kept[i].push_back(std::move(row));
+    }
   }
   for (size_t n = 0; n < nodes_.size(); ++n) {
     if (nodes_[n].anchor != static_cast<int64_t>(n)) continue;
@@ -367,20 +447,15 @@ void RolloutTrie::advance(const int64_t* tokens, const double* logps, const doub
     std::vector<Row>& rows = kept[nodes_[n].active];
     std::vector<std::pair<std::pair<int64_t, int32_t>, size_t>> forks;  // (node, token) -> its row
     const std::vector<int32_t>& samples = active.rows[nodes_[n].row].samples;
+    counters_.ended_rows += samples.empty();
     for (size_t rank = 0; rank < samples.size(); ++rank) {
-      Sample& sample = question.results[samples[rank]];
       int64_t at = static_cast<int64_t>(n);
       for (;;) {
-        const int64_t d = nodes_[at].first_draw + static_cast<int64_t>(rank);
+        Node& node = nodes_[at];
+        const int64_t d = node.first_draw + static_cast<int64_t>(rank);
         const int32_t token = static_cast<int32_t>(tokens[d]);
-        sample.tokens.push_back(token);
-        sample.logps.push_back(static_cast<float>(logps[d]));
-        sample.mass.push_back(static_cast<float>(mass[nodes_[at].logits]));
-        counters_.sampled_tokens += 1;
-        sample.stopped = std::find(stops_.begin(), stops_.end(), token) != stops_.end();
-        if (sample.stopped || static_cast<int64_t>(sample.tokens.size()) >= question.max_new) {
-          auto& left = active.work.samples;
-          left.erase(std::find(left.begin(), left.end(), samples[rank]));
+        if (take(question, samples[rank], token, logps[d], mass[node.logits])) {
+          finish(active, samples[rank]);
           break;
         }
         const int64_t next = child(at, token);
@@ -392,8 +467,11 @@ void RolloutTrie::advance(const int64_t* tokens, const double* logps, const doub
         const std::pair<int64_t, int32_t> key{at, token};
         auto fork = std::find_if(forks.begin(), forks.end(), [&](const auto& f) { return f.first == key; });
         if (fork == forks.end()) {
-          pool_.hold(nodes_[at].table);
-          rows.push_back({nodes_[at].table, {}});
+          const bool first = node.heir < 0;
+          if (first) node.heir = static_cast<int64_t>(rows.size());
+          std::vector<int32_t> table = first ? std::exchange(node.table, {}) : rows[node.heir].table;
+          if (!first) pool_.hold(table);
+          rows.push_back({std::move(table), {}});
           fork = forks.insert(forks.end(), {key, rows.size() - 1});
         }
         rows[fork->second].samples.push_back(samples[rank]);
@@ -401,11 +479,9 @@ void RolloutTrie::advance(const int64_t* tokens, const double* logps, const doub
       }
     }
   }
-  for (size_t n = 0; n < nodes_.size(); ++n) {
-    const Node& node = nodes_[n];
+  for (const Node& node : nodes_) {
     counters_.draft_hits += node.reached;
-    if (node.anchor == static_cast<int64_t>(n)) pool_.drop(active_[node.active].rows[node.row].table);
-    pool_.drop(node.table);
+    pool_.drop(node.table);  // empty if a row has taken it over
   }
   nodes_.clear();
   draws_ = 0;

@@ -6,21 +6,9 @@
 #include <vector>
 
 #include "kv_pool.h"
+#include "step_plan.h"
 
 namespace pmc {
-
-// What one forward pass computes. Rows of one question lie together: block b is rows
-// cu_rows[b] .. cu_rows[b + 1]. Row r sees the first prefix_len[r] slots of its block's prefix (its prompt),
-// then suffix[cu_suffix[r] .. cu_suffix[r + 1]], of which the last is its own; a prompt's own slot is the
-// last of the prefix that it sees.
-struct StepPlan {
-  std::vector<int64_t> tokens, positions;                           // [R]
-  std::vector<int32_t> slots, prefix_len, cu_suffix, suffix;        // [R], [R], [R + 1], [...]
-  std::vector<int32_t> cu_rows, cu_prefix, prefix;                  // [B + 1], [B + 1], [...]
-  std::vector<int64_t> logit_rows;                                  // [L], rows whose logits are drawn from
-  std::vector<int64_t> questions;                                   // [L], whose they are
-  std::vector<int64_t> cu_draws, streams, samples, draw_positions;  // [L + 1], [D] each
-};
 
 struct Sample {
   std::vector<int32_t> tokens;
@@ -30,7 +18,8 @@ struct Sample {
 
 struct Counters {
   int64_t rows = 0, draft_rows = 0, draft_hits = 0, prefill_tokens = 0, steps = 0, sampled_tokens = 0,
-          preemptions = 0;
+          preemptions = 0, ahead_steps = 0,
+          ended_rows = 0;  // ended_rows: computed ahead, of samples that had ended
 };
 
 // Prompts share the slots of their common prefix, which is computed once. Samples of
@@ -50,7 +39,13 @@ class RolloutTrie {
   // Fills `plan` with at most max_rows rows, guesses only as far as guess_rows; false when all is done.
   bool plan(int64_t max_rows, int64_t guess_rows, StepPlan& plan);
 
-  // Takes the draws from the last plan's logits: tokens and logps [D], mass [L].
+  // Fills `plan` with the step after the one that was planned last, before its draws are known: its tokens
+  // are these draws (`sources`). False where they decide which rows it has: where samples share a row, rows
+  // or questions wait, guesses were or would be made, or the pool is short. A row that a stop token ends in
+  // the step before is computed in vain; it holds its slots until the draws of the step ahead are taken, too.
+  bool plan_ahead(int64_t max_rows, int64_t guess_rows, StepPlan& plan);
+
+  // Takes the draws of the first step whose draws were not yet taken: tokens and logps [D], mass [L].
   void advance(const int64_t* tokens, const double* logps, const double* mass);
 
   const std::vector<Sample>& results(int64_t question) const { return questions_.at(question).results; }
@@ -70,9 +65,10 @@ class RolloutTrie {
     std::vector<Sample> results;
   };
   // One history that some samples share: its slots after the prompt, of which it holds each; its last token
-  // gets its own when it is computed.
+  // gets its own when it is computed. While it is in a step, its node has the table.
   struct Row {
-    std::vector<int32_t> table, samples;
+    std::vector<int32_t> table, samples;  // no samples: it has ended, and is in a step that was planned ahead
+    bool planned = false;                 // in the step that was planned last
   };
   struct Work {  // some samples of one question
     int64_t question;
@@ -84,7 +80,7 @@ class RolloutTrie {
     int64_t prefilled = 0;
     std::vector<Row> rows;
   };
-  struct Node {           // of the step that was planned last; parents come before their children
+  struct Node {           // of a step; parents come before their children
     int64_t active, row;  // row: of Active::rows, of the samples that are here or may come here
     int64_t anchor;       // the node where those samples are
     int32_t token;
@@ -93,6 +89,8 @@ class RolloutTrie {
     std::vector<int64_t> children;
     int64_t logits = 0, first_draw = 0;  // where its distribution and its draws are in the plan
     bool reached = false;                // a guess that was drawn
+    int64_t heir = -1;                   // the new row that has taken over its table
+    int64_t source = -1;                 // the draw of the step before that is its token
   };
 
   bool make_room(int64_t max_rows);
@@ -106,7 +104,10 @@ class RolloutTrie {
   void add_guesses(int64_t rows, int64_t max_rows, int64_t guess_rows);
   void graft(int64_t node, const std::vector<int32_t>& tokens, size_t begin, int64_t* budget);
   size_t continuation(const Question& question, int32_t sample, const std::vector<int32_t>** source) const;
-  void emit(const std::vector<int64_t>& prompt_rows, StepPlan& plan);
+  void emit(std::vector<Node>& nodes, const std::vector<int64_t>& prompt_rows, StepPlan& plan);
+  bool take(Question& question, int32_t number, int64_t token, double logp, double mass);
+  void finish(Active& active, int32_t number);
+  void advance_chain(const int64_t* tokens, const double* logps, const double* mass);
 
   KvPool pool_;
   const int64_t capacity_;
@@ -116,8 +117,9 @@ class RolloutTrie {
   std::vector<Question> questions_;
   std::deque<Work> waiting_;
   std::vector<Active> active_;  // in the order of admission
-  std::vector<Node> nodes_;
-  int64_t draws_ = 0;
+  std::vector<Node> nodes_;     // of the first step whose draws were not yet taken
+  std::vector<Node> ahead_;     // of the step after it, if it was planned ahead
+  int64_t draws_ = 0;           // of nodes_
   Counters counters_;
 };
 

@@ -14,8 +14,6 @@ No host sync, no atomics, a fixed order of sums, shapes that depend on the input
 The oracle is the reference in `pmc_fast.ops.sample_nucleus`.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -90,8 +88,9 @@ def select_kernel(
     inverse_temperature,
     top_k,  # 0: all
     top_p,
-    log_tail,  # log of the weight under which a token is in the tail that top_p drops, over the sum of weights
+    log_tail,  # log of the weight under which V tokens together are in the tail that top_p drops, over all weights
     greedy,  # 1: of tied tokens the first alone
+    settings_ptr,  # float64 [6]: the last five, which are then not read, and the temperature; or None
     BLOCK_V: tl.constexpr,
     BLOCK_LIST: tl.constexpr,
 ):
@@ -99,6 +98,13 @@ def select_kernel(
     logits_ptr += row.to(tl.int64) * stride
     list_ptr += row.to(tl.int64) * capacity
     columns = tl.arange(0, BLOCK_V)
+    if settings_ptr is not None:
+        inverse_temperature = tl.load(settings_ptr).to(tl.float32)
+        top_k = tl.load(settings_ptr + 1).to(tl.int32)
+        top_p = tl.load(settings_ptr + 2).to(tl.float32)
+        log_tail = tl.load(settings_ptr + 3).to(tl.float32)
+        greedy = tl.load(settings_ptr + 4).to(tl.int32)
+    top_k = tl.where(top_k < vocab, top_k, 0)
 
     lanes = tl.full((BLOCK_V,), float("-inf"), tl.float32)
     for v in range(0, vocab, BLOCK_V):
@@ -121,7 +127,8 @@ def select_kernel(
             high = tl.where(enough, high, middle - 1)
     elif top_p < 1:
         part = tl.sum(tl.exp((lanes - top) * inverse_temperature), axis=0)  # of the sum of all weights
-        low = tl.maximum(low, _image(top + (log_tail + tl.log(part)) / inverse_temperature))
+        tokens = tl.full((), 0.0, tl.float32) + vocab
+        low = tl.maximum(low, _image(top + (log_tail - tl.log(tokens) + tl.log(part)) / inverse_temperature))
 
     # A NaN or +inf, or nothing but -inf, makes the total NaN: nothing else here looks for broken rows.
     total = tl.zeros((BLOCK_V,), tl.float32)
@@ -225,10 +232,13 @@ def race_kernel(
     logps_ptr,
     temperature: tl.float64,
     seed: tl.uint64,
+    settings_ptr,  # as above
     BLOCK: tl.constexpr,
 ):
     draw = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
+    if settings_ptr is not None:
+        temperature = tl.load(settings_ptr + 5)
     row = 0  # as many rows end at or before this draw
     for r in range(0, rows, BLOCK):
         ends = tl.load(cu_draws_ptr + 1 + r + lanes, mask=r + lanes < rows, other=draw + 1)
@@ -289,9 +299,7 @@ def sample_nucleus(
     tokens: torch.Tensor,
     logps: torch.Tensor,
     mass: torch.Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    settings: tuple[float, ...] | torch.Tensor,
     seed: int,
 ) -> None:
     """Launch both kernels.
@@ -304,16 +312,15 @@ def sample_nucleus(
     streams, samples, positions : int64 Tensor [D]
     tokens, logps, mass : int64 [D], float64 [D], float64 [R] Tensor
         Written.
-    temperature, top_k, top_p, seed
-        As in `pmc_fast.ops.sample_nucleus`.
+    settings : tuple of 6 numbers, or float64 Tensor [6]
+        From `launch_settings` of `pmc_fast.ops.sample_nucleus`. A tensor is read by the kernels, whenever they run.
+    seed : int
     """
     rows, vocab = logits.shape
-    greedy = temperature == 0
-    if greedy:
-        temperature, top_k, top_p = 1.0, 1, 1.0
-    top_k = top_k if top_k < vocab else 0
-    # tokens below half of (1 - top_p) / V of the mass hold less than 1 - top_p: the half is for rounding
-    log_tail = math.log(0.5 * (1 - top_p) / vocab) if top_p < 1 else 0.0
+    from_memory = isinstance(settings, torch.Tensor)
+    numbers = (1.0, 0, 1.0, 0.0, 0, 1.0) if from_memory else settings
+    memory = settings if from_memory else None
+    *select_numbers, temperature = numbers
     capacity = min(vocab, CAPACITY)
     list_ = torch.empty(rows, capacity, dtype=torch.int32, device=logits.device)
     limits = torch.empty(rows, 3, dtype=torch.int32, device=logits.device)
@@ -322,10 +329,9 @@ def sample_nucleus(
     select["BLOCK_V"] = min(select["BLOCK_V"], triton.next_power_of_2(vocab))
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         select_kernel[(rows,)](
-            logits, logits.stride(0), vocab, list_, capacity, limits, sums, mass,
-            1.0 / temperature, top_k, float(top_p), log_tail, int(greedy), **select,
+            logits, logits.stride(0), vocab, list_, capacity, limits, sums, mass, *select_numbers, memory, **select,
         )  # fmt: skip
         race_kernel[(len(streams),)](
             logits, logits.stride(0), vocab, rows, list_, capacity, limits, sums,
-            cu_draws, streams, samples, positions, tokens, logps, float(temperature), seed % 2**64, **CONFIGS["race"],
+            cu_draws, streams, samples, positions, tokens, logps, temperature, seed % 2**64, memory, **CONFIGS["race"],
         )  # fmt: skip

@@ -342,6 +342,37 @@ def rotary(data: st.DataObject) -> None:
     refused("rotary: an odd dim", lambda: MODULE.rotary_f32(*odd.values()))
 
 
+def _take(made: Any, plan: Any, capacity: int, draw: Any) -> None:
+    """Pad a plan and draw its tokens, with nonsense thrown in between."""
+    draws, rows = plan.draws, plan.logits
+    assert len(plan["slots"]) == 0 or 0 <= plan["slots"].min() <= plan["slots"].max() < made.span <= capacity
+    bucket = (
+        plan.rows + draw(st.integers(0, 3)),
+        plan.blocks + 1,
+        max(rows, 1),
+        max(draws, 1) + draw(st.integers(0, 3)),
+    )
+    memory = np.zeros(plan.padded_bytes(*bucket), np.uint8)
+    odd = list(bucket)
+    odd[draw(st.integers(0, 3))] = draw(BAD_SIZE | st.just(0))
+    assert isinstance(plan, MODULE.StepPlan)
+    refused(f"step_layout {odd}", lambda: MODULE.step_layout(*odd))
+    refused(f"StepPlan.pad {odd}", lambda: plan.pad(*odd, made.span, memory))
+    refused("StepPlan.pad: no room", lambda: plan.pad(*bucket, made.span, memory[:-1]))
+    refused("StepPlan.pad: bad slots", lambda: plan.pad(*bucket, draw(st.sampled_from([-1, 2**31])), memory))
+    plan.pad(*bucket, made.span, memory)
+    tokens = np.array([draw(st.integers(0, 5)) for _ in range(draws)], np.int64)
+    good = (tokens, np.zeros(draws), np.ones(rows))
+    bad = draw(st.sampled_from([
+        (tokens.astype(np.int32), *good[1:]), (np.zeros(draws + 1, np.int64), *good[1:]), (None, *good[1:]),
+        (tokens, np.zeros(draws + 1), good[2]), (tokens, good[1], np.zeros(rows + 1)), (tokens, good[1], None),
+        (tokens, good[1].astype(np.float32), good[2]), *([(tokens - 6, *good[1:]), (tokens + 2**31, *good[1:])] if draws else []),
+    ]))  # fmt: skip
+    refused("advance", lambda b=bad: made.advance(*b))
+    made.advance(*good)
+    COUNTS["sound calls"] += 1
+
+
 def trie(data: st.DataObject) -> None:
     """Whole rollouts of random draws, with nonsense thrown in between: they still end, and free all slots."""
     draw = data.draw
@@ -379,21 +410,16 @@ def trie(data: st.DataObject) -> None:
     while True:
         refused("plan", lambda: made.plan(draw(BAD_SIZE | st.just(0)), 0))
         refused("plan", lambda: made.plan(1, draw(BAD_SIZE)))
-        plan = made.plan(draw(st.integers(1, 12) | st.just(2**31 - 1)), draw(st.integers(0, 12)))
+        limits = draw(st.integers(1, 12) | st.just(2**31 - 1)), draw(st.integers(0, 12))
+        plan = made.plan(*limits)
         if plan is None:
+            assert made.plan_ahead(*limits) is None
             break
-        draws, rows = len(plan["samples"]), len(plan["logit_rows"])
-        assert len(plan["slots"]) == 0 or 0 <= plan["slots"].min() <= plan["slots"].max() < made.span <= capacity
-        tokens = np.array([draw(st.integers(0, 5)) for _ in range(draws)], np.int64)
-        good = (tokens, np.zeros(draws), np.ones(rows))
-        bad = draw(st.sampled_from([
-            (tokens.astype(np.int32), *good[1:]), (np.zeros(draws + 1, np.int64), *good[1:]), (None, *good[1:]),
-            (tokens, np.zeros(draws + 1), good[2]), (tokens, good[1], np.zeros(rows + 1)), (tokens, good[1], None),
-            (tokens, good[1].astype(np.float32), good[2]), *([(tokens - 6, *good[1:]), (tokens + 2**31, *good[1:])] if draws else []),
-        ]))  # fmt: skip
-        refused("advance", lambda b=bad: made.advance(*b))
-        made.advance(*good)
-        COUNTS["sound calls"] += 1
+        refused("plan_ahead", lambda: made.plan_ahead(draw(BAD_SIZE | st.just(0)), 0))
+        ahead = made.plan_ahead(*limits) if draw(st.booleans()) else None
+        for step in (plan, ahead):
+            if step is not None:
+                _take(made, step, capacity, draw)
     assert made.in_use == 0
     made.advance(none, nothing, nothing)
     for number, question in enumerate(asked):

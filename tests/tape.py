@@ -41,7 +41,7 @@ class Tape(TorchDispatchMode):
         finally:
             patch.undo()
         if out is not None:
-            out.fill_(torch.nan)  # a capture computes nothing yet
+            out.fill_(torch.nan if out.is_floating_point() else -1)  # a capture computes nothing yet
 
         def replay():
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -50,7 +50,7 @@ class Tape(TorchDispatchMode):
                     for new, old in zip(*(tensors(x) for x in (now, before)), strict=True):
                         if new.data_ptr() != old.data_ptr():  # a view, of a weight say, has not changed
                             old.copy_(new)
-                if out is not None:
+                if out is not None and out.is_floating_point():
                     out.add_(self.fault)
 
         return replay

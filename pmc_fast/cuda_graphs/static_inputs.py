@@ -42,24 +42,35 @@ class StaticInputs:
             begin = round_up(end, ALIGNED)
             end = begin + array.nbytes
             places[name] = (begin, end)
+        host = self.reserved(end)
+        for name, (begin, stop) in places.items():
+            host[begin:stop] = np.ascontiguousarray(arrays[name]).view(np.uint8)
+        self.upload(end)
+        return {name: self.view(*place, arrays[name].itemsize) for name, place in places.items()}
+
+    def reserved(self, end: int) -> np.ndarray:
+        """Return the host's buffer, of at least `end` bytes, to be written: the last copy has been made."""
         if self._copied is not None:
             # The last copy, which waits for the kernels before it, may not have read the host's buffer yet: a step
             # that draws nothing (a part of a long prompt) gives the caller nothing to wait for.
             self._copied.synchronize()
         if end > len(self._bytes):
             self._reserve(max(end, 2 * len(self._bytes)))
-        for name, (begin, stop) in places.items():
-            self._bytes[begin:stop] = np.ascontiguousarray(arrays[name]).view(np.uint8)
+        return self._bytes
+
+    def upload(self, end: int) -> None:
+        """Copy the first `end` bytes to the device."""
         self._device[:end].copy_(self._host[:end], non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._to))
-        return {
-            name: self._device[begin:stop].view(torch.int64 if arrays[name].itemsize == 8 else torch.int32)
-            for name, (begin, stop) in places.items()
-        }
+
+    def view(self, begin: int, stop: int, itemsize: int) -> torch.Tensor:
+        """Return a part of the device's buffer as int64 or int32."""
+        return self._device[begin:stop].view(torch.int64 if itemsize == 8 else torch.int32)
 
     def _reserve(self, room: int) -> None:
         # pinned: from other memory CUDA copies in two steps, and the host waits for the first
+        room = round_up(room, ALIGNED)
         self._host = torch.empty(room, dtype=torch.uint8, pin_memory=self._to.type == "cuda")
         self._bytes = self._host.numpy()
         self._device = torch.empty(room, dtype=torch.uint8, device=self._to)

@@ -14,6 +14,7 @@ from ..ops.adamw import replaces_torchs
 from ..ops.nll_cpu import VOCAB_BLOCK, Cpu
 from ..ops.nll_cuda import Cuda
 from ..ops.weighted_nll import WORKSPACE
+from ..rollout.inputs import PROMPT_ROWS
 from ..rollout.request import MAX_ROWS
 from .methods import method_of
 
@@ -198,7 +199,7 @@ class Memory:
         rows = passes.forward.each * MAX_ROWS[self.device]
         logits = work.rows * s.vocab * (4 + self.computes_in.itemsize % 4)
         if choice.cuda_graphs:
-            add("CUDA graphs of rollouts", ALWAYS, passes.forward.each * work.rows + logits)
+            add("CUDA graphs of rollouts", ALWAYS, passes.forward.each * max(work.rows, PROMPT_ROWS) + logits)
             add("logits of a rollout", ALWAYS, work.rows * s.vocab * 4)
             add("layers of a rollout", ("rollout",), rows)
         else:

@@ -1,11 +1,13 @@
 """Temporary changes of a transformers model: they last for one pass."""
 
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from transformers import AttentionInterface
 
 from ..cuda_graphs.recorder import HOOKS
@@ -36,6 +38,18 @@ def attention(model: Any, name: str) -> Iterator[None]:
         for config in configs.values():
             if hasattr(config, "_attn_implementation_internal"):
                 stack.enter_context(attribute(config, "_attn_implementation_internal", name))
+        yield
+
+
+@contextmanager
+def outputs_as_computed(model: Any) -> Iterator[None]:
+    """Leave out the conversion of results to float32 that accelerate wraps around a model's forward; keep its autocast."""
+    own = vars(model).get("forward")
+    wrapper = getattr(getattr(own, "__func__", own), "__wrapped__", None)
+    with ExitStack() as stack:
+        if isinstance(wrapper, ConvertOutputsToFp32):
+            inner = wrapper.model_forward
+            stack.enter_context(forward(model, types.MethodType(inner, model) if hasattr(own, "__func__") else inner))
         yield
 
 

@@ -1,5 +1,7 @@
 """Sampling from rows of logits: temperature, top-k, top-p, then an exponential race with keyed randomness."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,9 @@ DTYPES = {  # dtypes of logits
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }
+
+
+SEED_FACTOR = 0x9E3779B97F4A7C15  # of stream_key in csrc/philox.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +85,7 @@ def sample_nucleus(
     On CUDA there is no host sync, and what is launched depends on shapes and settings alone: it can be
     captured in a CUDA graph.
     """
-    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
-        raise PMCError(
-            f"sample_nucleus: temperature {temperature}, top_k {top_k}, top_p {top_p}: need temperature >= 0, "
-            "top_k >= 0 and 0 < top_p <= 1"
-        )
+    check_settings(temperature, top_k, top_p)
     chosen = resolve_backend(backend, logits.device)
     if logits.dim() != 2 or logits.dtype not in DTYPES[chosen] or logits.stride(1) != 1:
         dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[chosen])
@@ -105,17 +106,81 @@ def sample_nucleus(
         torch.empty_like(keys[1], dtype=torch.float64),
         torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device),
     )
-    out = (draws.tokens, draws.logps, draws.nucleus_mass)
     if chosen == "cuda":
-        native.triton_kernels("sampling").sample_nucleus(logits, *keys, *out, temperature, top_k, top_p, seed)
-        return draws
+        out, numbers = (draws.tokens, draws.logps, draws.nucleus_mass), launch_settings(temperature, top_k, top_p)
+        native.triton_kernels("sampling").sample_nucleus(logits, *keys, *out, numbers, seed)
+    else:
+        _on_cpu(logits, keys, draws, temperature, top_k, top_p, seed)
+    return draws
+
+
+def sample_nucleus_static(
+    logits: torch.Tensor, keys: Sequence[torch.Tensor], settings: torch.Tensor, out: Draws
+) -> None:
+    """Draw as `sample_nucleus` does, with settings and results in memory: for CUDA graphs.
+
+    A replay draws by what `settings` then holds. Nothing is checked: callers take these tensors from one place.
+
+    Parameters
+    ----------
+    logits : Tensor [R, V]
+    keys : int64 Tensors
+        `cu_draws`, `streams`, `samples` and `positions` as in `sample_nucleus`. The seed is in the streams: see `seeded`.
+    settings : float64 Tensor [6]
+        What `launch_settings` returns, on the device of logits.
+    out : Draws
+        Written.
+    """
+    if logits.is_cuda:
+        written = out.tokens, out.logps, out.nucleus_mass
+        native.triton_kernels("sampling").sample_nucleus(logits, *keys, *written, settings, 0)
+        return
+    _, top_k, top_p, _, greedy, temperature = settings.numpy().tolist()
+    if greedy:
+        temperature, top_k, top_p = 0.0, 0, 1.0
+    _on_cpu(logits, keys, out, temperature, int(top_k), top_p, 0)
+
+
+def check_settings(temperature: float, top_k: int, top_p: float) -> None:
+    """Refuse settings that are out of range."""
+    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
+        raise PMCError(
+            f"sample_nucleus: temperature {temperature}, top_k {top_k}, top_p {top_p}: need temperature >= 0, "
+            "top_k >= 0 and 0 < top_p <= 1"
+        )
+
+
+def launch_settings(temperature: float, top_k: int, top_p: float) -> tuple[float, ...]:
+    """Return the settings as the CUDA kernels take them: 1 / temperature, top_k, top_p, log_tail, greedy, temperature."""
+    if temperature == 0:
+        return (1.0, 1, 1.0, 0.0, 1, 1.0)
+    # tokens below half of (1 - top_p) / V of the mass hold less than 1 - top_p: the half is for rounding
+    log_tail = math.log(0.5 * (1 - top_p)) if top_p < 1 else 0.0
+    return (1 / temperature, min(top_k, 2**31 - 1), float(top_p), log_tail, 0, float(temperature))
+
+
+def seeded(stream: int, seed: int) -> int:
+    """Return the stream that with seed 0 gives the random numbers of a stream with a seed: an int64."""
+    mixed = (seed * SEED_FACTOR + stream) % 2**64
+    return mixed - 2**64 if mixed >= 2**63 else mixed
+
+
+def _on_cpu(
+    logits: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    out: Draws,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> None:
     module = native.cpu()
     kernel = module.sample_nucleus_f32 if logits.dtype == torch.float32 else module.sample_nucleus_f64
+    arrays = (*keys, out.tokens, out.logps, out.nucleus_mass)
     kernel(
         logits.data_ptr(), logits.stride(0), *logits.shape, temperature, top_k, top_p, seed % 2**64,
-        *(t.data_ptr() for t in (*keys, *out)), draws.tokens.shape[0], native.isa(), torch.get_num_threads(),
+        *(t.data_ptr() for t in arrays), out.tokens.shape[0], native.isa(), torch.get_num_threads(),
     )  # fmt: skip
-    return draws
 
 
 def _check_draws(keys: list[torch.Tensor], rows: int, *, values: bool) -> None:
@@ -193,7 +258,7 @@ def kept_tokens(
 def _stream_key(seed: int, stream: int) -> int:
     """Compute what stream_key in csrc/philox.h does."""
     mask = 2**64 - 1
-    x = (seed * 0x9E3779B97F4A7C15 + stream) & mask
+    x = (seed * SEED_FACTOR + stream) & mask
     for _ in range(2):
         x = (x + 0x9E3779B97F4A7C15) & mask
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask

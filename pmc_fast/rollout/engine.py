@@ -24,8 +24,8 @@ from ..models.recognition import Recognised, own_errors, recognise
 from ..models.supported import check_adapters
 from ..ops import native
 from ..ops.fp8_linear import FP8_ERROR, why_no_fp8
-from ..ops.sample_nucleus import Draws
-from .inputs import StepInputs
+from ..ops.sample_nucleus import Draws, seeded
+from .inputs import StepInputs, StepTensors
 from .logits_processors import Histories, settings_of
 from .model_runner import ModelStep
 from .request import Request, whole
@@ -47,7 +47,7 @@ class Rollouts:
     finish_reason: list[list[Literal["stop", "length"]]]
     counters: dict[
         str, int
-    ]  # rows, sampled_tokens, prefill_tokens, steps, peak_slots, draft_rows, graph_replays, ...
+    ]  # rows, sampled_tokens, prefill_tokens, steps, peak_slots, draft_rows, graph_replays, ahead_steps, ...
 
 
 class RolloutEngine:
@@ -61,9 +61,14 @@ class RolloutEngine:
     autocast_dtype : torch.dtype, optional
         What the model computes in under torch.autocast, if it does.
     cuda_graphs : bool
-        On CUDA, pad decode steps to a few sizes and replay CUDA graphs of them, unless the model is sharded.
+        On CUDA, pad steps to a few sizes and replay CUDA graphs of them, unless the model is sharded.
     pad_steps : bool
-        Pad decode steps without CUDA graphs: for tests and measurements.
+        Pad steps without CUDA graphs: for tests and measurements.
+    graph_draws : bool
+        Draw the tokens of padded steps within their CUDA graph. False: launch by launch, for measurements.
+    run_ahead : bool
+        Start a padded step before the draws of the one before it are read, where they do not decide which rows it
+        has: while each row is one sample's and nothing waits. Needs `graph_draws`. Samples are the same without.
     process_group : torch.distributed.ProcessGroup, optional
         The processes that hold a sharded model (FSDP2). All of them must call the engine together, each with its own
         prompts, or with none.
@@ -84,6 +89,8 @@ class RolloutEngine:
         autocast_dtype: torch.dtype | None = None,
         cuda_graphs: bool = True,
         pad_steps: bool = False,
+        graph_draws: bool = True,
+        run_ahead: bool = True,
         process_group: Any = None,
         pool_tokens: int | None = None,
     ) -> None:
@@ -91,6 +98,7 @@ class RolloutEngine:
         self.model, self._ranks = model, Ranks(process_group)
         self._step = ModelStep(model, autocast_dtype)
         self._cuda_graphs, self._pads = cuda_graphs, pad_steps
+        self._graph_draws, self._run_ahead = graph_draws, run_ahead and graph_draws
         # smaller after a rollout that did not fit the memory
         self.pool_tokens = pool_tokens
         self._max_rows: int | None = None
@@ -269,7 +277,7 @@ class RolloutEngine:
             work.prompts, work.streams, work.max_new, work.drafts, work.positions, strict=True
         ):
             for group in groups:
-                state.add(prompt, stream, group, longest, drafts, positions)
+                state.add(prompt, seeded(stream, draw["seed"]), group, longest, drafts, positions)
         histories = Histories(settings or {}, work, len(groups))
         device = self.model.get_input_embeddings().weight.device  # the model may have been moved
         if device.type == "cuda":
@@ -279,24 +287,47 @@ class RolloutEngine:
             self._inputs = StepInputs(device, pads=pads)
         self._step.most_slots = work.pool_tokens + work.max_rows  # padded rows have slots too
         with Lockstep(self.model, self._ranks) as lockstep, self._step.prepared():
-            ngram_rows = NGRAM_ROWS[device.type] if ngram_drafts else 0
-            padded, before = 0, self._step.graph_counters()
-            while (plan := state.plan(work.max_rows, ngram_rows)) is not None:
-                lockstep.forward()
-                step = self._inputs(plan, state.span, work.max_rows)
-                rows = len(plan["logit_rows"])
-                padded += len(step.logit_rows) - rows
-                drawn = histories.draw(self._step.logits(step)[:rows], plan, step.draws, **draw)
-                tokens, logps, mass = _to_host(drawn)
-                if (tokens < 0).any():
-                    raise NotFiniteError(
-                        "the model's logits are NaN or infinite: its weights are damaged, or it overflows"
-                    )
-                state.advance(tokens, logps, mass)
+            before = self._step.graph_counters()
+            padded = self._loop(state, work, histories, draw, NGRAM_ROWS[device.type] * ngram_drafts, lockstep)
         graphs = {name: n - before[name] for name, n in self._step.graph_counters().items()}
         counters = state.counters() | {"pool_bytes": self._step.pool_bytes(), "copy_bytes": self._step.copy_bytes()}
         counters |= {"padded_rows": padded} | graphs
         return _collect(state, len(work.prompts), len(groups), counters)
+
+    def _loop(
+        self,
+        state: Any,
+        work: Request,
+        histories: Histories,
+        draw: dict[str, Any],
+        ngram_rows: int,
+        lockstep: Lockstep,
+    ) -> int:
+        """Plan, compute and draw until all samples have ended; return how many padded rows were computed."""
+        limits, padded = (work.max_rows, ngram_rows), 0
+        how = {name: draw[name] for name in ("temperature", "top_k", "top_p")}  # the seed is in the streams
+        self._step.sample_by(**how)
+
+        def inputs(plan: Any) -> StepTensors:
+            nonlocal padded
+            lockstep.forward()
+            step = self._inputs(plan, state.span, work.max_rows)
+            padded += len(step.tokens) - plan.rows
+            return step
+
+        while (plan := state.plan(*limits)) is not None:
+            step = inputs(plan)
+            if step.bucket is None or not (self._graph_draws and histories.idle):
+                logits = self._step.logits(step)[: plan.logits]
+                state.advance(*_sound(_to_host(histories.draw(logits, plan, step.real_draws(), **how))))
+                continue
+            pending = self._step.draw(step)
+            while self._run_ahead and (plan := state.plan_ahead(*limits)) is not None:
+                following = self._step.draw(inputs(plan), pending)
+                state.advance(*_sound(pending.read()))
+                pending = following
+            state.advance(*_sound(pending.read()))
+        return padded
 
     def _check(self) -> None:
         """Compare the log-probs of short rollouts with those of the model's own forward pass."""
@@ -317,10 +348,12 @@ class RolloutEngine:
         vocab = known_tokens(self.model)
         generator = np.random.default_rng(0)
         draw = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+        # steps that run ahead are checked too: n-gram drafts would keep such small ones from it
+        ahead = self._run_ahead and (self._pads or self._step.device.type == "cuda")
         for lengths, samples in [((5, 9), 4), *(((n - 4,), 1) for n in self._recognised.wide)]:
             prompts = [generator.integers(0, vocab, n).tolist() for n in lengths]
             work = Request.checked(self.model, prompts, samples, max_new_tokens=4, max_rows=8)
-            ours = self._run(work, draw, ngram_drafts=True, trie=True)
+            ours = self._run(work, draw, ngram_drafts=not ahead, trie=True)
             for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
                 yield (prompt, tokens), np.stack(logps)
 
@@ -357,6 +390,13 @@ class RolloutEngine:
 def rollout(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> Rollouts:
     """Sample answers to prompts; see `RolloutEngine`. For several calls, reuse one engine."""
     return RolloutEngine(model)(prompts, **settings)
+
+
+def _sound(drawn: list[np.ndarray]) -> list[np.ndarray]:
+    """Return tokens, log-probs and masses, unless logits were broken."""
+    if (drawn[0] < 0).any():
+        raise NotFiniteError("the model's logits are NaN or infinite: its weights are damaged, or it overflows")
+    return drawn
 
 
 def _to_host(drawn: Draws) -> list[np.ndarray]:

@@ -1,7 +1,6 @@
 """Draws from logits after what changes them: biases of a prompt, and the logits processors of a generation_config."""
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,12 +39,16 @@ class Histories:
         self._token_at = np.zeros(0, dtype=np.int64)  # of each slot of the pool
         self._processors: dict[int, LogitsProcessorList] = {}
 
-    def draw(
-        self, logits: torch.Tensor, plan: Mapping[str, np.ndarray], draws: tuple[torch.Tensor, ...], **how: Any
-    ) -> Draws:
+    @property
+    def idle(self) -> bool:
+        """Whether draws are from the model's own logits."""
+        return not self._settings and not self._biases
+
+    def draw(self, logits: torch.Tensor, plan: Any, draws: tuple[torch.Tensor, ...], **how: Any) -> Draws:
         """Draw a plan's tokens; their log-probs are those of the model's own logits."""
-        if not self._settings and not self._biases:
+        if self.idle:
             return sample_nucleus(logits, *draws, **how)
+        logits = logits if logits.dtype == torch.float64 else logits.float()  # processors compute in it
         changed = self._biased(logits, plan) if self._biases else logits
         changed = self._processed(changed, plan) if self._settings else changed
         drawn = sample_nucleus(changed, *draws, **how)
@@ -54,7 +57,7 @@ class Histories:
         own = logits[at, drawn.tokens.clamp(min=0)].double() - logits.double().logsumexp(-1)[at]
         return replace(drawn, logps=own)
 
-    def _biased(self, logits: torch.Tensor, plan: Mapping[str, np.ndarray]) -> torch.Tensor:
+    def _biased(self, logits: torch.Tensor, plan: Any) -> torch.Tensor:
         biases = [self._biases[question // self._copies] for question in plan["questions"]]
         rows = np.repeat(np.arange(len(biases)), [len(tokens) for tokens, _ in biases])
         at = torch.from_numpy(np.stack([rows, np.concatenate([tokens for tokens, _ in biases])]).astype(np.int64))
@@ -64,7 +67,7 @@ class Histories:
         out[rows, tokens] += bias
         return out
 
-    def _processed(self, logits: torch.Tensor, plan: Mapping[str, np.ndarray]) -> torch.Tensor:
+    def _processed(self, logits: torch.Tensor, plan: Any) -> torch.Tensor:
         groups: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
         for number, (history, generated) in enumerate(self._of(plan)):
             groups.setdefault((len(history) - generated, len(history)), []).append((number, history))
@@ -76,7 +79,7 @@ class Histories:
             out[at] = self._for(prompt, logits.device)(ids, logits[at])
         return out
 
-    def _of(self, plan: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, int]]:
+    def _of(self, plan: Any) -> list[tuple[np.ndarray, int]]:
         """Return each row's history, its own token included, and how many of its tokens belong to the answer."""
         slots, size = plan["slots"], int(plan["slots"].max()) + 1
         if size > len(self._token_at):

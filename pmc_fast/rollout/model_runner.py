@@ -5,7 +5,6 @@ registered with transformers' attention interface writes their keys and values t
 sees. No transformers cache is used, because its calls differ between versions.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -19,11 +18,13 @@ from ..models.context import autocast, eval_mode
 from ..models.fsdp import is_sharded
 from ..models.fused_layers import FusedLayers
 from ..ops.decode_attention import StepIndex, decode_attention
-from .inputs import StepTensors
+from ..ops.sample_nucleus import DTYPES, check_settings, launch_settings, sample_nucleus_static
+from .drawn import Landing, Outputs, Pending
+from .inputs import Bucket, StepTensors
 from .weights import RolloutWeights
 
 ATTENTION = "pmc_fast_rollout"
-StepGraphs = GraphCache[tuple[Callable[[], None], torch.Tensor]]  # each replays a step and writes its logits
+StepGraphs = GraphCache[Callable[[], None]]
 LEAST_SLOTS = 1024  # of a pool with CUDA graphs, which are captured again whenever it grows
 
 
@@ -43,6 +44,7 @@ class ModelStep:
         self.graphs: StepGraphs | None = None
         self.most_slots: int | None = None  # of the pool, which else grows ahead of what is needed
         self._logits: torch.Tensor | None = None  # the memory that graphs write logits to
+        self._settings: torch.Tensor | None = None  # by which they draw
         self._relies_on: Any = None
         self._forget_buffers()
         self._index: StepIndex | None = None
@@ -71,6 +73,7 @@ class ModelStep:
             stack.enter_context(fresh_autocast_cache())  # older torch would keep cast weights without gradients
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(patching.attention(self.model, ATTENTION))
+            stack.enter_context(patching.outputs_as_computed(self.model))
             sharded = is_sharded(self.model)  # then weights are whole during a layer's own forward alone
             if not sharded:
                 stack.enter_context(patching.forwards(self.weights.forwards()))
@@ -86,6 +89,44 @@ class ModelStep:
         # without a cache under graphs: they would read cast weights after the cache is cleared
         return autocast(self.device, self.autocast_dtype, cache_enabled=self.graphs is None)
 
+    def sample_by(self, temperature: float, top_k: int, top_p: float) -> None:
+        """Set what `draw` draws by, in memory that graphs read."""
+        check_settings(temperature, top_k, top_p)
+        numbers = torch.tensor(launch_settings(temperature, top_k, top_p), dtype=torch.float64)
+        self._settings = numbers.to(self.device) if self._settings is None else self._settings.copy_(numbers)
+
+    def draw(self, step: StepTensors, follows: Pending | None = None) -> Pending:
+        """Compute a padded step and draw from its logits as `sample_by` said, without waiting for the device.
+
+        Parameters
+        ----------
+        step : StepTensors
+            Its streams are `seeded`.
+        follows : Pending, optional
+            The draws of the step before, which are this step's tokens, by `step.sources`.
+
+        Returns
+        -------
+        Pending
+        """
+        assert step.bucket is not None
+        assert step.sources is not None
+        assert self._settings is not None
+        self._reserve(step.span)
+        if follows is not None:
+            torch.index_select(follows.tokens, 0, step.sources, out=step.tokens)
+            step.tokens.clamp_(min=0)  # broken logits gave -1, which is said when they are read, and is no token
+        if step.bucket not in self._outputs:
+            self._outputs[step.bucket] = Outputs(step.bucket, self.device)
+        outputs, settings = self._outputs[step.bucket], self._settings
+
+        def compute() -> torch.Tensor:
+            sample_nucleus_static(self._compute(step), step.draws, settings, outputs.draws)
+            return outputs.memory
+
+        self._run("draws", step, compute)
+        return self._landing(outputs, step.real)
+
     def logits(self, step: StepTensors) -> torch.Tensor:
         """Compute a step and return the logits of `step.logit_rows`.
 
@@ -95,37 +136,44 @@ class ModelStep:
 
         Returns
         -------
-        float32 Tensor [L, V], or float64 for a float64 model on the CPU
-            With CUDA graphs, overwritten by the next step.
+        Tensor [L, V]
+            As `sample_nucleus` takes them: on CUDA in the model's own dtype, on the CPU float32 or float64. With CUDA
+            graphs, overwritten by the next step.
         """
         self._reserve(step.span)
         if self.graphs is None or step.bucket is None:
             return self._compute(step)
+        place = step.bucket, step.tokens.data_ptr()
+
+        def compute() -> torch.Tensor:
+            # all graphs write the same memory: logits are large, and read before the next step
+            logits = self._compute(step)
+            if self._logits is None or len(self._logits) < len(logits):
+                self._logits = torch.empty_like(logits)
+            # graphs of smaller buckets keep the tensor that they write
+            self._written[place] = self._logits[: len(logits)]
+            return self._written[place].copy_(logits)
+
+        self._run("logits", step, compute)
+        return self._written[place]
+
+    def _run(self, what: str, step: StepTensors, compute: Callable[[], torch.Tensor]) -> None:
+        """Compute, or replay a graph of it."""
+        if self.graphs is None:
+            compute()
+            return
+
+        def alone() -> torch.Tensor:
+            with fresh_autocast_cache():
+                return compute()
+
         pool = [t.data_ptr() for pair in self.pool.values() for t in pair]
         if self.graphs.require((self._relies_on, pool)):
             self._logits = None
-        graph = self.graphs.get((step.bucket, step.tokens.data_ptr()), functools.partial(self._capture, step))
-        if graph is not None:
-            replay, logits = graph
-            replay()
-            return logits
-        with fresh_autocast_cache():
-            logits = self._compute(step)
-        if self._logits is None or len(self._logits) < len(logits):
-            self._logits = torch.empty_like(logits)  # graphs of smaller buckets keep the tensor that they write
-        return logits
-
-    def _capture(self, step: StepTensors, recorder: Recorder) -> tuple[Callable[[], None], torch.Tensor]:
-        # all graphs write the same memory: logits are large, and read before the next step
-        assert self._logits is not None
-        logits = self._logits[: len(step.logit_rows)]
-
-        def compute() -> torch.Tensor:
-            with fresh_autocast_cache():
-                return logits.copy_(self._compute(step))
-
-        [replay] = recorder.record(compute)
-        return replay, logits
+            self._written.clear()
+        size = what, step.bucket, step.tokens.data_ptr()
+        replay = self.graphs.get(size, lambda recorder: recorder.record(alone)[0])
+        (alone if replay is None else replay)()
 
     def _compute(self, step: StepTensors) -> torch.Tensor:
         self._index = step.index
@@ -139,8 +187,7 @@ class ModelStep:
         self._index = None
         patching.check_rows(self.model, out.logits.shape[1], len(step.logit_rows))
         logits = out.logits[0]
-        wide = logits.dtype == torch.float64 and self.device.type == "cpu"  # CUDA's sampler takes no float64
-        return logits if wide else logits.float()
+        return logits if logits.dtype in DTYPES.get(self.device.type, ()) else logits.float()
 
     def attend(
         self,
@@ -153,7 +200,7 @@ class ModelStep:
         window: int | None,
     ) -> torch.Tensor:
         """Attend in one layer: q [1, heads, R, dim], k and v [1, kv_heads, R, dim] -> [1, R, heads, dim of v]."""
-        assert self._index is not None  # only `logits` calls the model
+        assert self._index is not None  # `_compute` alone calls the model
         if self.autocast_dtype is not None:  # as autocast does with torch's attention; rotary embeddings are float32
             q, k, v = (t.to(self.autocast_dtype) for t in (q, k, v))
         if layer not in self.pool:
@@ -199,7 +246,10 @@ class ModelStep:
         self._kinds = {fp8: RolloutWeights(self.model, self.autocast_dtype, fp8=fp8) for fp8 in (False, True)}
         self._layers = FusedLayers(self.model)
         self._span = 0
-        self._logits = None
+        self._logits = self._settings = None
+        self._written: dict[tuple[Bucket, int], torch.Tensor] = {}  # part of `_logits`, or of an earlier, smaller one
+        self._outputs: dict[Bucket, Outputs] = {}
+        self._landing = Landing(self.device)
         if self.graphs is not None:
             self.graphs.drop()
 
@@ -208,6 +258,8 @@ class ModelStep:
             return
         spare = self._span * 3 // 2 if self.graphs is None else max(2 * self._span, LEAST_SLOTS)
         self._span = max(span, spare if self.most_slots is None else min(spare, self.most_slots))
+        if self.graphs is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # graphs that are dropped now may still run
         for layer, pair in self.pool.items():
             self.pool[layer] = tuple(_longer(t, self._span) for t in pair)  # type: ignore[assignment]
 

@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 from pmc_fast.errors import PMCError
 from pmc_fast.ops import native
 from pmc_fast.ops.decode_attention import DTYPES, VARIANTS, StepIndex, decode_attention, kernel_name
-from pmc_fast.rollout.inputs import (
-    DRAWS,
-    ENTRIES,
-    INDEX,
-    Bucket,
-    pad,
-)
+from pmc_fast.rollout.inputs import DRAWS, ENTRIES, INDEX, Bucket
+from tests.padded import padded
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = importlib.util.find_spec("pmc_fast._cuda") is not None
@@ -78,9 +73,9 @@ def random_step(seed, dtype, kv_heads, group, dim, questions, longest=12, rows=2
 def padded_step(index, q, k, v, k_pool, v_pool, rows, blocks):
     """The same step with more rows and more, also empty, blocks; q, k, v and the pool longer, by NaN where unused."""
     plan = {name: getattr(index, name).numpy() for name in INDEX}
-    plan |= {name: np.arange(len(q)) for name in ("tokens", "positions", "logit_rows", *DRAWS)}
-    bucket = Bucket(len(q) + rows, len(index.cu_rows) + blocks)
-    arrays = pad(plan, bucket, len(k_pool))
+    plan |= {name: np.arange(len(q)) for name in ("tokens", "positions", "logit_rows", "sources", *DRAWS)}
+    bucket = Bucket(len(q) + rows, len(index.cu_rows) + blocks, len(q) + rows, len(q) + rows)
+    arrays = padded(plan, bucket, len(k_pool))
     arrays |= {"suffix": arrays[ENTRIES], "prefix": arrays[ENTRIES]}
     longer = lambda t, fill: torch.cat([t, torch.full((rows, *t.shape[1:]), fill, dtype=t.dtype)])  # noqa: E731
     index = StepIndex(*(torch.from_numpy(arrays[name]) for name in INDEX))

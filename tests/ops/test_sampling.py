@@ -15,7 +15,10 @@ from pmc_fast.ops.sample_nucleus import (
     _stream_key,
     _uniforms,
     kept_tokens,
+    launch_settings,
     sample_nucleus,
+    sample_nucleus_static,
+    seeded,
 )
 
 GPU = torch.cuda.is_available()
@@ -262,6 +265,52 @@ def test_draws_depend_on_their_keys_alone(backend):
         logits[order], torch.arange(5), order, torch.full((4,), 5), torch.arange(4) + 2**31, temperature=1.0, **how
     )
     assert not torch.equal(positions.tokens, shuffled.tokens)
+
+
+SETTINGS = [
+    {"temperature": 0.9, "top_k": 50, "top_p": 0.95},
+    {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
+    {"temperature": 1.3, "top_k": 0, "top_p": 0.8},
+    {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    {"temperature": 0.7, "top_k": 10**12, "top_p": 1.0},
+    {"temperature": 1.0, "top_k": 5, "top_p": 1.0},
+]
+
+
+@pytest.mark.parametrize("vocab", [300, 1])
+def test_settings_in_memory_draw_the_same(backend, vocab):
+    """As CUDA graphs draw: settings are read when the kernels run, results go where they went before, bit for bit."""
+    device, count = DEVICE[backend], 5
+    logits = (torch.randn(3, vocab, generator=torch.Generator().manual_seed(4)) * 2).to(device)
+    ends, samples, zeros = torch.arange(4) * count, torch.arange(count).repeat(3), torch.zeros(3 * count)
+    settings = torch.empty(6, dtype=torch.float64, device=device)
+    wide = {"dtype": torch.float64, "device": device}
+    out = Draws(
+        torch.empty(3 * count, dtype=torch.int64, device=device),
+        torch.empty(3 * count, **wide),
+        torch.empty(3, **wide),
+    )
+    for seed, how in enumerate(SETTINGS):
+        streams = torch.arange(3).repeat_interleave(count)
+        keys = [k.to(device, torch.int64) for k in (ends, streams, samples, zeros)]
+        expected = sample_nucleus(logits, *keys, seed=seed, backend=backend, **how)
+        settings.copy_(torch.tensor(launch_settings(**how), dtype=torch.float64))
+        keys[1] = torch.tensor([seeded(s, seed) for s in streams.tolist()], device=device)
+        if backend == "cuda" and not GPU:  # Triton's interpreter
+            written = out.tokens, out.logps, out.nucleus_mass
+            native.triton_kernels("sampling").sample_nucleus(logits, *keys, *written, settings, 0)
+        else:
+            sample_nucleus_static(logits, keys, settings, out)
+        assert torch.equal(out.tokens, expected.tokens)
+        assert torch.equal(out.logps, expected.logps)
+        assert torch.equal(out.nucleus_mass, expected.nucleus_mass)
+
+
+@given(seed=st.integers(-(2**70), 2**70), stream=st.integers(-(2**63), 2**63 - 1))
+def test_a_seed_may_be_in_the_stream(seed, stream):
+    mixed = seeded(stream, seed)
+    assert -(2**63) <= mixed < 2**63
+    assert _stream_key(0, mixed) == _stream_key(seed, stream)
 
 
 def test_keys_differ_in_every_part():

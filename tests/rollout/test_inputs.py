@@ -1,5 +1,7 @@
 """Padded steps: real rows see, compute and draw what they would without."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,19 @@ from pmc_fast.cuda_graphs.static_inputs import StaticInputs
 from pmc_fast.ops import native
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
 from pmc_fast.rollout import RolloutEngine
-from pmc_fast.rollout.inputs import ENTRIES, INDEX, ROWS, Bucket, StepInputs, bucket_of, pad
+from pmc_fast.rollout.inputs import (
+    ARRAYS,
+    ENTRIES,
+    INDEX,
+    PROMPT_ROWS,
+    ROWS,
+    Bucket,
+    PaddedInputs,
+    StepInputs,
+    bucket_of,
+)
 from tests.families import FAMILIES, HOW, PROMPTS, build
+from tests.padded import padded
 
 
 def steps(seed, questions, samples, max_rows, ngram_rows, drafts=True):
@@ -28,9 +41,12 @@ def steps(seed, questions, samples, max_rows, ngram_rows, drafts=True):
         trie.advance(dice.integers(0, 6, draws), np.zeros(draws), np.ones(logits))
 
 
-def index_of(arrays):
-    named = arrays if "suffix" in arrays else arrays | {"suffix": arrays[ENTRIES], "prefix": arrays[ENTRIES]}
-    return StepIndex(*(torch.from_numpy(named[name]) for name in INDEX))
+def arrays_of(plan):
+    return {name: plan[name] for name in (*ARRAYS, "sources")}
+
+
+def index_of(plan):
+    return StepIndex(*(torch.from_numpy(plan[name]) for name in INDEX))
 
 
 def seen_of(index):
@@ -47,28 +63,28 @@ def test_real_rows_see_and_compute_the_same(seed, questions, samples, max_rows, 
     g = torch.Generator().manual_seed(seed)
     for plan, span in steps(seed, questions, samples, max_rows, ngram_rows):
         bucket = bucket_of(plan, max_rows)
-        reads_prompts = bool((np.diff(plan["cu_suffix"]) == 0).any())
-        assert (bucket is None) == reads_prompts
-        if bucket is None:
-            continue
-        real, blocks = len(plan["tokens"]), len(plan["cu_rows"]) - 1
+        assert bucket.logits == bucket.rows or (np.diff(plan["cu_suffix"]) == 0).any()  # or it reads prompts
+        real, blocks = plan.rows, plan.blocks
         assert real <= bucket.rows <= max_rows
         assert blocks < bucket.blocks <= bucket.rows + 1
-        padded = pad(plan, bucket, span)
-        for name in ("tokens", "positions", "logit_rows", "slots", "prefix_len"):
-            assert len(padded[name]) == bucket.rows
-            assert padded[name].dtype == plan[name].dtype
-            assert (padded[name][:real] == plan[name]).all()
-        assert len(padded["cu_suffix"]) == bucket.rows + 1
-        assert len(padded["cu_rows"]) == len(padded["cu_prefix"]) == bucket.blocks + 1
-        assert all(
-            (padded[name] == plan[name]).all() for name in ("cu_draws", "streams", "samples", "draw_positions")
-        )
-        before, after = index_of(plan), index_of(padded)
+        assert plan.logits <= bucket.logits <= bucket.rows
+        assert plan.draws <= bucket.draws <= max(bucket.logits, 4 * plan.draws)
+        step = PaddedInputs(bucket, torch.device("cpu"))(plan, span)
+        expected = padded(arrays_of(plan), bucket, span)
+        found = {name: getattr(step, name) for name in ("tokens", "positions", "logit_rows", "sources")}
+        found |= {name: getattr(step.index, name) for name in INDEX if name not in ("suffix", "prefix")}
+        found |= dict(zip(("cu_draws", "streams", "samples", "draw_positions"), step.draws, strict=True))
+        found[ENTRIES] = step.index.suffix[: len(expected[ENTRIES])]
+        for name, tensor in found.items():
+            assert tensor.numpy().dtype == expected[name].dtype
+            assert tensor.tolist() == expected[name].tolist(), name
+        assert set(found) == set(expected)
+        assert step.span == span + bucket.rows - real
+        for ours, theirs in zip(step.real_draws(), ("cu_draws", "streams", "samples", "draw_positions"), strict=True):
+            assert ours.tolist() == plan[theirs].tolist()
+        before, after = index_of(plan), step.index
         scratch = list(range(span, span + bucket.rows - real))
         assert seen_of(after) == seen_of(before) + [[slot] for slot in scratch]
-        assert padded["slots"][real:].tolist() == scratch
-        assert padded["positions"][real:].tolist() == [0] * len(scratch)
         # what no row sees may be anything
         pools = [torch.randn(span + len(scratch), 2, 8, dtype=torch.float64, generator=g) for _ in range(2)]
         unseen = torch.ones(len(pools[0]), dtype=torch.bool)
@@ -88,25 +104,29 @@ def test_real_rows_see_and_compute_the_same(seed, questions, samples, max_rows, 
 
 
 def test_buckets_are_few_and_the_largest_rows_run_as_they_are():
-    def plan(rows, blocks):
-        cu = np.minimum(np.arange(blocks + 1), rows)
-        cu[-1] = rows
-        return {
-            "tokens": np.zeros(rows),
-            "logit_rows": np.arange(rows),
-            "cu_suffix": np.arange(rows + 1),
-            "cu_rows": cu,
-        }
+    def plan(rows, blocks, draws=None, logits=None):
+        logits = rows if logits is None else logits
+        return SimpleNamespace(rows=rows, blocks=blocks, draws=draws or logits, logits=logits)
 
-    assert bucket_of(plan(3, 2), 2048) == Bucket(4, 4)
-    assert bucket_of(plan(4, 4), 2048) == Bucket(4, 5)  # a block for padded rows, also where there are none
-    assert bucket_of(plan(5, 2), 7) == Bucket(7, 4)
-    assert bucket_of(plan(160, 8), 2048) == Bucket(192, 16)
-    assert bucket_of(plan(1, 1), 1) == Bucket(1, 2)
-    assert bucket_of(plan(ROWS[-1], 3), 5000) == Bucket(ROWS[-1], 4)
+    assert bucket_of(plan(3, 2), 2048) == Bucket(4, 4, 4, 4)
+    assert bucket_of(plan(4, 4), 2048) == Bucket(4, 5, 4, 4)  # a block for padded rows, also where there are none
+    assert bucket_of(plan(5, 2), 7) == Bucket(7, 4, 7, 7)
+    assert bucket_of(plan(150, 8), 2048) == Bucket(160, 16, 160, 160)
+    assert bucket_of(plan(320, 16, 320), 2048) == Bucket(320, 64, 320, 320)
+    assert bucket_of(plan(100, 8, 160), 2048) == Bucket(128, 16, 128, 256)
+    assert bucket_of(plan(1, 1, 5), 1) == Bucket(1, 2, 1, 16)
+    assert bucket_of(plan(ROWS[-1], 3), 5000) == Bucket(ROWS[-1], 4, ROWS[-1], ROWS[-1])
     assert bucket_of(plan(ROWS[-1] + 1, 3), 5000) is None
+    # prompts of 8 questions with 20 samples, and a part of a long prompt
+    assert bucket_of(plan(221, 8, 160, logits=8), 2048) == Bucket(256, 16, 16, 256)
+    assert bucket_of(plan(300, 1, 0, logits=0), 300) == Bucket(300, 4, 1, 1)
+    assert bucket_of(plan(3, 2, 40, logits=2), 2048) == Bucket(4, 4, 4, 64)
+    assert bucket_of(plan(PROMPT_ROWS, 8, logits=8), 2048).rows == PROMPT_ROWS
+    assert bucket_of(plan(PROMPT_ROWS + 1, 8, logits=8), 2048) is None
     sizes = {bucket_of(plan(rows, min(8, rows)), 2048) for rows in range(1, 161)}
     assert len(sizes) == 13  # of 160
+    assert {160, 320} <= set(ROWS)  # 8 and 16 questions of 20 samples are not padded
+    assert list(ROWS) == sorted(set(ROWS))
 
 
 def test_arrays_keep_their_addresses_until_the_buffer_grows():
@@ -130,8 +150,10 @@ def test_steps_of_a_bucket_lie_at_the_same_places():
     for plan, span in steps(3, 3, 6, 64, 12):
         step = inputs(plan, span, 64)
         if step.bucket is not None:
-            tensors = (step.tokens, step.positions, step.logit_rows, *vars(step.index).values())
+            index = [getattr(step.index, name) for name in INDEX]
+            tensors = (step.tokens, step.positions, step.logit_rows, step.sources, *index, *step.draws)
             found.setdefault(step.bucket, set()).add(tuple(t.data_ptr() for t in tensors))
+            assert step.index.addresses[: len(INDEX)] == tuple(t.data_ptr() for t in index)
             assert step.index.prefix.data_ptr() == step.index.suffix.data_ptr()
     assert len(found) > 1
     assert all(len(where) == 1 for where in found.values())
@@ -147,7 +169,7 @@ def test_steps_of_a_bucket_lie_at_the_same_places():
 def test_padding_changes_no_sample(family, change):
     model = build(FAMILIES[family]())
     plain = RolloutEngine(model)(PROMPTS, **HOW, **change)
-    padded = RolloutEngine(model, pad_steps=True)(PROMPTS, **HOW, **change)
+    padded = RolloutEngine(model, pad_steps=True, run_ahead=False)(PROMPTS, **HOW, **change)
     assert padded.tokens == plain.tokens
     assert padded.finish_reason == plain.finish_reason
     for ours, theirs in ((padded.logps, plain.logps), (padded.nucleus_mass, plain.nucleus_mass)):

@@ -19,15 +19,19 @@ def test_the_samples_are_those_of_an_undisturbed_rollout(kind, at, monkeypatch, 
     for _ in range(2):
         before = engine(PROMPTS, **HOW)
     assert before.counters["graph_replays"] > 0
-    compute, calls = engine._step.logits, []
+    calls = []
 
-    def short(inputs):
-        calls.append(inputs)
-        if len(calls) == at + 1:
-            raise kind("CUDA error: out of memory")
-        return compute(inputs)
+    def short(compute):
+        def run(*inputs):
+            calls.append(inputs)
+            if len(calls) == at + 1:
+                raise kind("CUDA error: out of memory")
+            return compute(*inputs)
 
-    monkeypatch.setattr(engine._step, "logits", short)
+        return run
+
+    for name in ("logits", "draw"):
+        monkeypatch.setattr(engine._step, name, short(getattr(engine._step, name)))
     made = engine(PROMPTS, **HOW)
     assert made.tokens == expected.tokens
     assert made.finish_reason == expected.finish_reason

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pmc_fast.cuda_graphs.recorder import CaptureError, CudaRecorder, syncs_with_host
 from pmc_fast.errors import PMCError
 from pmc_fast.ops.decode_attention import StepIndex, decode_attention
+from pmc_fast.ops.sample_nucleus import sample_nucleus_static
 from pmc_fast.rollout import RolloutEngine, rollout
 from pmc_fast.rollout.inputs import INDEX, StepTensors
 from pmc_fast.rollout.model_runner import ModelStep
@@ -24,16 +25,21 @@ needs_gpu = pytest.mark.skipif(
 )
 
 
-def attending(tape):
-    """Put decode_attention, which is no operation of torch's, on the tape as well."""
+def attending(tape, replayed=decode_attention):
+    """Put attention and draws, which are no operations of torch's, on the tape as well."""
 
     def attention(*args, **kwargs):
         out = decode_attention(*args, **kwargs)
-        tape.calls.append((decode_attention, args, kwargs, out))
+        tape.calls.append((replayed, args, kwargs, out))
         return out
+
+    def sampling(*args):
+        sample_nucleus_static(*args)
+        tape.calls.append((sample_nucleus_static, args, {}, None))
 
     patch = pytest.MonkeyPatch()
     patch.setattr(attend, attention)
+    patch.setattr("pmc_fast.rollout.model_runner.sample_nucleus_static", sampling)
     return patch
 
 
@@ -88,6 +94,26 @@ def test_weights_that_change_in_place_are_read(warm):
     after = engine(PROMPTS, **HOW)
     assert after.counters["graph_captures"] == 0
     assert after.tokens == plain(model) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.0}, {"temperature": 0.6}, {"top_k": 3}, {"top_k": 0}, {"top_p": 0.4}, {"top_p": 1.0}, {"seed": 7},
+        {"seed": -(2**63)}, {"stream_ids": [1, 2, 3, 4]},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("graph_draws", [True, False])
+def test_other_settings_are_not_drawn_by_the_captured_ones(warm, change, graph_draws):
+    """They are inputs of the graphs: nothing is captured for them, and the first settings draw as before."""
+    model, engine = warm
+    engine._graph_draws = engine._run_ahead = graph_draws
+    runs = [engine(PROMPTS, **HOW | how) for how in (change, {}, change, {}, change, {})]
+    changed, same = plain(model, HOW | change), plain(model)
+    assert changed != same
+    assert [run.tokens for run in runs] == [changed, same] * 3
+    assert runs[-1].counters["graph_captures"] == runs[-2].counters["graph_captures"] == 0
 
 
 def new_parameter(model):
@@ -209,19 +235,21 @@ def test_a_model_that_was_moved_to_another_type(warm):
     model, engine = warm
     model.to(torch.bfloat16)
     expected = RolloutEngine(model, pad_steps=True)(PROMPTS, **HOW).tokens
-    after = [engine(PROMPTS, **HOW) for _ in range(3)]
-    assert [r.tokens for r in after] == [expected] * 3
-    assert after[2].counters["graph_captures"] == 0 < after[2].counters["graph_replays"]
+    # the first makes a new pool; the prompts' step, which comes once, is warmed up in the second and captured in the third
+    after = [engine(PROMPTS, **HOW) for _ in range(4)]
+    assert [r.tokens for r in after] == [expected] * 4
+    assert after[3].counters["graph_captures"] == 0 < after[3].counters["graph_replays"]
     model.to(torch.float64)
     with engine._step.prepared():
         assert not engine._step.graphs.captured()  # what they hold of the old model's memory is let go at once
 
 
 def test_wrong_replays_are_noticed_on_first_use():
+    def other(*args, scale, **kwargs):
+        return decode_attention(*args, scale=scale * 0.5, **kwargs)
+
     class Wrong(Tape):
-        def __init__(self):
-            super().__init__()
-            self.fault = torch.linspace(0, 3, SIZES["vocab_size"], dtype=torch.float64)
+        watch = staticmethod(lambda tape: attending(tape, other))
 
     with pytest.raises(PMCError, match="rollouts do not compute what the model computes"):
         taped(build(FAMILIES["llama"]()), Wrong)(PROMPTS, **HOW)
@@ -261,6 +289,55 @@ def test_a_size_that_fails_runs_eagerly_and_the_others_are_replayed(error):
     last = runs[-1].counters
     assert last["graph_captures"] == 0 < last["graph_replays"]
     assert None in engine._step.graphs._graphs.values()
+
+
+def test_steps_that_read_prompts_are_replayed():
+    """Prompts of other lengths, and parts of prompts, from which nothing is drawn."""
+    model = build(FAMILIES["llama"]())
+    engine = taped(model)
+    for cut in (9, 8, 7) * 2:
+        prompts = [*PROMPTS[:2], PROMPTS[2][:cut], PROMPTS[3]]
+        assert engine(prompts, **HOW).tokens == rollout(model, prompts, **HOW).tokens
+    captured = [bucket for _, bucket, _ in engine._step.graphs.captured()]
+    assert [bucket.rows for bucket in captured if bucket.logits < bucket.rows] == [16]
+    how = HOW | {"max_rows": 4}
+    parts = [engine(PROMPTS, **how) for _ in range(3)]
+    assert [run.tokens for run in parts] == [plain(model)] * 3
+    captured = [bucket for _, bucket, _ in engine._step.graphs.captured()]
+    assert any(bucket.rows == 4 and bucket.logits == 1 for bucket in captured)
+    assert parts[-1].counters["graph_captures"] == 0 < parts[-1].counters["graph_replays"]
+
+
+def test_logits_that_are_processed_are_captured_too():
+    model = build(FAMILIES["llama"]())
+    engine = taped(model)
+    how = HOW | {"logit_bias": [{4: 2.0, 9: -3.0}, {}, {5: 1.0}, {}]}
+    expected = plain(model, how)
+    runs = [engine(PROMPTS, **how) for _ in range(3)]
+    assert [run.tokens for run in runs] == [expected] * 3 != [plain(model)] * 3
+    assert runs[2].counters["graph_captures"] == 0 < runs[2].counters["graph_replays"]
+    assert runs[2].counters["ahead_steps"] == 0  # the next step's logits need the host's work
+    assert engine(PROMPTS, **HOW).tokens == plain(model)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, accelerated], ids=["plain", "accelerated"])
+def test_logits_are_not_widened_on_their_way_to_the_sampler(wrap):
+    model = wrap(build(FAMILIES["llama"](), torch.float32))
+    step, found = ModelStep(model, torch.bfloat16), []
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: found.append(out.dtype))
+    forward = vars(model).get("forward")
+    with step.prepared():
+        out = model(torch.tensor([[1, 2, 3]]), position_ids=torch.arange(3)[None], rollout_step=Attends()).logits
+    assert out.dtype == torch.bfloat16 == found[0]
+    assert vars(model).get("forward") is forward
+    hook.remove()
+
+
+class Attends:
+    """Stands for a step in which every token sees itself alone."""
+
+    def attend(self, layer, q, k, v, *settings):
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2)
 
 
 class Waits(TorchDispatchMode):

@@ -34,17 +34,34 @@ class Machine:
         self.trie, self.questions, self.flat = trie, questions, flat
         self.memory: dict[int, tuple] = {}
         self.stream_of = {stream: prompt for prompt, stream in questions}
-        self.rows = 0
+        self.rows, self.most = 0, (10**6, 10**6)
 
-    def step(self, plan):
-        rows = len(plan["tokens"])
+    def step(self, plan, ahead=None):
+        """Carry out a plan, and with `ahead`, the arguments of plan_ahead, also what can be planned before its draws."""
+        drawn = self.compute(plan)
+        while ahead is not None and (plan := self.trie.plan_ahead(*ahead)) is not None:
+            following = self.compute(plan, drawn[0])
+            self.trie.advance(*drawn)
+            drawn = following
+        self.trie.advance(*drawn)
+
+    def compute(self, plan, before=None):
+        """Return the draws of a plan; of one that is planned ahead, those before are its tokens."""
+        if before is None:
+            assert len(plan["sources"]) == 0
+            inputs = plan["tokens"]
+        else:
+            assert (plan["tokens"] == 0).all()
+            inputs = before[plan["sources"]]
+        rows = len(inputs)
         seen, histories = [], []
         for block in range(len(plan["cu_rows"]) - 1):
             prefix = plan["prefix"][plan["cu_prefix"][block] : plan["cu_prefix"][block + 1]]
             for r in range(plan["cu_rows"][block], plan["cu_rows"][block + 1]):
                 suffix = plan["suffix"][plan["cu_suffix"][r] : plan["cu_suffix"][r + 1]]
                 seen.append([*prefix[: plan["prefix_len"][r]].tolist(), *suffix.tolist()])
-        assert len(seen) == rows
+        assert len(seen) == rows == plan.rows <= self.most[0]
+        assert max(self.trie.in_use, self.trie.span) <= self.most[1]
         assert len(set(plan["slots"].tolist())) == rows  # nobody writes where another writes
         # all write before any reads: a row's history is what the slots before its own hold
         order = np.argsort(plan["positions"], kind="stable")
@@ -53,7 +70,7 @@ class Machine:
             assert plan["positions"][r] == len(seen[r]) - 1
             assert plan["slots"][r] == seen[r][-1]
             before = [written.get(s, self.memory.get(s)) for s in seen[r][:-1]]
-            history = (*(h[-1] for h in before), int(plan["tokens"][r]))
+            history = (*(h[-1] for h in before), int(inputs[r]))
             # each slot that the row sees was written for this row's own history
             assert all(h == history[: i + 1] for i, h in enumerate(before))
             written[int(plan["slots"][r])] = history
@@ -69,8 +86,8 @@ class Machine:
                 assert len(answer) == plan["draw_positions"][d]
                 tokens.append(drawn(prompt, stream, sample, answer, self.flat))
         tokens = np.array(tokens, dtype=np.int64)
-        self.trie.advance(tokens, -1.0 * tokens, np.full(len(plan["logit_rows"]), 0.5))
         self.rows += rows
+        return tokens, -1.0 * tokens, np.full(len(plan["logit_rows"]), 0.5)
 
 
 @settings(max_examples=250, deadline=None)
@@ -96,11 +113,10 @@ def test_samples_are_those_of_plain_sampling(data):
         trie.add(prompt, stream, list(range(samples)), longest, own)
     machine = Machine(trie, questions, flat)
     max_rows, ngram_rows = integers(1, 20), integers(0, 24)
+    ahead = (max_rows, ngram_rows) if data.draw(st.booleans()) else None
+    machine.most = max_rows, capacity
     while (plan := trie.plan(max_rows, ngram_rows)) is not None:
-        assert len(plan["tokens"]) <= max_rows
-        assert trie.in_use <= capacity
-        assert trie.span <= capacity
-        machine.step(plan)
+        machine.step(plan, ahead)
     assert trie.in_use == 0
     total = 0
     for q, ((prompt, stream), longest) in enumerate(zip(questions, max_new, strict=True)):
@@ -113,13 +129,14 @@ def test_samples_are_those_of_plain_sampling(data):
             total += len(tokens)
     counters = trie.counters()
     assert counters["sampled_tokens"] == total
+    assert ahead is not None or counters["ahead_steps"] == counters["ended_rows"] == 0
     assert counters["rows"] + counters["prefill_tokens"] == machine.rows
 
 
-def run(trie, questions, flat, max_rows=100, ngram_rows=0):
+def run(trie, questions, flat, max_rows=100, ngram_rows=0, ahead=False):
     machine = Machine(trie, questions, flat)
     while (plan := trie.plan(max_rows, ngram_rows)) is not None:
-        machine.step(plan)
+        machine.step(plan, (max_rows, ngram_rows) if ahead else None)
     return trie.counters()
 
 
@@ -179,6 +196,48 @@ def test_a_sample_that_repeats_itself_or_its_prompt_saves_steps(ngram_rows, step
     assert trie.in_use == 0
 
 
+def chains(ahead, capacity=10_000, max_rows=100):
+    """What a rollout of 3 questions with 4 samples counts, all of whose draws differ but for chance."""
+    questions = [([i, 1, 2], 50 + i) for i in range(3)]
+    trie = native.cpu().RolloutTrie(capacity=capacity, stops=[STOP], match=0)
+    for question in questions:
+        trie.add(*question, list(range(4)), 30, [])
+    return run(trie, questions, 100, max_rows, ahead=ahead)
+
+
+def test_steps_run_ahead_where_no_draw_decides_what_they_are():
+    waiting, ahead = chains(False), chains(True)
+    assert ahead["sampled_tokens"] == waiting["sampled_tokens"]
+    # all but the prompts, the steps in which samples still agree, and those after a sample's last one
+    assert ahead["ahead_steps"] > 0.6 * ahead["steps"]
+    # a row that a stop token ends is computed once more, and no other
+    assert 0 < ahead["ended_rows"] <= 12
+    assert ahead["rows"] == waiting["rows"] + ahead["ended_rows"]
+    assert ahead["steps"] <= waiting["steps"] + 1
+    assert chains(True, max_rows=2)["ahead_steps"] < ahead["ahead_steps"]  # rows that wait
+    full = chains(True, capacity=40)
+    assert full["preemptions"] > 0
+    assert full["peak_slots"] <= 40
+
+
+def test_a_step_is_not_planned_ahead_of_draws_that_decide():
+    def planned(samples, max_new=5, match=0, ngram_rows=0, drafts=(), **how):
+        trie = native.cpu().RolloutTrie(**{"capacity": 100, "stops": [STOP], "match": match} | how)
+        trie.add([1, 2, 3], 7, list(range(samples)), max_new, list(drafts))
+        trie.plan(100, ngram_rows)
+        return trie.plan_ahead(100, ngram_rows)
+
+    assert planned(1)["sources"].tolist() == [0]
+    assert planned(1)["slots"].tolist() == [3]
+    assert planned(2) is None  # two samples may draw two tokens
+    assert planned(1, max_new=1) is None  # the sample is over
+    assert planned(1, drafts=[[4, 4]]) is None  # a draft may be drawn
+    assert planned(1, match=2, ngram_rows=8) is None  # a draft may be looked up by the token that is drawn
+    assert planned(1, match=2, ngram_rows=1) is not None
+    assert planned(1, max_new=2, capacity=4) is not None
+    assert planned(1, max_new=2, capacity=4, drafts=[[4]]) is None
+
+
 def test_a_full_pool_makes_questions_wait_and_start_again():
     questions = [([i, 1, 2], 50 + i) for i in range(5)]
     trie = native.cpu().RolloutTrie(capacity=14, stops=[], match=0)
@@ -202,12 +261,31 @@ def test_misuse_is_refused():
     trie.add([1, 2], 0, [0, 1], 3, [])
     with pytest.raises(ValueError, match="max_rows"):
         trie.plan(0, 0)
+    assert trie.plan_ahead(10, 0) is None  # of no step
     plan = trie.plan(10, 0)
     with pytest.raises(RuntimeError, match="not been taken"):
         trie.plan(10, 0)
+    with pytest.raises(ValueError, match="too small"):
+        plan.pad(1, 4, 4, 4, 0, np.zeros(1000, np.uint8))
+    with pytest.raises(KeyError):
+        plan["entries"]
     with pytest.raises(ValueError, match="what the last plan asked for"):
         trie.advance(np.zeros(3, np.int64), np.zeros(3), np.zeros(1))
     draws = len(plan["samples"])
     trie.advance(np.zeros(draws, np.int64), np.zeros(draws), np.zeros(1))
     with pytest.raises(ValueError, match="what the last plan asked for"):
         trie.advance(np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
+    plan = trie.plan(10, 0)
+    for bucket in ((1, 1, 2, 2), (1, 2, 0, 1), (1, 2, 1, 1), (0, 2, 2, 2), (2**31, 2, 2, 2)):
+        with pytest.raises(ValueError, match=r"too small|must be"):
+            plan.pad(*bucket, 0, np.zeros(1000, np.uint8))
+    with pytest.raises(ValueError, match="aligned bytes"):
+        plan.pad(2, 2, 2, 2, 0, np.zeros(100, np.uint8))
+    with pytest.raises(ValueError, match="scratch"):
+        plan.pad(2, 2, 2, 2, 2**31 - 1, np.zeros(1000, np.uint8))
+    alone = native.cpu().RolloutTrie(capacity=100, stops=[], match=0)
+    alone.add([1, 2], 0, [0], 5, [])
+    alone.plan(10, 0)
+    alone.plan_ahead(10, 0)
+    with pytest.raises(RuntimeError, match="planned ahead already"):
+        alone.plan_ahead(10, 0)
