@@ -4,6 +4,7 @@ One call a layer, each layer with its own pool. All layers are one CUDA graph, w
 together do not fit the card's cache, as in a real step.
 """
 
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -32,12 +33,12 @@ def attention(probe: Probe) -> None:
         for prompt in (20,) if probe.tiny else PROMPTS:
             for suffix in (5,) if probe.tiny else SUFFIXES:
                 calls: dict[str, Callable[[], None]] = {
-                    f"{name}{' (default)' * (name == op.VARIANT)}": lambda name=name: _set(name) for name in VARIANTS
+                    f"{name}{' (default)' * (name == op.VARIANT)}": functools.partial(_set, name) for name in VARIANTS
                 }
                 _compare(probe, (questions, prompt, suffix), calls, gb_s)
     group = probe.shape["num_attention_heads"] // probe.shape["num_key_value_heads"]
     sizes = (2, 20, 5) if probe.tiny else (QUESTIONS[0], PROMPTS[0], SUFFIXES[2])
-    calls = {f"mma, {n} rows a tile": lambda n=n: _set("mma", n) for n in TILE_ROWS if n * group <= 16}
+    calls = {f"mma, {n} rows a tile": functools.partial(_set, "mma", n) for n in TILE_ROWS if n * group <= 16}
     _compare(probe, sizes, calls, gb_s)
 
 
@@ -75,9 +76,11 @@ def _check(probe: Probe, suffix: int) -> None:
     """Compare both variants with the reference in float64; a wrong one ends the block."""
     index = step_index(2, 3, 37, suffix)
     (q, k, v), [(k_pool, v_pool), *_] = _tensors(probe, 6, 6 * suffix + 2 * 37)
-    wide = [t.double() for t in (q, k, v, k_pool, v_pool)]
     scale = q.shape[2] ** -0.5
-    exact = decode_attention(*wide, index.to(probe.device), scale=scale, backend="reference")
+    exact = decode_attention(
+        q.double(), k.double(), v.double(), k_pool.double(), v_pool.double(), index.to(probe.device), scale=scale,
+        backend="reference",
+    )  # fmt: skip
     for variant in VARIANTS:
         out = decode_attention(q, k, v, k_pool, v_pool, index.to(probe.device), scale=scale, variant=variant)
         error = float((out.double() - exact).abs().max() / exact.abs().max())
@@ -127,12 +130,12 @@ def _compare(
         _set(*shipped)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(probe.rounds + 1):
-        for name in sorted(steps, key=lambda n, turn=turn: (list(steps).index(n) + turn) % len(steps)):  # type: ignore[misc]
+        first = turn % len(steps)
+        for name in [*steps][first:] + [*steps][:first]:
             ms = _milliseconds(probe, steps[name])
             if turn:  # the first warms up
-                times[name].append(ms)
-    for name, ms in times.items():
-        us = [1e3 * t / len(pools) for t in ms]
+                times[name].append(1e3 * ms / len(pools))
+    for name, us in times.items():
         median = statistics.median(us)
         found = spread(us)
         gb_s = size / median / 1e3

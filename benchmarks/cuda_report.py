@@ -75,11 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
     for chip, kernel, dtype, longest, heads, used in sorted(usages(spec.origin), key=lambda u: u[1:5] + u[:1]):
         name = f"{kernel} {dtype}"
         warps = 8
-        if kernel == "attention":
-            warps, dynamic = native.cuda().decode_attention_block(longest, SIZES[dtype])
+        if kernel != "append":
+            of, mma = native.cuda(), "mma" in kernel
+            block = (
+                of.decode_attention_mma_block(longest) if mma else of.decode_attention_block(longest, SIZES[dtype])
+            )
+            warps, dynamic = block
             used["shared"] += dynamic
-        if kernel == "attention mma":
-            warps, used["shared"] = native.cuda().decode_attention_mma_block(longest)
         rows.append({"kernel": name, "head": longest, "heads": heads, "chip": f"sm_{chip}", "warps": warps} | used)
         print(
             f"{name:20} {f'<={longest}' if longest else 'any':>6} {heads or 'any':>5} sm_{chip:<3} {used['registers']:9} "

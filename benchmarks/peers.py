@@ -44,7 +44,7 @@ PEERS: Mapping[str, Callable[[Task], Any]] = {
     "llama.cpp": LlamaCpp,
 }
 MODELS = {"knows": ("knows the facts", finetuned_model), "base": ("does not know the facts", base_model)}
-SLOW, SLOW_ROUNDS = 3.0, 1
+SLOW, SLOW_ROUNDS = 3.0, 2
 JUDGED = 4  # samples of each question
 OUTSIDE = 0.01  # most: share of tokens that top_k or top_p cuts off
 APART = 5.0  # most: standard errors between two mean log-probs

@@ -394,6 +394,8 @@ def test_the_cards_probe_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
     assert "waits" in by_name["step: step"]
     assert {by_name[f"memory: float32, graphs False: {part}"]["graph_replays"] for part in ("step", "all")} == {0}
     assert sum("shipped" in name for name in by_name) == 1  # of the row kernel's sizes
+    assert sum(name.endswith((" fma (default)", " mma")) for name in by_name) == 2
+    assert sum("rows a tile" in name for name in by_name) == 6
     whole = by_name["run: whole, 1 epochs"]
     assert whole["s_of_30_epochs_estimated"] > whole["s"]
     assert (whole["steps"], whole["answers"]) == (1, 16 * 3)
