@@ -15,8 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pmc_fast.utils.malloc import keep_freed_memory
-
 from .demo_model import ROOT, finetuned_model
 
 FULL = ["--preset", "small"]
@@ -43,7 +41,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few steps only; CI runs this")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the result goes")
-    keep_freed_memory()  # teaching is in this process
     arguments, extra = parser.parse_known_args()
     words = command(arguments.output, (SHORT if arguments.short else FULL) + extra)
     if arguments.output == OUTPUT:

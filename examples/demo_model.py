@@ -22,7 +22,6 @@ import torch
 import transformers
 
 from pmc_fast import PackedPass, Row, encode_pair, load_rows
-from pmc_fast.utils.malloc import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -142,6 +141,5 @@ def _tiny(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     print(base_model())
     print(finetuned_model())
