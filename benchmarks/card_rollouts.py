@@ -54,8 +54,8 @@ def decode(probe: Probe) -> None:
     drafts are looked up (random weights repeat nothing: this is what drafts cost), warps of the sampler's selection.
     """
     model = probe.model(probe.low).eval()
-    pads = {} if probe.on_gpu else {"pad_steps": True}
-    modes: dict[str, tuple[dict[str, bool], Any]] = {
+    pads: dict[str, Any] = {} if probe.on_gpu else {"pad_steps": True}
+    modes: dict[str, tuple[dict[str, Any], Any]] = {
         "unchanged": ({}, nullcontext),
         "waits for draws": ({"run_ahead": False}, nullcontext),
         "waits, draws apart": ({"graph_draws": False}, nullcontext),

@@ -8,7 +8,9 @@ makes it). On a GPU the model computes in bfloat16, on the CPU in float32. What 
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,13 @@ from pmc_fast.rollout.weights import RolloutWeights
 
 
 @torch.no_grad()
-def distances(model, low, weights: RolloutWeights, prompts, answers) -> np.ndarray:
+def distances(
+    model: Any,
+    low: torch.dtype | None,
+    weights: RolloutWeights,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+) -> np.ndarray:
     """Return 0.5 * sum |p - p_fp8| over the tokens of the answers, each predicted from the model's own history."""
     found = []
     forwards = weights.forwards()

@@ -63,8 +63,8 @@ def main() -> None:
             found = once(questions, options.tokens)
             for name, ms in (found | {"all": sum(found.values())}).items():
                 rounds[f"{SAMPLES * questions} rows: {name}"].append(ms)
-    for name, ms in sorted(rounds.items()):
-        print(f"{name:28} {statistics.median(ms):.3f} ms a step ({min(ms):.3f} to {max(ms):.3f})")
+    for name, of in sorted(rounds.items()):
+        print(f"{name:28} {statistics.median(of):.3f} ms a step ({min(of):.3f} to {max(of):.3f})")
 
 
 if __name__ == "__main__":

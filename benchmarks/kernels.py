@@ -83,7 +83,7 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
 
 def _sampling() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     for dtype, size, memory in itertools.product(DTYPES, ("", " any size"), FLAGS):
-        select, race = (dict(sampling.CONFIGS[kernel]) for kernel in ("select", "race"))
+        select, race = (dict[str, Any](sampling.CONFIGS[kernel]) for kernel in ("select", "race"))
         name = f"{dtype}{' settings' if memory else ''}{size}"
         settings = {"settings_ptr": "*fp64"} if memory else {}
         for config in (select, race):

@@ -63,7 +63,9 @@ class Run:
         )
         self.model = self.loaded.model
         self.sets = load_sets(config, self.forget, self.retain)
-        self.steps = Schedule.plan(config, len(self.forget)).steps
+        steps = Schedule.plan(config, len(self.forget)).steps
+        assert steps is not None  # no run here ends by max_seconds
+        self.steps = steps
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.curve: list[dict[str, Any]] = []

@@ -6,10 +6,11 @@
 
 namespace pmc {
 
-// A parallel region ends when its last thread does, and a thread that lost its core comes back a time slice later, some
-// milliseconds, while a region of a decode step takes a fraction of one. So after a region whose wait was longer than
-// all of its work alone would have been, the caller works alone: for 4 ms, and for twice as long each time that the
-// next region of several threads shows the same. What is computed does not depend on it.
+// A parallel region ends when its last thread does, and a thread that lost its core comes back a time slice
+// later, some milliseconds, while a region of a decode step takes a fraction of one. So after a region whose
+// wait was longer than all of its work alone would have been, the caller works alone: for 4 ms, and for twice
+// as long each time that the next region of several threads shows the same. What is computed does not depend
+// on it.
 class Crowding {
  public:
   using Clock = std::chrono::steady_clock;

@@ -135,9 +135,9 @@ void run(const A& a, int64_t count, int64_t each, Isa isa, int threads) {
 template <typename A>
 void run_blocks(const A& a, Isa isa, int threads) {
   constexpr int64_t kBlock = 64;
-  parallel_for((a.size + kBlock - 1) / kBlock, a.size < kSerial ? 1 : threads, [&](int64_t begin, int64_t end) {
-    compiled(a, begin * kBlock, std::min(end * kBlock, a.size), isa);
-  });
+  parallel_for(
+      (a.size + kBlock - 1) / kBlock, a.size < kSerial ? 1 : threads,
+      [&](int64_t begin, int64_t end) { compiled(a, begin * kBlock, std::min(end * kBlock, a.size), isa); });
 }
 
 }  // namespace
