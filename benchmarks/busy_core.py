@@ -9,6 +9,7 @@ one of the demo, whose samples share little.
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, of in results.items():
         f = of["factors"]
         lines.append(
-            f"| {name} | {of['alone']['median_s']:.2f} s | {of['busy']['median_s']:.2f} s | {f[len(f) // 2]:.2f} ({f[0]:.2f} - {f[-1]:.2f}) |"
+            f"| {name} | {of['alone']['median_s']:.2f} s | {of['busy']['median_s']:.2f} s | {statistics.median(f):.2f} ({f[0]:.2f} - {f[-1]:.2f}) |"
         )
     return "\n".join(lines)
 
