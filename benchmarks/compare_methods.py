@@ -15,7 +15,8 @@ linearly with the clock, to zero at the end of the budget; no step begins that w
 
 **Tuning.** Every setting of a method's grid runs once, seed 0, on the demo's 20 questions, for TUNING seconds. The best by RULE
 then runs at every budget and with every seed on 20 other questions, with other pairs to retain, of a model that was taught those
-(`finetuned_model("heldout")`). With --settings-of, methods that were tuned in another file, on another machine, take its choice.
+(`finetuned_model("heldout")`). Methods of LONGER_GRIDS are tuned again at a longer budget, whose best one runs there. With
+--settings-of, methods that were tuned in another file, on another machine, take its choice.
 
 All but PMC, IDK and the retain pairs alone train on the answers to be forgotten.
 
@@ -53,12 +54,13 @@ from .baselines import COMPARED, make
 from .compare_report import MAX_DEGENERATE, TUNING, chosen
 from .runs import Run, measured, optimizer_of, summary, task_config
 
+Grids = dict[str, list[dict[str, float]]]  # of each method, the settings that are tried
 RESULT = harness.RESULTS / "compare_methods.json"
 BUDGETS = (240.0, 480.0)  # seconds of one core
 EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the preset "small"
     name: PRESETS["fast"][name] for name in ("num_samples", "temperature", "answer_penalty", "resample_above")
 }
-GRIDS: dict[str, list[dict[str, float]]] = {
+GRIDS: Grids = {
     "pmc_fast": [
         {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 3.0), (1.5e-4, 5.0), (2e-4, 3.0), (1e-4, 3.0))
     ],
@@ -81,6 +83,18 @@ GRIDS: dict[str, list[dict[str, float]]] = {
     "icu": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-5, 0.5), (2e-5, 0.5), (2e-5, 3.0))],
     "eul": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((2e-5, 1.0), (5e-5, 1.0), (5e-5, 3.0))],
 }  # fmt: skip
+# by budget; written after the tuning with TUNING seconds
+LONGER_GRIDS: dict[float, Grids] = {
+    480.0: {
+        "pmc_fast": [
+            {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (2e-4, 5.0), (1.5e-4, 3.0))
+        ],
+        "npo": [
+            {"learning_rate": lr, "retain_weight": w, "beta": 0.5}
+            for lr, w in ((1e-4, 3.0), (2e-4, 5.0), (1e-4, 5.0))
+        ],
+    },
+}
 ABLATED: list[dict[str, float]] = [  # what is put in place of some of EXTENSIONS
     {"answer_penalty": 0.0},
     {"answer_penalty": 0.0, "temperature": 1.25, "num_samples": 10},
@@ -213,12 +227,13 @@ def untouched(task: Task) -> Plan:
     return Plan("retain_only", {}, 0, 0.0, task)
 
 
-def tuning_plans(methods: Iterable[str]) -> Iterator[Plan]:
-    """Yield every setting's run, the first ones of all methods first."""
-    for turn in range(max(map(len, GRIDS.values()))):
-        for method in methods:
-            for setting in GRIDS[method][turn : turn + 1]:
-                yield Plan(method, setting, 0, TUNING, "demo", attack=False)
+def tuning_plans(methods: Sequence[str], budgets: Iterable[float] = ()) -> Iterator[Plan]:
+    """Yield every setting's run with TUNING seconds, and those of LONGER_GRIDS: the first ones of all methods first."""
+    for budget, grids in {TUNING: GRIDS, **LONGER_GRIDS}.items():
+        for turn in range(max(map(len, grids.values()))):
+            for method in methods if budget == TUNING or budget in budgets else ():
+                for setting in grids.get(method, [])[turn : turn + 1]:
+                    yield Plan(method, setting, 0, budget, "demo", attack=False)
 
 
 def final_plans(
@@ -232,14 +247,14 @@ def final_plans(
     for budget in budgets:
         for seed in seeds:
             for method in methods:
-                setting = chosen(elsewhere, method) or chosen(results, method)
+                setting = chosen(elsewhere, method, budget) or chosen(results, method, budget)
                 if setting is not None:
                     yield Plan(method, setting, seed, budget)
 
 
 def ablation_plans(results: Sequence[dict[str, Any]]) -> Iterator[Plan]:
     """Yield the chosen setting of "pmc_fast" without one extension each, on the questions of the tuning."""
-    setting = chosen(results, "pmc_fast") or {}
+    setting = chosen(results, "pmc_fast", TUNING) or {}
     for change in ABLATED:
         yield Plan("pmc_fast", setting | change, 0, TUNING, "demo", attack=False)
 
@@ -315,7 +330,8 @@ def main(arguments: list[str] | None = None) -> None:
     elsewhere = measured(o.settings_of) if o.settings_of else []
     facts = {
         "settings_of": o.settings_of.name if o.settings_of else None,
-        "grids": GRIDS, "extensions": EXTENSIONS, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
+        "grids": GRIDS, "longer_grids": {f"{budget:g}": grids for budget, grids in LONGER_GRIDS.items()},
+        "extensions": EXTENSIONS, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
         "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
     }  # fmt: skip
     run_all = functools.partial(make_all, path=o.json, workers=o.workers, again=o.again, facts=facts)
@@ -325,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
             if o.ablate:
                 run_all(ablation_plans(measured(o.json)))
             else:
-                run_all(tuning_plans([m for m in o.methods if chosen(elsewhere, m) is None]))
+                run_all(tuning_plans([m for m in o.methods if chosen(elsewhere, m, TUNING) is None], o.budgets))
                 if not o.tune:
                     run_all(final_plans(o.methods, o.seeds, o.budgets, measured(o.json), elsewhere))
     results = measured(o.json)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pmc_fast.evaluation import bootstrap_interval
 
-TUNING = 240.0  # seconds of one core, of a run on the questions of the tuning
+TUNING = 240.0  # seconds of one core: every method is tuned with runs so long, some with longer ones as well
 MAX_DEGENERATE = 0.05  # share of the forget questions' answers that may say nothing
 LABELS = {
     "pmc_fast": "PMC with extensions",
@@ -40,37 +40,37 @@ def says_nothing(result: Result) -> float:
     return result["curve"][-1]["sets"]["forget"]["says_nothing"]
 
 
-def trials(results: Sequence[Result], method: str, task: str = "demo") -> list[Result]:
-    return [r for r in results if (r["task"], r["method"], r["budget_s"], r["seed"]) == (task, method, TUNING, 0)]
+def trials(results: Sequence[Result], method: str, budget: float) -> list[Result]:
+    return [r for r in results if (r["task"], r["method"], r["budget_s"], r["seed"]) == ("demo", method, budget, 0)]
 
 
-def tuning_runs(results: Sequence[Result], method: str) -> list[Result]:
-    """Return the runs of a method's grid: those that set nothing else."""
+def tuning_runs(results: Sequence[Result], method: str, budget: float) -> list[Result]:
+    """Return the runs of a method's grid at a budget: those that set nothing else."""
     tuned = {"learning_rate", "retain_weight", "beta"}
-    return [r for r in trials(results, method) if set(r["setting"]) <= tuned]
+    return [r for r in trials(results, method, budget) if set(r["setting"]) <= tuned]
 
 
-def chosen(results: Sequence[Result], method: str) -> dict[str, float] | None:
-    """Return the setting of a method's best tuning run; None where there is none.
+def chosen(results: Sequence[Result], method: str, budget: float) -> dict[str, float] | None:
+    """Return the setting of a method's best tuning run at a budget, or at TUNING; None where there is neither.
 
     Runs that diverged are out. Those whose answers say nothing come last: as few as possible, where all do.
     """
-    runs = sound(tuning_runs(results, method))
-    if not runs:
-        return None
-    return max(runs, key=lambda r: (-max(MAX_DEGENERATE, says_nothing(r)), harmonic(r)))["setting"]
+    for at in (budget, TUNING):
+        if runs := sound(tuning_runs(results, method, at)):
+            return max(runs, key=lambda r: (-max(MAX_DEGENERATE, says_nothing(r)), harmonic(r)))["setting"]
+    return None
 
 
 def final_runs(results: Sequence[Result], method: str, budget: float) -> list[Result]:
     """Return the chosen setting's runs on the held-out questions, seed by seed; all where none was tuned in these results."""
-    best = chosen(results, method)
+    best = chosen(results, method, budget)
     own = ("heldout", method, budget)
     runs = [r for r in results if (r["task"], r["method"], r["budget_s"]) == own and best in (None, r["setting"])]
     return sorted(runs, key=lambda r: r["seed"])
 
 
-def budgets(results: Sequence[Result]) -> list[float]:
-    return sorted({r["budget_s"] for r in results if r["task"] == "heldout" and r["budget_s"]})
+def budgets(results: Sequence[Result], task: str = "heldout") -> list[float]:
+    return sorted({r["budget_s"] for r in results if r["task"] == task and r["budget_s"]})
 
 
 def before(results: Sequence[Result], task: str) -> list[Result]:
@@ -170,26 +170,29 @@ def interval_table(results: Sequence[Result]) -> str:
 def tuning_table(results: Sequence[Result]) -> str:
     """Return every setting's end, the chosen ones in bold."""
     lines = [
-        f"| {TUNING:.0f} s of one core | setting | steps | {' | '.join(IN_TUNING)} |",
-        "|---|---|---:|" + "---:|" * len(IN_TUNING),
+        f"| seconds of one core | method | setting | steps | {' | '.join(IN_TUNING)} |",
+        "|---:|---|---|---:|" + "---:|" * len(IN_TUNING),
     ]
     lines += [
-        f"| before | | | {' | '.join(cell(n, [r['curve'][-1]]) for n in IN_TUNING)} |"
+        f"| 0 | before | | | {' | '.join(cell(n, [r['curve'][-1]]) for n in IN_TUNING)} |"
         for r in before(results, "demo")
     ]
-    for method, label in LABELS.items():
-        best = chosen(results, method)
-        for r in tuning_runs(results, method):
-            how = words(r["setting"])
-            lines.append(f"| {label} | {f'**{how}**' if r['setting'] == best else how} | {ends_of(r)} |")
+    for budget in budgets(results, "demo"):
+        for method, label in LABELS.items():
+            best = chosen(results, method, budget)
+            for r in tuning_runs(results, method, budget):
+                how = words(r["setting"])
+                lines.append(
+                    f"| {budget:.0f} | {label} | {f'**{how}**' if r['setting'] == best else how} | {ends_of(r)} |"
+                )
     return "\n".join(lines)
 
 
 def ablation_table(results: Sequence[Result]) -> str:
     """Return PMC with its extensions as chosen, and without one each."""
-    best = chosen(results, "pmc_fast") or {}
+    best = chosen(results, "pmc_fast", TUNING) or {}
     lines = [f"| | steps | {' | '.join(IN_TUNING)} |", "|---|---:|" + "---:|" * len(IN_TUNING)]
-    for r in trials(results, "pmc_fast"):
+    for r in trials(results, "pmc_fast", TUNING):
         change = {name: value for name, value in r["setting"].items() if best.get(name) != value}
         if not change or set(change) - set(best):
             label = words(change) if change else "all, as chosen"

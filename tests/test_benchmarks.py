@@ -183,15 +183,21 @@ def test_settings_are_chosen_among_runs_that_say_something_and_shown_on_other_qu
         result("pmc_fast", wild, final, 65.0, 55.0, task="heldout"),
     ]  # fmt: skip
     assert compare_report.harmonic(made[3]) == pytest.approx(2 * 99 * 20 / 119)
-    assert compare_report.chosen(made, "pmc_fast") == good
-    assert compare_report.chosen(made, "grad_diff") == wild
-    assert compare_report.chosen(made, "npo") is None
+    assert compare_report.chosen(made, "pmc_fast", tuning) == good
+    assert compare_report.chosen(made, "grad_diff", tuning) == wild
+    assert compare_report.chosen(made, "npo", tuning) is None
+    assert compare_report.chosen(made, "pmc_fast", final) == good
+    longer = [*made, result("pmc_fast", wild, final, 70.0, 70.0)]  # tuned at that budget, too
+    assert compare_report.chosen(longer, "pmc_fast", final) == wild
+    assert compare_report.chosen(longer, "pmc_fast", tuning) == good
+    assert [r["curve"][-1]["utility"] for r in compare_report.final_runs(longer, "pmc_fast", final)] == [55.0]
+    assert "| 480 | PMC with extensions | **lr 0.0001, lambda 1** | 9 | 70.0 |" in compare_report.tuning_table(longer)
     table = compare_report.final_table(made)
     assert "| before |  | 9 | 31.0 | 51.0 | 0.900 | 0.400 | 25 % | 25 % | 0 % | 10 % | 9.0 | 7.0 |" in table
     assert "| PMC with extensions | 0, 1 | 9 | 25.0 (20.0 - 30.0) | 51.0 (50.0 - 52.0) | 0.900 |" in table
     tuned = compare_report.tuning_table(made)
-    assert "| PMC with extensions | **lr 1e-05, lambda 1** | 9 | 60.0 |" in tuned
-    assert "| PMC with extensions | lr 0.001, lambda 1 | 9 | diverged |" in tuned
+    assert "| 240 | PMC with extensions | **lr 1e-05, lambda 1** | 9 | 60.0 |" in tuned
+    assert "| 240 | PMC with extensions | lr 0.001, lambda 1 | 9 | diverged |" in tuned
     assert "answer_penalty" not in tuned
     [chosen, ablated] = compare_report.ablation_table(made).splitlines()[2:]
     assert chosen.startswith("| all, as chosen | 9 | 60.0 |")
@@ -210,6 +216,8 @@ def test_plans_name_each_run_once():
     assert [p.method for p in tuning[:3]] == ["npo", "idk", "npo"]
     assert [p.setting for p in tuning if p.method == "npo"] == compare_methods.GRIDS["npo"]
     assert all(p.find(made) is not None for p in tuning if p.method == "npo")
+    longer = [p for p in compare_methods.tuning_plans(["npo", "idk"], [480.0]) if p not in tuning]
+    assert [(p.method, p.budget) for p in longer] == [("npo", 480.0)] * 3  # no method of another grid
     final = list(compare_methods.final_plans(["npo", "idk"], [0, 1], [240.0, 480.0], made))
     assert [(p.seed, p.budget) for p in final] == [
         (0, 240.0),
@@ -220,6 +228,8 @@ def test_plans_name_each_run_once():
     assert {(p.method, p.task) for p in final} == {("npo", "heldout")}
     assert not any(p.find(made) for p in final)
     assert compare_methods.distinct([*final, *final]) == final
+    given = list(compare_methods.final_plans(["npo", "idk"], [0], [240.0], [], made))  # --settings-of
+    assert [(p.method, p.setting) for p in given] == [("npo", final[0].setting)]
 
 
 @pytest.fixture
