@@ -58,11 +58,12 @@ Grids = dict[str, list[dict[str, float]]]  # of each method, the settings that a
 RESULT = harness.RESULTS / "compare_methods.json"
 BUDGETS = (240.0, 480.0)  # seconds of one core
 EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the preset "small"
-    name: PRESETS["fast"][name] for name in ("num_samples", "temperature", "answer_penalty", "resample_above")
+    name: PRESETS["fast"][name]
+    for name in ("num_samples", "temperature", "answer_penalty", "resample_above", "rollout_batch_size")
 }
 GRIDS: Grids = {
     "pmc_fast": [
-        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 3.0), (1.5e-4, 5.0), (2e-4, 3.0), (1e-4, 3.0))
+        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (1e-4, 5.0), (1.5e-4, 8.0), (1e-4, 8.0))
     ],
     "pmc": [{"learning_rate": 1e-4, "retain_weight": w} for w in (1.25, 3.0)],
     "npo": [
@@ -99,6 +100,7 @@ ABLATED: list[dict[str, float]] = [  # what is put in place of some of EXTENSION
     {"answer_penalty": 0.0},
     {"answer_penalty": 0.0, "temperature": 1.25, "num_samples": 10},
     {"resample_above": 0.0},
+    {"rollout_batch_size": 0},
     {"num_samples": 10},
     {"temperature": 1.25},
 ]

@@ -63,7 +63,7 @@ class Reference:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tracked_answers: Sequence[str] | None = None,
     ) -> None:
-        for name in ("selection", "normalization", "answer_penalty", "resample_above"):
+        for name in ("selection", "normalization", "answer_penalty", "resample_above", "rollout_batch_size"):
             if (value := getattr(config, name)) != getattr(PMCConfig, name):
                 raise PMCError(f"{name} is {value!r}, which the published algorithm does not have: use pmc_fast.PMC")
         self.model, self.tokenizer, self.config = model, tokenizer, config

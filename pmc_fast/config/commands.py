@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "fast": {
         "num_samples": 5, "temperature": 1.0, "top_p": 0.95, "answer_penalty": 3.0, "resample_above": 0.1,
-        "retain_weight": 5.0, "num_epochs": 12.0, "batch_size": 4, "gradient_accumulation_steps": 1,
+        "rollout_batch_size": 20, "retain_weight": 5.0, "num_epochs": 12.0, "batch_size": 4, "gradient_accumulation_steps": 1,
         "learning_rate": 1.5e-4, "prompt_format": "tags",
     },
     "request": {

@@ -226,6 +226,11 @@ class PMCConfig(SamplingConfig, SharedConfig):
         "extension: questions whose stored answer scores at most this are trained on without being sampled again (0: as "
         "published)",
     )
+    rollout_batch_size: Count = option(
+        0,
+        "extension: where a step samples, let it sample up to so many questions at once, so that later steps need not: fewer and "
+        "larger rollouts, from weights of some steps before (0: each step its own questions, as published)",
+    )
     rollout_dtype: Literal["auto", "fp8"] = option(
         "auto",
         "extension: what answers are sampled with: auto, the model itself; fp8, copies of its weights in 8 bits, which CUDA reads "

@@ -40,10 +40,11 @@ def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
     """Return what a step computes and a rollout holds at most, and as expected where the data say it."""
     c, longest = config, config.max_length
     questions, method = c.batch_size * c.gradient_accumulation_steps, method_of(c)
-    n = c.num_samples if method is None or c.chosen_filter.samples else 1  # sampled at once; others but evaluate
+    n = c.num_samples if method is None or c.chosen_filter.samples else 1  # of each; others but evaluate
     known = bool(lengths.prompts and lengths.retain)
     prompts = sorted(lengths.prompts) or [1]
-    questions = min(questions, len(prompts)) if known else questions
+    visited = questions if method is not None else max(questions, c.rollout_batch_size)  # sampled at once
+    questions, visited = (min(n, len(prompts)) if known else n for n in (questions, visited))
     trained = n if c.selection == "soft" else 1
     shortest = prompts[0]
     group = alone = shortest + trained * (longest - shortest)
@@ -56,7 +57,7 @@ def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
     expected = questions * (prompt + trained * answer + _mean(lengths.retain)) if known else None
     targets = questions * (trained * answer + _mean(lengths.retain_answers)) if known else None
     most_targets = questions * (trained * (longest - shortest) + max(lengths.retain_answers, default=longest - 1))
-    rollouts = [(questions, n), *((count, 1) for count in lengths.asked)]
+    rollouts = [(visited, n), *((count, 1) for count in lengths.asked)]
     if known:
         rollouts += (len(prompts), 1), (len(prompts), c.attack_samples)
     rows = MAX_ROWS[device]
@@ -64,7 +65,7 @@ def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
     def slots(count: int, samples: int, prompt: float, answer: float) -> float:
         # prompts are taken up until a pass is full, and their answers branch further
         count = min(count, rows)
-        return count * prompt + min(count * samples, max(2 * rows, questions * n)) * answer
+        return count * prompt + min(count * samples, max(2 * rows, visited * n)) * answer
 
     return Work(
         tokens=Amount(questions * (group + retain), expected),

@@ -211,6 +211,8 @@ class PMC:
     def sample(self, indices: Sequence[int]) -> Step:
         """Visit the questions of an optimizer step: sample where the store asks for it, keep the better answers.
 
+        With `rollout_batch_size` other questions may be visited as well; these are not sampled when their step comes.
+
         Parameters
         ----------
         indices : sequence of int
@@ -223,11 +225,13 @@ class PMC:
         if unknown := [i for i in indices if not 0 <= i < len(self.questions)]:
             raise PMCError(f"index {unknown[0]} is none of {len(self.questions)} questions: they are counted from 0")
         all_indices = self.ranks.gather(indices)
-        asked = self.pending(list(dict.fromkeys(i for theirs in all_indices for i in theirs)))
+        listed = list(dict.fromkeys(i for theirs in all_indices for i in theirs))
+        asked = self._to_visit(listed)
         counters: dict[str, float] = {"questions_sampled": len(asked)}
         if asked:
             counters |= self._visit(asked)
-        stored = [self.store.answer(i) for i in indices]  # [[answer, weight], ...] of each question
+        used = {i: self.store.use(i) for i in listed}  # [[answer, weight], ...] of each question
+        stored = [used[i] for i in indices]
         answers = [[self._encode(i, answer) for answer, _ in kept] for i, kept in zip(indices, stored, strict=True)]
         weights = [[weight for _, weight in kept] for kept in stored]
         tokens = sum(
@@ -240,6 +244,15 @@ class PMC:
         """Return those questions, by default of all, that the next visit samples."""
         indices = range(len(self.questions)) if indices is None else indices
         return self.store.pending(indices, self.config.resample_above)
+
+    def _to_visit(self, listed: list[int]) -> list[int]:
+        """Return what a step samples: its questions, and others up to `rollout_batch_size`, those visited least first."""
+        above, everything = self.config.resample_above, range(len(self.questions))
+        asked = self.store.due(listed, above)
+        if room := max(0, self.config.rollout_batch_size - len(asked)) if asked else 0:
+            others = [i for i in self.store.due(everything, above) if i not in set(asked)]
+            asked += sorted(others, key=self.store.visits)[:room]
+        return asked
 
     def _visit(self, asked: list[int]) -> dict[str, float]:
         """Sample and score this process's share of the questions; offer all processes' answers to the store."""

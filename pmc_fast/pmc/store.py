@@ -12,6 +12,7 @@ class _Entry:
     answer: Any
     score: float
     visits: int
+    unused: bool = False  # visited, and since then in no step
 
 
 class BestStore:
@@ -39,15 +40,26 @@ class BestStore:
         """Return those of `indices` to sample again: without an entry, or with a score above `above`."""
         return [i for i in indices if (entry := self._at(i)) is None or entry.score > above]
 
+    def due(self, indices: Sequence[int], above: float = 0.0) -> list[int]:
+        """Return those of `indices` that are pending, but for questions visited since they were last in a step."""
+        return [i for i in self.pending(indices, above) if (entry := self._at(i)) is None or not entry.unused]
+
+    def use(self, index: int) -> Any:
+        """Return the stored answer for a step; KeyError if the question was never offered one."""
+        entry = self._filled(index)
+        entry.unused = False
+        return entry.answer
+
     def offer(self, index: int, answer: Any, score: float) -> bool:
         """Store `answer` unless the stored one scores lower; a tie replaces. Return whether it was stored."""
         if not 0 <= score <= 1:  # NaN fails this too
             raise PMCError(f"score of question {index} is {score}: a reward must stay within 0 and 1")
         entry = self._at(index)
         if entry is None:
-            self._entries[index] = _Entry(answer, float(score), 1)
+            self._entries[index] = _Entry(answer, float(score), 1, True)
             return True
         entry.visits += 1
+        entry.unused = True
         if score > entry.score:
             return False
         entry.answer, entry.score = answer, float(score)
@@ -68,14 +80,15 @@ class BestStore:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a JSON-ready copy. It holds generated answers: keep it as private as the data."""
-        return {"entries": [None if e is None else [e.answer, e.score, e.visits] for e in self._entries]}
+        return {"entries": [None if e is None else [e.answer, e.score, e.visits, e.unused] for e in self._entries]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; a state of another size is refused."""
         entries = state["entries"]
         if len(entries) != len(self._entries):
             raise PMCError(f"store of {len(entries)} questions does not fit a run of {len(self._entries)}")
-        self._entries = [None if e is None else _Entry(e[0], float(e[1]), int(e[2])) for e in entries]
+        # checkpoints of earlier versions have no fourth: then each visited question was in a step
+        self._entries = [None if e is None else _Entry(e[0], float(e[1]), int(e[2]), *e[3:]) for e in entries]
 
     def _at(self, index: int) -> _Entry | None:
         if not 0 <= index < len(self._entries):

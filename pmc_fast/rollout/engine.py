@@ -1,6 +1,6 @@
 """The rollout loop: plan a step, compute its logits, draw tokens, until every sample has ended."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,24 +11,16 @@ from transformers.utils import logging
 from ..distributed import Ranks
 from ..errors import NotFiniteError, PMCError
 from ..models import patching
-from ..models.context import (
-    check_placement,
-    known_tokens,
-    out_of_memory,
-    plain_logps,
-    release_memory,
-    require_same_logps,
-)  # fmt: skip
+from ..models.context import check_placement, out_of_memory, release_memory
 from ..models.fsdp import Lockstep, is_sharded
-from ..models.recognition import Recognised, own_errors, recognise
 from ..models.supported import check_adapters
 from ..ops import native
-from ..ops.fp8_linear import FP8_ERROR, why_no_fp8
 from ..ops.sample_nucleus import Draws, seeded
 from .inputs import StepInputs, StepTensors
 from .logits_processors import Histories, settings_of
 from .model_runner import ModelStep
 from .request import Request, whole
+from .self_check import SelfCheck
 
 # Rows up to which n-gram drafts are added to a step: few rows cost hardly more than one, since all weights are read.
 NGRAM_ROWS = {"cpu": 12, "cuda": 64}
@@ -104,8 +96,7 @@ class RolloutEngine:
         self._max_rows: int | None = None
         self._inputs = StepInputs(self._step.device, pads=pad_steps)
         self._warned: set[str] = set()  # settings
-        self._checked, self._recognised = False, Recognised(type(model).__name__)
-        self.fp8_error: float | None = None  # how far 8 bits move log-probs, mean and absolute, once it is checked
+        self._self_check = SelfCheck(model, self._step, self._short_rollout)
 
     def __call__(
         self,
@@ -200,7 +191,7 @@ class RolloutEngine:
             work.limit(self.pool_tokens)
         check_adapters(self.model)  # each time: another may have been added
         self.check(rollout_dtype)
-        self._recognised.require(*work.longest())
+        self._self_check.recognised.require(*work.longest())
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         asked = settings_of(self.model, sampling=temperature > 0, warned=self._warned) if as_generate else {}
 
@@ -217,20 +208,12 @@ class RolloutEngine:
         """Refuse, unless that was done, a model that rollouts do not serve; else the first call does it."""
         if rollout_dtype not in ("auto", "fp8"):
             raise PMCError(f"rollout_dtype is {rollout_dtype!r}: it must be auto or fp8")
-        fp8 = rollout_dtype == "fp8"
-        if fp8 and is_sharded(self.model):
-            name = type(self.model).__name__
-            raise PMCError(f"rollout_dtype is 'fp8', but {name} is sharded, and its layers are not whole: use auto")
-        if fp8 and (why := why_no_fp8(self._step.device, self._computes_in())):
-            raise PMCError(f"rollout_dtype is 'fp8', but {why}: use auto")
-        if not self._checked:
-            self._check()
-            self._checked = True
-        if fp8 and self.fp8_error is None:
-            self.fp8_error = self._check_fp8()
+        self._self_check(rollout_dtype == "fp8")
 
-    def _computes_in(self) -> torch.dtype:
-        return self._step.autocast_dtype or next(self.model.parameters()).dtype
+    @property
+    def fp8_error(self) -> float | None:
+        """How far 8 bits move log-probs, mean and absolute, once that is checked."""
+        return self._self_check.fp8_error
 
     def release(self) -> int:
         """Release the memory that is kept between calls; return how many tokens the pool had room for."""
@@ -329,62 +312,10 @@ class RolloutEngine:
             state.advance(*_sound(pending.read()))
         return padded
 
-    def _check(self) -> None:
-        """Compare the log-probs of short rollouts with those of the model's own forward pass."""
-        with self._step.autocast():  # without it layers with adapters of another dtype may not compute
-            self._recognised = recognise(self.model)
-        dtype = self._computes_in()
-        if self._step.device.type == "cpu" and dtype == torch.float16:
-            raise PMCError(
-                f"{type(self.model).__name__} computes in float16, in which rollouts on the CPU do not: use bfloat16 or "
-                "float32"
-            )
-        with patching.ONE_AT_A_TIME, own_errors(self.model):  # the plain forward is compared with
-            errors = [np.abs(self._plain_logps(*s) - logps).mean() for s, logps in self._short_rollouts()]
-        require_same_logps(self.model, "rollouts do", max(errors), dtype)
-
-    def _short_rollouts(self) -> Iterator[tuple[tuple[list[int], list[list[int]]], np.ndarray]]:
-        """Yield prompts with their samples, and the log-probs that these were drawn with."""
-        vocab = known_tokens(self.model)
-        generator = np.random.default_rng(0)
-        draw = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    def _short_rollout(self, work: Request, draw: dict[str, Any]) -> Rollouts:
         # steps that run ahead are checked too: n-gram drafts would keep such small ones from it
         ahead = self._run_ahead and (self._pads or self._step.device.type == "cuda")
-        for lengths, samples in [((5, 9), 4), *(((n - 4,), 1) for n in self._recognised.wide)]:
-            prompts = [generator.integers(0, vocab, n).tolist() for n in lengths]
-            work = Request.checked(self.model, prompts, samples, max_new_tokens=4, max_rows=8)
-            ours = self._run(work, draw, ngram_drafts=not ahead, trie=True)
-            for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
-                yield (prompt, tokens), np.stack(logps)
-
-    def _check_fp8(self) -> float:
-        """Compare rollouts in 8 bits with the plain forward on the same layers; the exact ones have been compared.
-
-        Each layer's product must be within the rounding of 8 bits. Log-probs of the two may be as far apart as what 8 bits
-        change in them, which is returned: inputs that differ by their rounding alone may be rounded to 8 bits up in
-        one and down in the other.
-        """
-        name, step = type(self.model).__name__, self._step
-        errors, changes = [], []
-        with patching.ONE_AT_A_TIME, own_errors(self.model), patching.attribute(step, "fp8", True):
-            for sampled, logps in self._short_rollouts():
-                exact = self._plain_logps(*sampled)
-                with patching.forwards(step.weights.forwards()):
-                    plain = self._plain_logps(*sampled)
-                errors.append(np.abs(plain - logps).mean())
-                changes.append(np.abs(plain - exact).mean())
-            largest = step.weights.fp8_error()
-        if largest is None:
-            raise PMCError(f"rollout_dtype is 'fp8', but {name} has no linear layer of multiples of 16: use auto")
-        if not largest <= FP8_ERROR:
-            raise PMCError(f"rollout_dtype is 'fp8', but a product of {name} is off by {largest:.2g} of it: use auto")
-        require_same_logps(self.model, "rollouts in 8 bits do", max(errors) - max(changes), self._computes_in())
-        return float(max(changes))
-
-    def _plain_logps(self, prompt: list[int], samples: list[list[int]]) -> np.ndarray:
-        ids = torch.tensor([prompt + tokens for tokens in samples], device=self._step.device)
-        with self._step.autocast():
-            return plain_logps(self.model, ids)[:, len(prompt) - 1 :].cpu().numpy()
+        return self._run(work, draw, ngram_drafts=not ahead, trie=True)
 
 
 def rollout(model: Any, prompts: Sequence[Sequence[int]], **settings: Any) -> Rollouts:

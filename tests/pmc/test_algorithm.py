@@ -389,10 +389,37 @@ def test_good_answers_are_not_sampled_again(tiny, tokenizer):
     assert pmc.pending() == [0, 1, 2, 3]
 
 
+def test_a_rollout_may_visit_questions_of_later_steps(tiny, tokenizer):
+    plain, pmc = core(tiny, tokenizer), core(tiny, tokenizer, rollout_batch_size=3)
+    for one in (plain, pmc):
+        one.reward = half
+        one.prepare()
+    visited = []
+    visit = pmc._visit
+    pmc._visit = lambda asked: (visited.append(asked), visit(asked))[1]
+    first = pmc.sample([1, 0])
+    assert first.answers == plain.sample([1, 0]).answers  # what a question's samples are does not depend on the others
+    assert first.counters["questions_sampled"] == 3
+    later = pmc.sample([2, 2])  # sampled already; the weights have not moved
+    assert (later.answers, later.counters) == (plain.sample([2, 2]).answers, {"questions_sampled": 0})
+    pmc.sample([3])  # the others have all been in a step: the next are those visited least, in their order
+    copy = core(tiny, tokenizer, rollout_batch_size=3)
+    copy.load_state_dict(json.loads(json.dumps(pmc.state_dict())))
+    for one in (pmc, copy):  # what was visited and not used is remembered
+        one.sample([0, 1])
+        assert one.store.visits(0) == one.store.visits(1) == 2
+    pmc.sample([0])
+    assert visited == [[1, 0, 2], [3, 0, 1], [0, 2, 3]]
+    assert plain._to_visit([0]) == [0]
+    pmc.config.resample_above = 0.5
+    assert pmc._to_visit([2]) == []  # good already
+
+
 def test_the_reference_has_what_is_published_alone(tiny, tokenizer):
     for name, value in (
         ("answer_penalty", 1.0),
         ("resample_above", 0.1),
+        ("rollout_batch_size", 8),
         ("selection", "soft"),
         ("normalization", "step"),
     ):

@@ -61,6 +61,11 @@ def test_behaves_as_a_dictionary(offers):
             if i in plain:
                 assert (store.answer(i), store.score(i)) == plain[i]
         assert store.pending(range(5)) == [i for i in range(5) if i not in plain or plain[i][1] > 0]
+        assert index not in store.due(range(5))
+        assert store.use(index) == plain[index][0]
+        assert store.due(range(5)) == store.pending(range(5))
+    store.offer(1, "a", 0.5)
+    assert store.due([1, 2]) == store.pending([2])
     copy = BestStore(5)
     copy.load_state_dict(json.loads(json.dumps(store.state_dict())))
     assert copy.state_dict() == store.state_dict()
@@ -74,6 +79,8 @@ def test_refusals():
         store.answer(1)
     with pytest.raises(IndexError, match="question -1"):
         store.pending([-1])
+    with pytest.raises(KeyError, match="question 1 has no answer"):
+        store.use(1)
     for score in (float("nan"), 1.5, -0.1):
         with pytest.raises(PMCError, match="within 0 and 1"):
             store.offer(0, "a", score)
