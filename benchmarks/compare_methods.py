@@ -27,6 +27,7 @@ import argparse
 import dataclasses
 import functools
 import gc
+import json
 import math
 import multiprocessing
 import os
@@ -51,7 +52,7 @@ from pmc_fast.utils.malloc import keep_freed_memory
 
 from . import compare_report, harness
 from .baselines import COMPARED, make
-from .compare_report import MAX_DEGENERATE, TUNING, chosen
+from .compare_report import MAX_DEGENERATE, METHOD_ALONE, TUNING, chosen
 from .runs import Run, measured, optimizer_of, summary, task_config
 
 Grids = dict[str, list[dict[str, float]]]  # of each method, the settings that are tried
@@ -107,7 +108,6 @@ ABLATED: list[dict[str, float]] = [  # what is put in place of some of EXTENSION
 ATTACK: dict[str, Any] = {"num_samples": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}
 PREFILL = "The answer is:"
 ATTACK_LENGTH = 100  # tokens of prompt and answer; no forget question and its truth take more than 76
-METHOD_ALONE = ("alpha", "beta", "gamma")  # parameters that are no settings of a run
 RULE = (
     f"highest harmonic mean of unlearn quality and utility, at most {MAX_DEGENERATE:.0%} of the answers say nothing"
 )
@@ -256,9 +256,21 @@ def final_plans(
 
 def ablation_plans(results: Sequence[dict[str, Any]]) -> Iterator[Plan]:
     """Yield the chosen setting of "pmc_fast" without one extension each, on the questions of the tuning."""
-    setting = chosen(results, "pmc_fast", TUNING) or {}
+    setting = chosen(results, "pmc_fast", TUNING)
+    if setting is None:
+        raise SystemExit("no setting of pmc_fast was chosen yet: tune it first (--methods pmc_fast --tune)")
     for change in ABLATED:
         yield Plan("pmc_fast", setting | change, 0, TUNING, "demo", attack=False)
+
+
+def require_same_conditions(path: Path, facts: dict[str, Any]) -> None:
+    """Refuse to add runs to those that were made under other conditions, which the file would then deny."""
+    made = json.loads(path.read_text(encoding="utf-8"))["facts"] if path.exists() else {}
+    for name in ("extensions", "attack", "tuning_s"):
+        if name in made and made[name] != facts[name]:
+            raise SystemExit(
+                f"{path} has runs with {name} {made[name]}, now {facts[name]}: use another --json, or --again"
+            )
 
 
 def in_process(plan: Plan) -> dict[str, Any]:
@@ -336,6 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
         "extensions": EXTENSIONS, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
         "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
     }  # fmt: skip
+    if not o.report and not o.again:
+        require_same_conditions(o.json, facts)
     run_all = functools.partial(make_all, path=o.json, workers=o.workers, again=o.again, facts=facts)
     if not o.report:
         with harness.alone():

@@ -23,6 +23,8 @@ LABELS = {
     "icu": "ICU (told)",
     "eul": "EUL (told)",
 }
+METHOD_ALONE = ("alpha", "beta", "gamma")  # parameters of a method that are no settings of a run
+TUNED = {"learning_rate", "retain_weight", *METHOD_ALONE}
 Result = dict[str, Any]
 
 
@@ -46,8 +48,7 @@ def trials(results: Sequence[Result], method: str, budget: float) -> list[Result
 
 def tuning_runs(results: Sequence[Result], method: str, budget: float) -> list[Result]:
     """Return the runs of a method's grid at a budget: those that set nothing else."""
-    tuned = {"learning_rate", "retain_weight", "beta"}
-    return [r for r in trials(results, method, budget) if set(r["setting"]) <= tuned]
+    return [r for r in trials(results, method, budget) if set(r["setting"]) <= TUNED]
 
 
 def chosen(results: Sequence[Result], method: str, budget: float) -> dict[str, float] | None:
@@ -66,6 +67,8 @@ def final_runs(results: Sequence[Result], method: str, budget: float) -> list[Re
     best = chosen(results, method, budget)
     own = ("heldout", method, budget)
     runs = [r for r in results if (r["task"], r["method"], r["budget_s"]) == own and best in (None, r["setting"])]
+    if any(r["setting"] != runs[0]["setting"] for r in runs):
+        raise SystemExit(f"{method}, {budget:.0f} s: runs with several settings, and none was chosen in this file")
     return sorted(runs, key=lambda r: r["seed"])
 
 

@@ -16,6 +16,11 @@ OWN = {
     "method", "seed", "output", "max_steps", "max_seconds", "resume", "checkpoint_steps", "profile", "report_to", "save_dtype",
     "evaluate", "min_quality", "min_utility", "max_degenerate", "skip_known_forgotten", *PARAMETERS, *PMC_ALONE,
 }  # fmt: skip
+# settings that are the comparison's: without the same ones for all methods there is none
+COMMON = {
+    "method": "--methods", "seed": "--seeds", "output": "--output", "max_steps": "--steps", "max_seconds": "--seconds",
+}  # fmt: skip
+SAME = ("model", "forget", "retain", "paraphrased", "general", "evaluate")
 SHARED = tuple(f.name for f in dataclasses.fields(UnlearnConfig) if f.name not in OWN)
 
 
@@ -93,10 +98,17 @@ class CompareConfig(Settings):
                 raise PMCError(
                     f"settings has {text!r}: write METHOD.NAME=VALUE, METHOD being one of {', '.join(self.method_names)}"
                 )
-            found.setdefault(method, {})[setting] = value
+            if setting in found.setdefault(method, {}):
+                raise PMCError(f"settings has {method}.{setting} twice: give it once")
+            found[method][setting] = value
+        by_field = {method: UnlearnConfig.by_field(given, method) for method, given in found.items()}
+        for method, given in by_field.items():
+            for name in given:
+                if name in COMMON or name in SAME:
+                    remedy = f"use {COMMON[name]}" if name in COMMON else "it must be the same for all methods"
+                    raise PMCError(f"settings has {method}.{name}: {remedy}")
         return {
-            method: {name: _typed(name, value) for name, value in UnlearnConfig.by_field(given, method).items()}
-            for method, given in found.items()
+            method: {name: _typed(name, value) for name, value in given.items()} for method, given in by_field.items()
         }
 
 

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from .filters import Filter, filter_of
-from .parts import OptionalPositive, PMCConfig, Range, SamplingConfig, Settings, SharedConfig, option, require
+from .parts import (
+    OptionalPositive,
+    OptionalShare,
+    PMCConfig,
+    Range,
+    SamplingConfig,
+    Settings,
+    SharedConfig,
+    option,
+    require,
+)
 
 MethodName = Literal[
     "pmc", "ga", "grad_diff", "idk", "dpo", "npo", "simnpo", "flat", "mollm", "icu", "eul", "retain_only"
@@ -29,7 +39,7 @@ class MethodConfig(Settings):
     method: MethodName = option(
         "pmc", "unlearning method; all but pmc, idk and retain_only train on the answers to be forgotten"
     )
-    alpha: OptionalNotNegative = option(None, "parameter of eul, its share of the pairs to keep (unset: the paper's)")
+    alpha: OptionalShare = option(None, "parameter of eul, its share of the pairs to keep (unset: the paper's)")
     beta: OptionalPositive = option(None, "parameter of dpo, npo, simnpo and icu (unset: the paper's)")
     gamma: OptionalNotNegative = option(None, "parameter of simnpo, its margin, and of eul (unset: the paper's)")
     divergence: str = option("", "parameter of flat: kl, total_variation, jensen_shannon or pearson (unset: kl)")

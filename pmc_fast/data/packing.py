@@ -64,6 +64,19 @@ class Segments(tuple[Segment, ...]):
             self._keys[device] = torch.cat(ranges).to(device, non_blocking=True)
         return self._keys[device]
 
+    def mask(self, number: int, window: int | None, device: torch.device) -> torch.Tensor:
+        """Return which keys, its prefix first, each query of a segment sees: bool [length, prefix + length]."""
+        s = self[number]
+        at = s.length, s.prefix, window, device
+        if at not in self._masks:
+            mask = torch.ones(s.length, s.prefix + s.length, dtype=torch.bool, device=device).tril(s.prefix)
+            self._masks[at] = mask if window is None else mask.triu(s.prefix - window + 1)
+        return self._masks[at]
+
+    @cached_property
+    def _masks(self) -> dict[tuple[int, int, int | None, torch.device], torch.Tensor]:
+        return {}
+
     @cached_property
     def _offsets(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
         return {}

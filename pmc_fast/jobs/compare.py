@@ -87,8 +87,9 @@ def compare(config: CompareConfig, runs: Sequence[UnlearnConfig], monitor: Monit
             title = f"run {number} of {len(checked)}: {run.name}"
             monitor.stage(f"{title} is finished" if run.found else title)
             if run.found is None:
-                run.found = _make(config, run.config, monitor)
+                run.found = _make(config, run, monitor)
                 gc.collect()  # a trainer refers to itself: its model would stay until memory is short
+                _require_same_weights(config, checked)
         made = _result(config, checked)
         for name, text in ((RESULT, render.summary(made)), (PAGE, comparison.html(made))):
             write_file(Path(config.output) / name, text)  # in place of one of fewer runs
@@ -99,9 +100,10 @@ def _target(config: CompareConfig, c: UnlearnConfig) -> WholeModel:
     return WholeModel(c) if config.keep_models else ReportsAlone(c)
 
 
-def _make(config: CompareConfig, c: UnlearnConfig, monitor: Monitor) -> dict[str, Any]:
+def _make(config: CompareConfig, run: ComparedRun, monitor: Monitor) -> dict[str, Any]:
+    c, held = run.config, Held()
     try:
-        made = unlearn.unlearn(c, monitor, _target(config, c))
+        made = unlearn.unlearn(c, monitor, _target(config, c), held)
         if "history" not in made:
             raise PMCError(
                 f"filter {made['left_out']['filter']} leaves none of {c.forget}'s questions to method {c.method} with seed "
@@ -109,7 +111,10 @@ def _make(config: CompareConfig, c: UnlearnConfig, monitor: Monitor) -> dict[str
             )
         return made
     except DivergedError as error:  # gradient ascent may end there: that is a result too
-        found = {"settings": dataclasses.asdict(c), "method": methods.facts(c), "diverged": str(error)}
+        found = {
+            "settings": dataclasses.asdict(run.plan.config), "method": methods.facts(c), "diverged": str(error),
+            "models": {"before": {"source": c.model, "sha256": held.weights}}, "data": earlier_runs.data_of(run.plan.rows),
+        }  # fmt: skip
         write_file(c.output + DIVERGED, json.dumps(found, indent=1))
         monitor.warn(f"method {c.method}: {error}")
         return found
@@ -140,13 +145,17 @@ def _finished(c: UnlearnConfig, plan: Plan) -> dict[str, Any] | None:
     return None
 
 
-def _result(config: CompareConfig, runs: Sequence[ComparedRun]) -> dict[str, Any]:
-    found = [run.found or {} for run in runs]
-    before = next((f["before"] for f in found if "before" in f), None)
-    if len({f["models"]["before"]["sha256"] for f in found if "models" in f}) > 1:
+def _require_same_weights(config: CompareConfig, runs: Sequence[ComparedRun]) -> None:
+    if len({f["models"]["before"]["sha256"] for run in runs if "models" in (f := run.found or {})}) > 1:
         raise PMCError(
             f"{config.output} has runs of different weights of {runs[0].config.model}: choose another output"
         )
+
+
+def _result(config: CompareConfig, runs: Sequence[ComparedRun]) -> dict[str, Any]:
+    _require_same_weights(config, runs)
+    found = [run.found or {} for run in runs]
+    before = next((f["before"] for f in found if "before" in f), None)
     return {
         "settings": dataclasses.asdict(config),
         "model": runs[0].config.model,

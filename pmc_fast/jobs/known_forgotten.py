@@ -11,6 +11,7 @@ from ..data import Question, Row, load_rows
 from ..errors import PMCError
 from ..evaluation import degenerate_share, encode_candidates, known_forgotten, sampling_attack
 from ..pmc.reward import choose_scorer
+from ..utils.words import says_nothing
 from .evaluator import Evaluator
 
 
@@ -82,19 +83,33 @@ def judge(
     not more likely (mean log-prob of its tokens) than under the paraphrase, and no sample repeats it to
     ``leak_threshold``. The second half is this package's: a model that knows a fact well finds it as likely under
     any wording, so the first half alone would leave it out; but such a model also repeats the fact in its samples.
+    A question without a truth to which the model says nothing can't be judged, and is not left out.
     """
     c = config
     without = [i for i, row in enumerate(forget) if not row.answer]
     said = evaluator.answers([forget[i].question for i in without])
     initial = dict(zip(without, said, strict=True))
     rows = [Row(row.question, row.answer or initial[i]) for i, row in enumerate(forget)]
-    reward = choose_scorer(c.reward, [*truths, *(row.answer or "" for row in rows)]).name
+    scorer = choose_scorer(c.reward, [*truths, *(row.answer or "" for row in rows)])
+    reward = scorer.name
     how: dict[str, Any] = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "seed": c.seed}
-    result = sampling_attack(
-        evaluator.engine, evaluator.encoder, rows, num_samples=c.num_samples, reward=reward, **how
-    )
+    asked = [i for i, row in enumerate(rows) if not (i in initial and says_nothing(initial[i]))]
+    scorer.require_words(f"filter known_forgotten: {c.forget}", ((i + 1, rows[i].answer or "") for i in asked))
     scores = np.full((len(rows), c.num_samples), np.nan)
-    scores[result.rows] = result.scores
+    texts: dict[int, list[str]] = {}
+    seconds = 0.0
+    if asked:
+        result = sampling_attack(
+            evaluator.engine,
+            evaluator.encoder,
+            [rows[i] for i in asked],
+            num_samples=c.num_samples,
+            reward=reward,
+            **how,
+        )
+        sampled = [asked[n] for n in result.rows]
+        scores[sampled] = result.scores
+        texts, seconds = dict(zip(sampled, result.samples, strict=True)), result.seconds
     of_truth = scores.copy()
     of_truth[without] = np.nan
     skipped = {*known_forgotten(of_truth, c.skip_threshold)}
@@ -102,7 +117,6 @@ def judge(
     candidates = {i: q for i in without if (q := paraphrases[i]) is not None and (scores[i] < c.leak_threshold).all()}
     skipped |= _no_more_likely(evaluator, c, {i: (forget[i].question, q, initial[i]) for i, q in candidates.items()})
     unjudged = {i for i in without if paraphrases[i] is None} | {*np.flatnonzero(np.isnan(scores).any(axis=1))}
-    texts = dict(zip(result.rows, result.samples, strict=True))
     return KnownForgotten(
         rows=[i + 1 for i in sorted(skipped)],
         questions=len(forget),
@@ -110,7 +124,7 @@ def judge(
         samples=c.num_samples,
         criterion=_criterion(c, reward, len(without), len(forget)),
         degenerate=degenerate_share([t for i in skipped for t in texts[i]], reward) if skipped else None,
-        seconds=result.seconds,
+        seconds=seconds,
     )
 
 

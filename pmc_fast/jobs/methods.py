@@ -43,7 +43,7 @@ def checked_method(config: UnlearnConfig, forget: Sequence[Row], processes: int)
         return None, []
     check_rows(method, forget, config.forget)
     warnings = [f"method {config.method} trains on the answers to be forgotten"] if method.told else []
-    if not method.retain_weight:
+    if not method.needs_retain:
         warnings.append(f"retain_weight is 0, as method {config.method} has it: {config.retain} is only evaluated")
     return method, warnings
 

@@ -73,10 +73,13 @@ class PMCRun:
         Return the seconds that the method itself needed.
         """
         c, count, pmc = plan.config, len(plan.forget), self.trainer.pmc
-        with stages("initial answers"):
-            left_out = sorted({*range(count)} - {*plan.kept}) if c.evaluate else []
-            answers = evaluator.answers([plan.forget[i].question for i in left_out])
+        left_out = sorted({*range(count)} - {*plan.kept}) if c.evaluate else []
+        initial: dict[int, str] = {}
+        if left_out:  # for the evaluation alone
+            with stages("answers to questions left out"):
+                answers = evaluator.answers([plan.forget[i].question for i in left_out])
             initial = dict(zip(left_out, answers, strict=True))
+        with stages("initial answers"):
             pmc.source, pmc.rows = f"initial answers to {c.forget}", [i + 1 for i in plan.kept]
             # one reward for training and evaluation
             pmc.prepare([*truths_of(plan.sets), *(y for i, y in initial.items() if not plan.forget[i].answer)])
@@ -114,12 +117,12 @@ class MethodRun:
     ) -> None:
         c, rows = plan.config, [plan.forget[i] for i in plan.kept]
         passes = {f.name: getattr(c, f.name) for f in dataclasses.fields(SharedConfig)}
-        if plan.choice is not None:
-            passes["max_tokens"] = plan.choice.max_tokens
         config = PMCConfig(**passes, allow_overlap=c.allow_overlap)
         self.trainer = _UnlearnTrainer(
             loaded.model, arguments, rows, plan.retain, config, plan.tokenizer, method=method, callbacks=[*callbacks]
         )
+        if plan.choice is not None:  # not in the config: a run that is resumed may find other memory
+            self.trainer.task.max_tokens = plan.choice.max_tokens
         self.cut_answers = 0
 
     def share(self, held: Held, plan: Plan) -> None:

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ..config import UnlearnConfig
 from ..distributed import Ranks, launched
-from ..errors import Terminated
+from ..errors import NotFiniteError, PMCError, Terminated
 from ..models import loading
 from ..models.fused_layers import use_checkpointing
 from ..models.packed_forward import causal_lm
@@ -135,20 +135,28 @@ def _run(plan: Plan, target: TrainingTarget, tracker: Tracker | None, stages: St
         trainer.weights_sha256 = weights  # not read twice
     resumed = trainer.find_checkpoint(plan.config.resume, warn=stages.monitor.warn)
     clock.before = run.prepare(plan, evaluator, resumed, stages)
+    if c.max_seconds is not None and clock.before >= c.max_seconds:
+        raise PMCError(
+            f"max_seconds is {c.max_seconds:g}, and what method {c.method} needs of the untouched model took {clock.before:.1f} s "
+            "of it: no time is left to train; raise it"
+        )
     results, text = Results(), plan.text
     suite = Suite(plan.config, plan.sets, text=text, tokens=text.answer_tokens(plan.sets) if text else [])
     if plan.config.evaluate:
         evaluator.measure("before", suite, results, stages, " before")
     _train(trainer, resumed, stages)
     other = _unround(trainer, loaded, target.rounds_to, plan.config.dtype)
-    target.finalize(loaded.model.eval(), stages)
-    trainer.drop_optimizer()
-    if plan.config.evaluate:
-        if other:
-            held.drop_passes()  # others will hold as much again
-            evaluator = _evaluator(held, plan, stages.monitor)
-        evaluator.weights_changed()
-        evaluator.measure("after", suite, results, stages, " after")
+    try:
+        target.finalize(loaded.model.eval(), stages)
+        trainer.drop_optimizer()
+        if plan.config.evaluate:
+            if other:
+                held.drop_passes()  # others will hold as much again
+                evaluator = _evaluator(held, plan, stages.monitor)
+            evaluator.weights_changed()
+            evaluator.measure("after", suite, results, stages, " after")
+    except NotFiniteError as error:  # weights that are finite, and logits that are not
+        raise trainer.diverged() from error
     data = earlier_runs.data_of(plan.rows, target.recorded(plan.earlier))
     report = _report(plan, run, clock, results, left_out, weights, data, stages)
     if launched()[0] == 0:

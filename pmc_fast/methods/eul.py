@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 
+from ..errors import PMCError
 from .method import Batch, Method
 
 
@@ -20,6 +21,11 @@ class EUL(Method):
     linear: ClassVar[bool] = True
     alpha: float = 0.8
     gamma: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha > 1:  # then the answers to be forgotten would be kept
+            raise PMCError(f"EUL: alpha is {self.alpha!r}: it must be between 0 and 1")
 
     @property
     def divergences(self) -> tuple[float, float]:

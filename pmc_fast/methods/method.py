@@ -1,11 +1,13 @@
 """What an unlearning method is: which answers it trains on, and a loss of their tokens' log-probs."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
 
+from ..errors import PMCError
 from ..ops import sequence_logps
 
 Kind = Literal["forget", "template"]
@@ -72,6 +74,8 @@ class Method:
     apart : bool
         Whether the gradients of objective and retain loss are computed apart and added with the weights of `mixture`. A step
         with both holds one more copy of the gradients, and yet another where `.grad` holds some already.
+    above_0 : tuple of str
+        Parameters that must not be 0. None may be negative.
     """
 
     told: ClassVar[bool] = True
@@ -79,7 +83,17 @@ class Method:
     reference: ClassVar[tuple[Kind, ...]] = ()
     linear: ClassVar[bool] = False
     apart: ClassVar[bool] = False
+    above_0: ClassVar[tuple[str, ...]] = ()
     retain_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not (
+                0 <= value < math.inf and (value or name not in self.above_0)
+            ):
+                least = "above 0" if name in self.above_0 else "0 or more"
+                raise PMCError(f"{type(self).__name__}: {name} is {value!r}: it must be {least}")
 
     def objective(self, batch: Batch) -> torch.Tensor:
         """Return the loss of a step's forget questions, a differentiable function of `batch.logps`."""
@@ -92,6 +106,11 @@ class Method:
         If one is not 0, the untouched model is held: a copy of the weights, or none where an adapter alone is trained, and was new.
         """
         return 0.0, 0.0
+
+    @property
+    def needs_retain(self) -> bool:
+        """Whether a step's retain pairs have a part in its loss."""
+        return bool(self.retain_weight or self.divergences[1])
 
     def mixture(self, forget: float, both: float, retain: float) -> tuple[float, float]:
         """Return the weights of the two gradients, of which `forget`, `both` and `retain` are the inner products."""

@@ -69,6 +69,7 @@ class DPO(Method):
 
     answers: ClassVar[tuple[Kind, ...]] = ("forget", "template")
     reference: ClassVar[tuple[Kind, ...]] = ("forget", "template")
+    above_0: ClassVar[tuple[str, ...]] = ("beta",)
     beta: float = 0.1
 
     def objective(self, batch: Batch) -> torch.Tensor:
@@ -81,6 +82,7 @@ class NPO(Method):
     """NPO(forget) + lambda CE(retain) (Zhang et al., arXiv 2404.05868, eq. 3)."""
 
     reference: ClassVar[tuple[Kind, ...]] = ("forget",)
+    above_0: ClassVar[tuple[str, ...]] = ("beta",)
     beta: float = 0.1
 
     def objective(self, batch: Batch) -> torch.Tensor:
@@ -91,6 +93,7 @@ class NPO(Method):
 class SimNPO(Method):
     """SimNPO(forget) + lambda CE(retain) (Fan et al., arXiv 2410.07163, eq. 4)."""
 
+    above_0: ClassVar[tuple[str, ...]] = ("beta",)
     beta: float = 2.5
     gamma: float = 0.0
 
@@ -111,6 +114,7 @@ class FLAT(Method):
     divergence: Divergence = "kl"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.divergence not in DIVERGENCES:
             raise PMCError(f"divergence is {self.divergence!r}: use one of {', '.join(DIVERGENCES)}")
 

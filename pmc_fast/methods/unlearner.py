@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..config import PMCConfig
 from ..data import Encoded, Encoder, Row, is_text
@@ -12,10 +13,12 @@ from ..data.packing import Pack, num_targets, pack
 from ..errors import PMCError
 from ..models.context import eval_mode
 from ..models.packed_forward import PackedPass, causal_lm
-from ..models.supported import check_float16, check_model
+from ..models.supported import check_float16, check_model, has_dropout
 from ..utils.text import row_numbers
 from .method import REFUSALS, Batch, Kind, Method
 from .teacher import Teacher
+
+logger = logging.get_logger(__name__)
 
 
 def check_rows(method: Method, forget: Sequence[Row], source: str = "forget") -> None:
@@ -79,6 +82,7 @@ class Unlearner:
         check_rows(method, forget)
         self.questions = len(forget)
         self.answers: dict[Kind, list[Encoded]] = {kind: self._encode(kind, forget) for kind in method.answers}
+        self.max_tokens = config.max_tokens  # of a pass; it may be lowered at any time
         self.prepared = False
         self._reference: dict[Kind, torch.Tensor] = {}
         self._teacher: Teacher | None = None
@@ -98,6 +102,11 @@ class Unlearner:
     def prepare(self) -> None:
         """Compute what the method needs of the untouched model."""
         self.packed.check()
+        if not self.method.linear and has_dropout(self.model):
+            logger.warning(
+                f"{type(self.method).__name__}: the weights of tokens are computed in a pass of its own, in which dropout draws other "
+                "masks than in the pass with gradients: set dropout to 0 for the exact gradient"
+            )
         if any(self.method.divergences):
             probe = self._packs([next(of[0] for of in self.answers.values())])[0]
             self._teacher = Teacher(self.model, self.packed, probe)
@@ -130,7 +139,7 @@ class Unlearner:
         answers = {kind: [of[i] for i in indices] for kind, of in self.answers.items()}
         objective, scales = self._weights(answers, indices)
         on_answers, on_retain = self.method.divergences
-        kept = [s for s in retain if num_targets(s)] if self.method.retain_weight or on_retain else []
+        kept = [s for s in retain if num_targets(s)] if self.method.needs_retain else []
         count = sum(map(num_targets, kept))
         parts = [
             _Part([s for of in answers.values() for s in of], scales, on_answers),
@@ -226,7 +235,7 @@ class Unlearner:
         return torch.cat(parts), lengths.cumsum(0)
 
     def _packs(self, sequences: Sequence[Encoded]) -> list[Pack]:
-        return pack([[s] for s in sequences], self.config.max_tokens)
+        return pack([[s] for s in sequences], self.max_tokens)
 
 
 @dataclass(frozen=True)

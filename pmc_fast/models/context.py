@@ -92,15 +92,27 @@ TOLERANCES = {
 }
 
 
-def tolerance(*dtypes: torch.dtype) -> Tolerance:
-    """Return the tolerance of the coarsest dtype; an unknown one is as coarse as bfloat16."""
+# what torch rounds the inputs of float32 products to: TF32 has as many digits as float16
+ROUNDED = {"tf32": torch.float16, "bf16": torch.bfloat16}
+
+
+def tolerance(*dtypes: torch.dtype, products_on: torch.device | None = None) -> Tolerance:
+    """Return the tolerance of the coarsest dtype; an unknown one is as coarse as bfloat16.
+
+    With `products_on` float32 counts as what that device rounds the inputs of float32 matrix products to, as
+    `torch.set_float32_matmul_precision` or ``tf32`` of TrainingArguments let it.
+    """
+    if products_on is not None:
+        backend = torch.backends.cuda if products_on.type == "cuda" else torch.backends.mkldnn
+        rounded = ROUNDED.get(backend.matmul.fp32_precision, torch.float32)
+        dtypes = tuple(rounded if dtype == torch.float32 else dtype for dtype in dtypes)
     known = [TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes]
     return max(known, key=lambda t: t.logps)
 
 
 def require_same_logps(model: Any, what: str, error: float, dtype: torch.dtype) -> None:
     """Refuse a model whose log-probs, as `what` computes them, differ from its own forward pass by `error` in the mean."""
-    if not error <= tolerance(dtype).logps:
+    if not error <= tolerance(dtype, products_on=model.get_input_embeddings().weight.device).logps:
         raise PMCError(
             f"{type(model).__name__}: {what} not compute what the model computes with attn_implementation "
             f"{model.config._attn_implementation!r} (log-probs off by {error:.3g}): try 'eager'; under mixed precision "

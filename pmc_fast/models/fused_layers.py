@@ -149,7 +149,8 @@ class FusedLayers:
 
         def compare(x: torch.Tensor) -> bool:
             probe = probe_input(x.device, x.dtype, 1, 2, weight.shape[1])
-            return _near(*(_in_train_mode(module, f, probe) for f in (gated, original)))
+            ours, expected = (_in_train_mode(module, f, probe) for f in (gated, original))
+            return _near(ours, expected, products_on=x.device)
 
         def agrees(x: torch.Tensor) -> bool:
             return bool(self._once(original, self._key(x, module.gate_proj.weight), lambda: compare(x)))
@@ -226,8 +227,10 @@ def probe_input(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.
     return numbers.reshape(shape).to(device, dtype)
 
 
-def _near(ours: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -> bool:
-    allowed = tolerance(expected.dtype, *(t.dtype for t in inputs)).layer
+def _near(
+    ours: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor, products_on: torch.device | None = None
+) -> bool:
+    allowed = tolerance(expected.dtype, *(t.dtype for t in inputs), products_on=products_on).layer
     return ours.dtype == expected.dtype and bool((ours - expected).abs().max() <= allowed * expected.abs().max())
 
 

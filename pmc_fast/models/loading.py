@@ -17,6 +17,7 @@ from ..ops.dispatch import why_refused
 from . import context
 from .fsdp import fsdp_launched
 from .joined_weights import join_weights
+from .recognition import positions_are_computed
 
 ParamDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -87,7 +88,7 @@ def check_positions(config: Any, max_length: int) -> list[str]:
     known = getattr(config, "max_position_embeddings", None)
     if not known or max_length <= known:
         return []
-    if getattr(config, "rope_parameters", None) or getattr(config, "alibi", False):
+    if positions_are_computed(config):
         return [
             f"max_length is {max_length} but the model was trained for {known} positions: later tokens may be "
             f"nonsense; lower --max-length to {known}"

@@ -134,16 +134,16 @@ def _sdpa(
             own_v = torch.cat([pieces[2][prefix], own_v])
         own_q, own_k, own_v = (t.transpose(0, 1)[None] for t in (own_q, own_k, own_v))
         sees_all = s.length == 1 and (window is None or s.prefix < window)
-        mask = None if sees_all else _mask(s.length, s.prefix, window, q.device)
+        causal = not softcap and not sees_all and not s.prefix and (window is None or s.length <= window)
+        mask = None if sees_all or causal else segments.mask(i, window, q.device)
         if softcap:
             made = _softcapped(own_q, own_k, own_v, mask, scale, softcap, dropout)
         else:
-            causal = mask is not None and not s.prefix and (window is None or s.length <= window)
             made = scaled_dot_product_attention(
                 own_q,
                 own_k,
                 own_v,
-                attn_mask=None if causal else mask,
+                attn_mask=mask,
                 is_causal=causal,
                 dropout_p=dropout,
                 scale=scale,
@@ -151,13 +151,6 @@ def _sdpa(
             )
         out.append(made[0].transpose(0, 1))
     return torch.cat(out)
-
-
-@functools.lru_cache(maxsize=512)
-def _mask(length: int, prefix: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return which keys each of a segment's queries sees: bool [length, prefix + length]."""
-    mask = torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
-    return mask if window is None else mask.triu(prefix - window + 1)
 
 
 def _softcapped(

@@ -88,10 +88,18 @@ def recognise(model: Any) -> Recognised:
     sliding = kinds.count("sliding_attention")
     if sum(bool(window) or mask != FAR for [(mask, window)] in layers.values()) < sliding:
         raise PMCError(f"{name} does not say how far its {sliding} sliding layers see: not supported")
+    known = getattr(config, "max_position_embeddings", None)
+    if known and not positions_are_computed(config):
+        limits.append((known, "its table of positions ends there"))
     longest, reason = min(limits, key=lambda limit: limit[0])
     if longest < LEAST:
         raise PMCError(f"{name}: {reason}: sequences of more than {longest} tokens are not supported")
     return Recognised(name, tuple(sorted(windows)), longest, reason)
+
+
+def positions_are_computed(config: Any) -> bool:
+    """Return whether a model computes positions, for any length, instead of looking them up in a table."""
+    return bool(getattr(config, "rope_parameters", None) or getattr(config, "alibi", False))
 
 
 def rope_limit(config: Any, name: str) -> tuple[int, str]:

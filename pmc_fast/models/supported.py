@@ -61,6 +61,13 @@ def check_model(model: Any, *, training: bool | None = None) -> None:
         )
 
 
+def has_dropout(model: Any) -> bool:
+    """Return whether passes in train mode draw random masks: of a dropout layer, or of attention's weights."""
+    layers = (torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.Dropout1d)
+    rates = (m.p if isinstance(m, layers) else getattr(m, "attention_dropout", 0.0) for m in model.modules())
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
 def check_float16(model: Any, autocast_dtype: torch.dtype | None) -> None:
     """Refuse to compute in float16 on the CPU, for which there are no kernels."""
     on_cpu = {autocast_dtype or p.dtype for p in model.parameters() if p.device.type == "cpu"}

@@ -116,9 +116,9 @@ def decode_attention(
     good = good and index.slots.shape == q.shape[:1] and index.slots.device == q.device
     if not good or q.dtype not in DTYPES or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         raise PMCError(
-            f"decode_attention: q is {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)}, the pool "
-            f"{k_pool.dtype} {tuple(k_pool.shape)}: need one type of float32, float64 or bfloat16, heads a multiple of "
-            "k's, one head size, and a contiguous pool"
+            f"decode_attention: q is {q.dtype} {tuple(q.shape)}, k {k.dtype} and v {v.dtype} {tuple(k.shape)}, the pool "
+            f"{k_pool.dtype} {tuple(k_pool.shape)}: need one type of float32, float64 or bfloat16 (under autocast give the "
+            "engine autocast_dtype), heads a multiple of k's, one head size, and a contiguous pool"
         )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     module = native.cpu() if backend == "cpu" else native.cuda()

@@ -31,14 +31,17 @@ class SharedEngine:
         *,
         drafts: Sequence[Sequence[Sequence[int]]] | None = None,
         positions: Sequence[list[int] | None] | None = None,
+        stream_ids: Sequence[int] | None = None,
+        logit_bias: Sequence[Mapping[int, float]] | None = None,
         **how: Any,
     ) -> Rollouts:
+        each = {"drafts": drafts, "positions": positions, "stream_ids": stream_ids, "logit_bias": logit_bias}
+        given: dict[str, Any] = {name: of for name, of in each.items() if of is not None}
         if self.ranks.size == 1:
-            return self.engine(prompts, drafts=drafts, positions=positions, **how)
+            return self.engine(prompts, **given, **how)
         mine = self.ranks.share(range(len(prompts)))
-        own = None if drafts is None else [drafts[i] for i in mine]
-        places = None if positions is None else [positions[i] for i in mine]
-        made = self.engine([prompts[i] for i in mine], drafts=own, positions=places, **how)
+        own: dict[str, Any] = {name: [of[i] for i in mine] for name, of in given.items()}
+        made = self.engine([prompts[i] for i in mine], **own, **how)
         found: dict[int, list[list[int]]] = {}
         counters: dict[str, float] = {}
         for tokens, counted in self.ranks.gather((dict(zip(mine, made.tokens, strict=True)), made.counters)):

@@ -94,9 +94,10 @@ class RolloutEngine:
         # smaller after a rollout that did not fit the memory
         self.pool_tokens = pool_tokens
         self._max_rows: int | None = None
+        self._largest_pool = 0  # tokens that it has had room for
         self._inputs = StepInputs(self._step.device, pads=pad_steps)
         self._warned: set[str] = set()  # settings
-        self._self_check = SelfCheck(model, self._step, self._short_rollout)
+        self._self_check = SelfCheck(model, self._step)
 
     def __call__(
         self,
@@ -208,7 +209,7 @@ class RolloutEngine:
         """Refuse, unless that was done, a model that rollouts do not serve; else the first call does it."""
         if rollout_dtype not in ("auto", "fp8"):
             raise PMCError(f"rollout_dtype is {rollout_dtype!r}: it must be auto or fp8")
-        self._self_check(rollout_dtype == "fp8")
+        self._self_check(self._short_rollout, rollout_dtype == "fp8")
 
     @property
     def fp8_error(self) -> float | None:
@@ -218,7 +219,9 @@ class RolloutEngine:
     def release(self) -> int:
         """Release the memory that is kept between calls; return how many tokens the pool had room for."""
         self._inputs = StepInputs(self._step.device, pads=self._pads)
-        return self._step.release()
+        span = self._step.release()
+        self._largest_pool = max(self._largest_pool, span)
+        return span
 
     def _tried(self, run: Callable[[], Rollouts]) -> Rollouts | None:
         """Run a rollout; return None if the device has no memory left for it."""
@@ -231,17 +234,23 @@ class RolloutEngine:
 
     def _shrink(self, work: Request) -> None:
         """Release the engine's memory and take less from now on; samples do not depend on it."""
-        span = self.release()
+        self.release()
         self._cuda_graphs = False
         self._step.use_graphs(False)
-        self.pool_tokens = span // 2 if self.pool_tokens is None else min(span, self.pool_tokens) // 2
+        known = [
+            n for n in (self._largest_pool, self.pool_tokens) if n
+        ]  # none: it had not got to its keys and values
+        bounded = ""
+        if known:
+            self.pool_tokens = min(known) // 2
+            work.limit(self.pool_tokens)
+            bounded = f"{work.pool_tokens} tokens of keys and values and "
         self._max_rows = max(1, work.max_rows // 2)
         work.max_rows = self._max_rows
-        work.limit(self.pool_tokens)
         release_memory(self._step.device)
         logger.warning(
-            f"a rollout ran out of memory: it starts again without CUDA graphs, with {work.pool_tokens} tokens of keys and "
-            f"values and {work.max_rows} rows a step, and so do later ones"
+            f"a rollout ran out of memory: it starts again without CUDA graphs, with {bounded}{work.max_rows} rows a step, and "
+            "so do later ones"
         )
 
     def _run(

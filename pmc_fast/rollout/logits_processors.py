@@ -33,9 +33,9 @@ class Histories:
         self._biases = [(np.array(list(b)), np.array(list(b.values()), np.float32)) for b in work.logit_bias]
         self._copies = copies
         # prompts share either the longest answer or the longest total
-        totals = {len(p) + n for p, n in zip(work.prompts, work.max_new, strict=True)}
+        totals = {len(p) + n for p, n in zip(work.prompts, work.max_new, strict=True) if n > 0}
         self._total = totals.pop() if len(totals) == 1 else None
-        self._max_new = work.max_new[0] if work.max_new else 0
+        self._max_new = max(work.max_new, default=0)
         self._token_at = np.zeros(0, dtype=np.int64)  # of each slot of the pool
         self._processors: dict[int, LogitsProcessorList] = {}
 
@@ -46,7 +46,7 @@ class Histories:
 
     def draw(self, logits: torch.Tensor, plan: Any, draws: tuple[torch.Tensor, ...], **how: Any) -> Draws:
         """Draw a plan's tokens; their log-probs are those of the model's own logits."""
-        if self.idle:
+        if self.idle or not len(logits):  # none: a part of a prompt
             return sample_nucleus(logits, *draws, **how)
         logits = logits if logits.dtype == torch.float64 else logits.float()  # processors compute in it
         changed = self._biased(logits, plan) if self._biases else logits

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import PMCError
+from ..models.context import known_tokens
 
 UNLIMITED = 2**31 - 1
 MAX_ROWS = {"cpu": 512, "cuda": 2048}  # of a step: bounds activations; matrix products gain nothing from more
@@ -64,6 +65,7 @@ class Request:
             raise PMCError(f"stop_ids is {stop_ids}: give a list")
         embeddings = model.get_input_embeddings().weight
         lists = _prompts(prompts, embeddings.shape[0])
+        max_rows = None if max_rows is None else whole("max_rows", max_rows)
         if max_length is not None:
             max_new = [max(0, max_length - len(prompt)) for prompt in lists]
         else:
@@ -71,10 +73,8 @@ class Request:
         streams = [_stream_of(p) for p in lists] if stream_ids is None else [int(s) for s in stream_ids]
         if len(streams) != len(lists):
             raise PMCError(f"{len(streams)} stream_ids for {len(lists)} prompts: give one each")
-        drafted = [[] for _ in lists] if drafts is None else [[list(map(int, d)) for d in own] for own in drafts]
-        if len(drafted) != len(lists):
-            raise PMCError(f"drafts for {len(drafted)} of {len(lists)} prompts: give a list each")
-        slots = UNLIMITED if pool_tokens is None else int(pool_tokens)
+        drafted = _drafts(drafts, len(lists), embeddings.shape[0])
+        slots = UNLIMITED if pool_tokens is None else whole("pool_tokens", pool_tokens)
         for i, (prompt, new) in enumerate(zip(lists, max_new, strict=True)):
             if len(prompt) + new - 1 > slots:
                 raise PMCError(
@@ -83,7 +83,7 @@ class Request:
                 )
         rows = MAX_ROWS[embeddings.device.type] if max_rows is None else max_rows
         places = _positions(positions, lists)
-        biases = _biases(logit_bias, len(lists), embeddings.shape[0])
+        biases = _biases(logit_bias, len(lists), known_tokens(model))
         stops = [int(s) for s in stop_ids]
         return cls(lists, num_samples, streams, max_new, stops, rows, slots, drafted, places, biases)
 
@@ -120,6 +120,18 @@ def _prompts(prompts: Sequence[Sequence[int]], vocab: int) -> list[list[int]]:
     return lists
 
 
+def _drafts(drafts: Sequence[Sequence[Sequence[int]]] | None, count: int, vocab: int) -> list[list[list[int]]]:
+    if drafts is None:
+        return [[] for _ in range(count)]
+    found = [[[int(t) for t in draft] for draft in own] for own in drafts]
+    if len(found) != count:
+        raise PMCError(f"drafts for {len(found)} of {count} prompts: give a list each")
+    for i, own in enumerate(found):
+        if unknown := [t for draft in own for t in draft if not 0 <= t < vocab]:
+            raise PMCError(f"a draft of prompt {i} has token {unknown[0]}: the model embeds {vocab}")
+    return found
+
+
 def _positions(positions: Sequence[Sequence[int] | None] | None, prompts: list[list[int]]) -> list[list[int]]:
     places = [[] if p is None else [int(n) for n in p] for p in positions or [None] * len(prompts)]
     if len(places) != len(prompts):
@@ -136,7 +148,7 @@ def _biases(biases: Sequence[Mapping[int, float]] | None, count: int, vocab: int
         raise PMCError(f"logit_bias for {len(found)} of {count} prompts: give each its own, which may be empty")
     for i, own in enumerate(found):
         if unknown := [t for t in own if not 0 <= t < vocab]:
-            raise PMCError(f"logit_bias of prompt {i} has token {unknown[0]}: the model embeds {vocab}")
+            raise PMCError(f"logit_bias of prompt {i} has token {unknown[0]}: the model predicts {vocab}")
         if wrong := [x for x in own.values() if not math.isfinite(x)]:
             raise PMCError(f"logit_bias of prompt {i} has {wrong[0]}: it must be finite")
     return found if any(found) else []

@@ -15,6 +15,8 @@ from ..ops.fp8_linear import FP8_ERROR, why_no_fp8
 from .model_runner import ModelStep
 from .request import Request
 
+Sampler = Callable[[Request, dict[str, Any]], Any]
+
 
 class SelfCheck:
     """Refuses a model whose log-probs in rollouts are not those of its own forward pass.
@@ -24,33 +26,31 @@ class SelfCheck:
     model : transformers.PreTrainedModel or peft.PeftModel
     step : ModelStep
         What computes the rollouts' logits.
-    sample : callable
-        `sample(request, draw)` returns its `Rollouts`.
     """
 
-    def __init__(self, model: Any, step: ModelStep, sample: Callable[[Request, dict[str, Any]], Any]) -> None:
-        self.model, self._step, self._sample = model, step, sample
+    def __init__(self, model: Any, step: ModelStep) -> None:
+        self.model, self._step = model, step
         self.recognised = Recognised(type(model).__name__)
         self.fp8_error: float | None = None  # once 8 bits are checked
         self._done = False
 
-    def __call__(self, fp8: bool) -> None:
-        """Check what has not been checked yet."""
+    def __call__(self, sample: Sampler, fp8: bool) -> None:
+        """Check what has not been checked yet; `sample(request, draw)` returns its `Rollouts`."""
         name = type(self.model).__name__
         if fp8 and is_sharded(self.model):
             raise PMCError(f"rollout_dtype is 'fp8', but {name} is sharded, and its layers are not whole: use auto")
         if fp8 and (why := why_no_fp8(self._step.device, self._computes_in())):
             raise PMCError(f"rollout_dtype is 'fp8', but {why}: use auto")
         if not self._done:
-            self._exact()
+            self._exact(sample)
             self._done = True
         if fp8 and self.fp8_error is None:
-            self.fp8_error = self._fp8()
+            self.fp8_error = self._fp8(sample)
 
     def _computes_in(self) -> torch.dtype:
         return self._step.autocast_dtype or next(self.model.parameters()).dtype
 
-    def _exact(self) -> None:
+    def _exact(self, sample: Sampler) -> None:
         """Compare the log-probs of short rollouts with those of the model's own forward pass."""
         with self._step.autocast():  # without it layers with adapters of another dtype may not compute
             self.recognised = recognise(self.model)
@@ -61,10 +61,10 @@ class SelfCheck:
                 "float32"
             )
         with patching.ONE_AT_A_TIME, own_errors(self.model):  # the plain forward is compared with
-            errors = [np.abs(self._plain_logps(*s) - logps).mean() for s, logps in self._short_rollouts()]
+            errors = [np.abs(self._plain_logps(*s) - logps).mean() for s, logps in self._short_rollouts(sample)]
         require_same_logps(self.model, "rollouts do", max(errors), dtype)
 
-    def _fp8(self) -> float:
+    def _fp8(self, sample: Sampler) -> float:
         """Compare rollouts in 8 bits with the plain forward on the same layers; the exact ones have been compared.
 
         Each layer's product must be within the rounding of 8 bits. Log-probs of the two may be as far apart as what 8 bits
@@ -74,7 +74,7 @@ class SelfCheck:
         name, step = type(self.model).__name__, self._step
         errors, changes = [], []
         with patching.ONE_AT_A_TIME, own_errors(self.model), patching.attribute(step, "fp8", True):
-            for sampled, logps in self._short_rollouts():
+            for sampled, logps in self._short_rollouts(sample):
                 exact = self._plain_logps(*sampled)
                 with patching.forwards(step.weights.forwards()):
                     plain = self._plain_logps(*sampled)
@@ -88,7 +88,7 @@ class SelfCheck:
         require_same_logps(self.model, "rollouts in 8 bits do", max(errors) - max(changes), self._computes_in())
         return float(max(changes))
 
-    def _short_rollouts(self) -> Iterator[tuple[tuple[list[int], list[list[int]]], np.ndarray]]:
+    def _short_rollouts(self, sample: Sampler) -> Iterator[tuple[tuple[list[int], list[list[int]]], np.ndarray]]:
         """Yield prompts with their samples, and the log-probs that these were drawn with."""
         vocab = known_tokens(self.model)
         generator = np.random.default_rng(0)
@@ -96,7 +96,7 @@ class SelfCheck:
         for lengths, samples in [((5, 9), 4), *(((n - 4,), 1) for n in self.recognised.wide)]:
             prompts = [generator.integers(0, vocab, n).tolist() for n in lengths]
             work = Request.checked(self.model, prompts, samples, max_new_tokens=4, max_rows=8)
-            ours = self._sample(work, draw)
+            ours = sample(work, draw)
             for prompt, tokens, logps in zip(prompts, ours.tokens, ours.logps, strict=True):
                 yield (prompt, tokens), np.stack(logps)
 

@@ -142,8 +142,8 @@ class ResumableTrainer(ThriftyTrainer):
         """Train; `resume_from_checkpoint` is a directory, or "auto" or True for the newest sound one, if any."""
         self._fingerprint()  # hashes the weights before they are trained
         found = self.find_checkpoint(resume_from_checkpoint)
-        self._prepare(None if found is None else found[1])
         try:
+            self._prepare(None if found is None else found[1])
             with self.ranks.sigterm_raises():
                 return super().train(resume_from_checkpoint=str(found[0]) if found else None, **kwargs)
         except LostProcessError as error:

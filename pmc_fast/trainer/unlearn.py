@@ -44,7 +44,7 @@ class UnlearnTrainer(ResumableTrainer):
     forget_dataset : iterable
         Rows with a question and, where the method trains on it, an answer; see `PMCTrainer` for their forms.
     retain_dataset : iterable, optional
-        As of `PMCTrainer`; not needed where the method's retain_weight is 0.
+        As of `PMCTrainer`; not needed where the method has no use for it (`Method.needs_retain`).
     pmc_config : PMCConfig, optional
         Prompts, max_length, max_tokens, seed and allow_overlap. Settings of PMC alone are refused by name: give
         retain_weight to the method.
@@ -100,7 +100,7 @@ class UnlearnTrainer(ResumableTrainer):
             self.model, processing_class, pmc_config, method, rows, autocast_dtype=autocast_dtype(args)
         )
         self._check_rows(rows)
-        needs_pairs = retain_dataset is not None or method.retain_weight
+        needs_pairs = retain_dataset is not None or method.needs_retain
         self.retain = self._encode_retain(retain_dataset, rows) if needs_pairs else []
         self._seconds = 0.0
 
@@ -131,7 +131,7 @@ class UnlearnTrainer(ResumableTrainer):
         data = questions, kept, [encoder.prompt(q) for q in questions], sequences, encoder.tokenizer
         for text in check_datasets(*data, allow=self.task.config.allow_overlap, name=name):
             logger.warning(text)
-        if not self.method.retain_weight:
+        if not self.method.needs_retain:
             logger.warning(f"retain_dataset has no effect: {type(self.method).__name__}'s retain_weight is 0")
         return sequences
 
@@ -144,7 +144,7 @@ class UnlearnTrainer(ResumableTrainer):
         if not groups:
             return [], None
         self.train_mode_of_optimizer()
-        retain = [s for group in groups for s in self._draw_retain(len(group))] if self.method.retain_weight else []
+        retain = [s for group in groups for s in self._draw_retain(len(group))] if self.method.needs_retain else []
         whole = {"indices": [i for group in groups for i in group], "retain": retain}
         return [*({"indices": []} for _ in groups[1:]), whole], None
 

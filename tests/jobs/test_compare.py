@@ -6,8 +6,10 @@ import shutil
 import pytest
 
 from pmc_fast.config import CompareConfig
-from pmc_fast.errors import DivergedError, PMCError
+from pmc_fast.errors import DivergedError, NotFiniteError, PMCError
 from pmc_fast.jobs import unlearn
+from pmc_fast.jobs.evaluator import Evaluator
+from pmc_fast.jobs.progress import Stages
 from pmc_fast.report import comparison
 from tests.command_line import SECRET, left_behind, replaced, run
 
@@ -67,10 +69,11 @@ def test_each_run_is_made_once(short, data, capsys, monkeypatch):
 def test_a_run_that_diverges_is_a_result(short, data, monkeypatch, capsys):
     real = unlearn.unlearn
 
-    def diverges(c, *more):
+    def diverges(c, monitor, target, held):
         if c.method == "npo" and c.seed == 0:
+            held.load(c.model, c.device, c.dtype, c.param_dtype, Stages(monitor))
             raise DivergedError("training diverged at step 1")
-        return real(c, *more)
+        return real(c, monitor, target, held)
 
     monkeypatch.setattr(unlearn, "unlearn", diverges)
     at = short.index("--methods")
@@ -83,6 +86,34 @@ def test_a_run_that_diverges_is_a_result(short, data, monkeypatch, capsys):
     assert "npo, seed 0: training diverged at step 1" in (data / "cmp/compare.html").read_text()
     monkeypatch.setattr(unlearn, "unlearn", lambda *given: pytest.fail("all runs are finished"))
     assert run(npo) == 0
+    capsys.readouterr()
+    found = data / "cmp/npo-seed0.diverged.json"
+    other = json.loads(found.read_text())
+    other["models"]["before"]["sha256"] = "0"
+    found.write_text(json.dumps(other))
+    assert run(npo) == 2
+    assert "cmp has runs of different weights of" in capsys.readouterr().err
+    other["data"]["retain"]["sha256"] = "0"
+    found.write_text(json.dumps(other))
+    assert run(npo) == 2
+    assert "npo-seed0.diverged.json is of other data" in capsys.readouterr().err
+
+
+def test_logits_that_overflow_after_the_last_step_are_a_divergence_too(short, data, monkeypatch, capsys):
+    measure = Evaluator.measure
+
+    def broken(self, when, *more):
+        if when == "after":
+            raise NotFiniteError("the model's logits are NaN or infinite")
+        return measure(self, when, *more)
+
+    monkeypatch.setattr(Evaluator, "measure", broken)
+    at = short.index("--methods")
+    assert run([*replaced(short[:at], seeds="0"), "--methods", "npo"]) == 0
+    assert "npo, seed 0: training diverged at step 2 of 2" in capsys.readouterr().out
+    [made] = result(data)["runs"]
+    assert made["after"] is None
+    assert json.loads((data / "cmp/npo-seed0.diverged.json").read_text())["data"]["forget"]["rows"] == 4
 
 
 @pytest.mark.parametrize(
@@ -96,6 +127,11 @@ def test_a_run_that_diverges_is_a_result(short, data, monkeypatch, capsys):
         ({"settings": ["npo.beta=x"]}, "beta is 'x': it must be a number"),
         ({"settings": ["npo.num_samples=3"]}, "num_samples is 3: it must be left out with method npo"),
         ({"settings": ["npo.betta=3"]}, "setting 'betta' is unknown: did you mean beta?"),
+        ({"settings": ["npo.seed=3"]}, "settings has npo.seed: use --seeds"),
+        ({"settings": ["npo.max_steps=3"], "seconds": 5.0}, "settings has npo.max_steps: use --steps"),
+        ({"settings": ["npo.evaluate=false"]}, "settings has npo.evaluate: it must be the same for all methods"),
+        ({"settings": ["npo.lr=1", "npo.lr=2"]}, "settings has npo.lr twice: give it once"),
+        ({"settings": ["npo.lr=1", "npo.learning_rate=2"]}, "npo gives learning_rate twice, under two names"),
     ],
 )
 def test_settings_that_are_refused(given, error):

@@ -72,6 +72,17 @@ def test_without_a_truth_by_the_paraphrase(tokenizer):
     assert "truth is at most" not in found.criterion
 
 
+def test_a_question_to_which_the_model_says_nothing_can_not_be_judged(tokenizer):
+    config = config_of()
+    evaluator = fake(tokenizer, config, [["of Paris", "no"]])  # of the second alone
+    evaluator.greedy = "..."
+    rows = [Row("a"), Row("b", "in Rome")]
+    found = known_forgotten.judge(evaluator, config, rows, ["A", None])
+    assert (found.rows, found.unjudged) == ([2], 1)
+    silent = known_forgotten.judge(evaluator, config, rows[:1], ["A"])
+    assert (silent.rows, silent.unjudged, silent.seconds) == ([], 1, 0.0)
+
+
 def test_paraphrases_are_read_where_truths_are_missing(tmp_path):
     file = tmp_path / "other.jsonl"
     file.write_text('{"question": "a"}\n{"question": "B"}\n')
@@ -102,8 +113,10 @@ def test_shared_rollouts_are_the_whole_ones():
             self.told[self.rank] = item
             return [self.told.get(0, item), self.told.get(1, item)]
 
-    def engine(prompts, *, drafts, num_samples, positions):
+    def engine(prompts, *, drafts, num_samples, positions, stream_ids, logit_bias):
         assert drafts == [[p] for p in prompts]
+        assert stream_ids == [10 * n for [n] in prompts]
+        assert logit_bias == [{n: 1.0} for [n] in prompts]
         assert positions == [[p[0] + 1] for p in prompts]
         return Rollouts(
             [[[*p, n] for n in range(num_samples)] for p in prompts],
@@ -116,6 +129,7 @@ def test_shared_rollouts_are_the_whole_ones():
     prompts = [[1], [2], [3], [4], [5]]
     told = {1: ({1: [[2, 0], [2, 1]], 3: [[4, 0], [4, 1]]}, {"rows": 2, "peak_slots": 9})}
     each = {"drafts": [[p] for p in prompts], "positions": [[p[0] + 1] for p in prompts]}
+    each |= {"stream_ids": [10 * n for [n] in prompts], "logit_bias": [{n: 1.0} for [n] in prompts]}
     made = SharedEngine(engine, Ranks(0, told))(prompts, **each, num_samples=2)
     assert made.tokens == [[[p, 0], [p, 1]] for p in (1, 2, 3, 4, 5)]
     assert made.counters == {"rows": 5, "peak_slots": 9}

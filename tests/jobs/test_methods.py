@@ -90,6 +90,7 @@ def test_the_evaluation_is_that_of_every_run(arguments, data, capsys):
         (["--beta", "1"], r"beta is 1.0: it must be left out with method pmc: it is another method's parameter"),
         (["--method", "flat", "--divergence", "tv"], r"divergence is 'tv': use one of kl, "),
         (["--method", "idk", "--prompt-words", "2"], r"a text to be continued, and IDK trains on refusals"),
+        (["--method", "eul", "--alpha", "1.5"], r"alpha is 1.5: it must be between 0 and 1"),
         (["--max-seconds", "9", "--checkpoint-steps", "1"], r"checkpoint_steps is 1: it must be left out with max_s"),
     ],
 )  # fmt: skip
@@ -130,6 +131,14 @@ def test_a_killed_run_goes_on(short, data, monkeypatch):
 def test_a_run_ends_after_steps_or_seconds(short, data):
     assert run([*short, "--method", "idk", "--max-steps", "5"]) == 0
     assert len(report_of(data)["history"]) == 5
+
+
+@pytest.mark.parametrize("name", ["pmc", "npo"])
+def test_a_clock_that_the_preparation_uses_up_is_refused(name, short, data, capsys):
+    assert run([*short, "--method", name, "--max-seconds", "1e-6"]) == 2
+    shown = capsys.readouterr().err
+    assert f"max_seconds is 1e-06, and what method {name} needs of the untouched model took" in shown
+    assert left_behind(data) == []
 
 
 @pytest.mark.parametrize("name", ["pmc", "npo"])

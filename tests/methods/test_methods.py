@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import Row
 from pmc_fast.errors import PMCError
-from pmc_fast.methods import FLAT, IDK, METHODS, NPO, REFUSALS, Batch, Unlearner
+from pmc_fast.methods import EUL, FLAT, IDK, METHODS, NPO, REFUSALS, Batch, SimNPO, Unlearner
 from pmc_fast.pmc.losses import dpo, npo, simnpo
 
 ROWS = [
@@ -179,6 +179,15 @@ def test_misuse_is_refused(tiny, tokenizer):
         Unlearner(tiny, tokenizer, PMCConfig(prompt_format="tags", max_length=8), IDK(), [Row("A " * 20, None)])
     with pytest.raises(PMCError, match="divergence is 'js': use one of kl"):
         FLAT(divergence="js")
+    for make, error in (
+        (lambda: NPO(beta=0.0), "NPO: beta is 0.0: it must be above 0"),
+        (lambda: SimNPO(beta=0), "SimNPO: beta is 0: it must be above 0"),
+        (lambda: SimNPO(gamma=-1.0), "SimNPO: gamma is -1.0: it must be 0 or more"),
+        (lambda: FLAT(retain_weight=float("nan")), "FLAT: retain_weight is nan: it must be 0 or more"),
+        (lambda: EUL(alpha=2.0), "EUL: alpha is 2.0: it must be between 0 and 1"),
+    ):
+        with pytest.raises(PMCError, match=error):
+            make()
 
 
 def test_a_step_without_retain_pairs_is_the_objective_alone(tiny, tokenizer):

@@ -398,7 +398,9 @@ def test_a_rollout_may_visit_questions_of_later_steps(tiny, tokenizer):
     visit = pmc._visit
     pmc._visit = lambda asked: (visited.append(asked), visit(asked))[1]
     first = pmc.sample([1, 0])
-    assert first.answers == plain.sample([1, 0]).answers  # what a question's samples are does not depend on the others
+    assert (
+        first.answers == plain.sample([1, 0]).answers
+    )  # what a question's samples are does not depend on the others
     assert first.counters["questions_sampled"] == 3
     later = pmc.sample([2, 2])  # sampled already; the weights have not moved
     assert (later.answers, later.counters) == (plain.sample([2, 2]).answers, {"questions_sampled": 0})

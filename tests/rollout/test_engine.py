@@ -85,6 +85,22 @@ def test_execution_changes_no_sample(llama, change):
         assert again.counters["preemptions"] > 0
 
 
+def test_biases_of_prompts_that_take_several_steps(llama):
+    engine, bias = RolloutEngine(llama), [{4: 2.0, 9: -3.0}, {}, {5: 1.0}, {}]
+    whole = engine(PROMPTS, **HOW, logit_bias=bias)
+    assert engine(PROMPTS, **HOW, logit_bias=bias, max_rows=2).tokens == whole.tokens
+
+
+def test_a_table_of_positions_is_a_limit():
+    engine = RolloutEngine(build(FAMILIES["gpt2"]()))
+    with pytest.raises(
+        PMCError, match="its table of positions ends there: sequences of more than 128 tokens are not"
+    ):
+        engine([[1, 2, 3]], num_samples=1, temperature=1.0, max_new_tokens=126)
+    made = engine([[1, 2, 3]], num_samples=1, temperature=1.0, max_new_tokens=125)
+    assert len(made.tokens[0][0]) == 125
+
+
 def test_order_company_and_number_change_no_sample(llama):
     engine = RolloutEngine(llama)
     first = engine(PROMPTS, **HOW).tokens
@@ -296,6 +312,11 @@ def test_edges(llama):
         ({"pool_tokens": 17}, "prompt 0 and one answer may need 18 pool tokens"),
         ({"stream_ids": [1]}, "1 stream_ids for 4 prompts"),
         ({"drafts": [[]]}, "drafts for 1 of 4 prompts"),
+        ({"drafts": [[], [[3], [4, 61]], [], []]}, "a draft of prompt 1 has token 61: the model embeds 61"),
+        ({"drafts": [[[-1]], [], [], []]}, "a draft of prompt 0 has token -1"),
+        ({"max_rows": 8.5}, "max_rows is 8.5: it must be a whole number"),
+        ({"pool_tokens": 99.5}, "pool_tokens is 99.5: it must be a whole number"),
+        ({"logit_bias": [{61: 1.0}, {}, {}, {}]}, "logit_bias of prompt 0 has token 61: the model predicts 61"),
         ({"temperature": -1.0}, "temperature -1"),
         ({"top_p": 0.0}, "top_p 0"),
     ],

@@ -55,6 +55,30 @@ def test_a_second_failure_and_other_errors_are_raised(monkeypatch):
             engine(PROMPTS, **HOW)
 
 
+def test_a_pool_that_was_never_filled_is_no_limit(monkeypatch):
+    """Memory runs out before the first step, with an engine whose memory was released for a training pass."""
+    engine = RolloutEngine(build(FAMILIES["llama"]()))
+    run, calls = engine._run, []
+
+    def fails_once(*given, **how):
+        calls.append(0)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(*given, **how)
+
+    engine.check()
+    engine._largest_pool = 0
+    engine._step.release()
+    monkeypatch.setattr(engine, "_run", fails_once)
+    made = engine(PROMPTS, **HOW)
+    assert engine.pool_tokens is None
+    need = made.counters["peak_slots"]
+    engine.release()
+    calls.clear()
+    engine(PROMPTS, **HOW)
+    assert need // 2 <= engine.pool_tokens < 2 * need  # half of the largest pool that it has had
+
+
 def test_the_pool_stays_below_its_limit():
     model = build(FAMILIES["llama"]())
     free = RolloutEngine(model)

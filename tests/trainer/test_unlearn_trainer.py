@@ -8,7 +8,7 @@ import torch
 from pmc_fast import PMCArguments, PMCConfig, PMCError, UnlearnTrainer
 from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row, text_to_continue
-from pmc_fast.methods import METHODS, NPO, GradientAscent, Unlearner
+from pmc_fast.methods import EUL, METHODS, NPO, GradientAscent, Memorize, Unlearner
 from pmc_fast.pmc.schedule import micro_batches
 from pmc_fast.trainer.callbacks import TrainingClock
 from tests.trainer.test_trainer import RETAIN, flat, fresh  # noqa: F401
@@ -38,26 +38,56 @@ def looped(model, tokenizer, method, steps):
     draws, losses = torch.Generator().manual_seed(CONFIG.seed + 1), []
     for _, groups in zip(range(steps), micro_batches(schedule, len(FORGET)), strict=False):
         drawn = [torch.randint(len(kept), (len(g),), generator=draws).tolist() for g in groups]
-        retain = [kept[i] for g in drawn for i in g] if method.retain_weight else []
+        retain = [kept[i] for g in drawn for i in g] if method.needs_retain else []
         losses.append(task.backward([i for g in groups for i in g], retain))
         optimizer.step()
         optimizer.zero_grad()
     return losses
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_weights_are_a_plain_loops(name, fresh, tokenizer, tmp_path):  # noqa: F811
-    trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path), METHODS[name]())
+KL_ALONE = [Memorize(), EUL(retain_weight=0.0)]  # retain pairs count without a retain_weight
+
+
+@pytest.mark.parametrize("method", [*(made() for made in METHODS.values()), *KL_ALONE], ids=repr)
+def test_weights_are_a_plain_loops(method, fresh, tokenizer, tmp_path):  # noqa: F811
+    trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path), method)
     start = flat(trainer.model)
     trainer.train()
     model = fresh()
-    losses = looped(model, tokenizer, METHODS[name](), 3)
+    losses = looped(model, tokenizer, method, 3)
     assert trainer.state.global_step == 3
     assert not torch.equal(flat(trainer.model), start)
     assert torch.equal(flat(trainer.model), flat(model))
     logged = [record for record in trainer.state.log_history if "loss" in record]
     assert [record["loss"] for record in logged] == pytest.approx(losses, rel=1e-5)
     assert all(record["train_seconds"] > 0 for record in logged)
+
+
+def test_pairs_to_keep_that_only_a_kl_reads_are_asked_for_and_change_the_weights(fresh, tokenizer, tmp_path):  # noqa: F811
+    ends = []
+    for retain in (RETAIN, RETAIN[:1]):
+        trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path), Memorize(), retain=retain)
+        trainer.train()
+        ends.append(flat(trainer.model))
+    assert not torch.equal(*ends)
+    with pytest.raises(PMCError, match="Memorize trains on pairs to keep, too"):
+        trainer_of(fresh(), tokenizer, arguments(tmp_path), Memorize(), retain=None)
+
+
+def test_passes_of_another_size_are_of_the_same_run(fresh, tokenizer, tmp_path):  # noqa: F811
+    trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path))
+    before = trainer._fingerprint()
+    trainer.task.max_tokens = 64  # less memory is free
+    assert trainer._fingerprint() == before
+
+
+def test_dropout_is_said_where_weights_come_from_a_pass_of_their_own(fresh, tokenizer, tmp_path, caplog):  # noqa: F811
+    for method, said in ((NPO(), True), (GradientAscent(), False)):
+        caplog.clear()
+        trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path), method)
+        trainer.model.model.layers[0].self_attn.attention_dropout = 0.1
+        trainer.task.prepare()
+        assert ("dropout draws other masks" in "".join(caplog.messages)) == said
 
 
 def test_a_resumed_run_is_the_same_run(fresh, tokenizer, tmp_path):  # noqa: F811
