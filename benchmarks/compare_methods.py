@@ -89,7 +89,7 @@ GRIDS: Grids = {
 LONGER_GRIDS: dict[float, Grids] = {
     480.0: {
         "pmc_fast": [
-            {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (2e-4, 5.0), (1.5e-4, 3.0))
+            {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (1.5e-4, 8.0), (2e-4, 8.0))
         ],
         "npo": [
             {"learning_rate": lr, "retain_weight": w, "beta": 0.5}
