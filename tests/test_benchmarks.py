@@ -230,6 +230,11 @@ def test_plans_name_each_run_once():
     assert compare_methods.distinct([*final, *final]) == final
     given = list(compare_methods.final_plans(["npo", "idk"], [0], [240.0], [], made))  # --settings-of
     assert [(p.method, p.setting) for p in given] == [("npo", final[0].setting)]
+    with pytest.raises(SystemExit, match="no setting of pmc_fast was chosen yet"):
+        next(compare_methods.ablation_plans(made))
+    mixed = [result("npo", {"beta": b}, 240.0, 60.0, 60.0, task="heldout") for b in (0.1, 0.5)]
+    with pytest.raises(SystemExit, match="npo, 240 s: runs with several settings"):
+        compare_report.final_runs(mixed, "npo", 240.0)
 
 
 @pytest.fixture
@@ -271,6 +276,9 @@ def test_methods_are_compared_and_what_is_there_is_not_repeated(small_task, tmp_
     monkeypatch.setattr(compare_methods, "in_process", lambda plan: pytest.fail(f"{plan} again"))
     compare_methods.main(asked)
     assert json.loads(json_file.read_text()) == made
+    monkeypatch.setattr(compare_methods, "EXTENSIONS", {"num_samples": 3})
+    with pytest.raises(SystemExit, match=r"made\.json has runs with extensions .*, now \{'num_samples': 3\}: use"):
+        compare_methods.main(asked)
 
 
 def test_a_run_ends_with_its_budget_and_its_rate(small_task, monkeypatch):
