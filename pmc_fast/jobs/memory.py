@@ -11,6 +11,7 @@ from ..config import UnlearnConfig
 from ..errors import PMCError
 from ..models.pass_memory import PassMemory, Shape, Sizes
 from ..ops.adamw import replaces_torchs
+from ..ops.divergence import HELD
 from ..ops.nll_cpu import VOCAB_BLOCK, Cpu
 from ..ops.nll_cuda import Cuda
 from ..ops.weighted_nll import WORKSPACE
@@ -213,6 +214,11 @@ class Memory:
             graphs = [min(n, choice.graph_tokens or largest) for n in both]
             held = [max(self._held(passes, n).values()) for n in graphs]
             add("CUDA graphs of training passes", ALWAYS, *held)
+        method = method_of(self.config)
+        if method is not None and any(method.divergences):
+            targets = [work.targets.get(expected) for expected in (False, True)]
+            logits = [min(WORKSPACE, HELD * 4 * self.sizes.vocab * n) for n in targets]
+            add("logits of the divergence", ("head", "backward"), *logits)
         most, expected = (self._parts(passes, n) for n in both)
         for (name, phases), n in most.items():
             add(name, phases, n, expected[name, phases])

@@ -1,21 +1,23 @@
 """The plan of a run's memory, by arithmetic; what is chosen where it does not fit; what the commands print."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 from benchmarks import memory as benchmark
 from benchmarks.memory import SHAPES, TOFU
-from pmc_fast.config import RequestConfig
+from pmc_fast.config import RequestConfig, UnlearnConfig
 from pmc_fast.errors import PMCError
 from pmc_fast.jobs import memory, memory_limits
 from pmc_fast.jobs.held import Held
-from pmc_fast.jobs.memory import GIB, Choice, Memory
-from pmc_fast.jobs.memory_limits import choose, work_of
+from pmc_fast.jobs.memory import GIB, Amount, Choice, Memory
+from pmc_fast.jobs.memory_limits import Lengths, choose, work_of
 from pmc_fast.models import loading
 from pmc_fast.models.fsdp import fsdp_launched
 from pmc_fast.models.pass_memory import Shape
+from pmc_fast.ops.weighted_nll import WORKSPACE
 from pmc_fast.pmc.algorithm import PMC
 from tests.command_line import run
 from tests.pages import ROOT
@@ -58,6 +60,22 @@ def test_items_are_what_arithmetic_says(name, published):
     row = 4 * config.hidden_size + 2 * heads + 2 * 8 * config.head_dim + 3 * config.intermediate_size
     layers = tokens * config.num_hidden_layers * (2 * row + 4 * (2 + config.num_attention_heads))
     assert held["activations of a training pass"] == pytest.approx(layers, rel=0.02)  # and what is outside layers
+
+
+def test_a_divergence_holds_another_model_and_logits():
+    config = UnlearnConfig(method="icu", batch_size=2, gradient_accumulation_steps=1, max_length=120)
+    shape = Shape(SHAPES["1B"], torch.bfloat16)
+    made = Memory(config, shape, work_of(config, Lengths(), "cuda"), "cuda", None).plan(
+        Choice(8192, cuda_graphs=False)
+    )
+    held = {item.name: item.most for item in made.items}
+    assert held["the untouched model"] == held["parameters"]
+    # 24 x 128,256 numbers for each of some 470 targets, and no more than that
+    assert held["logits of the divergence"] == WORKSPACE
+    small = Memory(config, shape, work_of(config, TOFU, "cuda"), "cuda", None)
+    small.work = dataclasses.replace(small.work, targets=Amount(10, 5))
+    [logits] = [item for item in small.plan(Choice(8192, cuda_graphs=False)).items if "divergence" in item.name]
+    assert (logits.most, logits.expected) == (10 * 24 * 128_256, 5 * 24 * 128_256)
 
 
 def test_choices_come_in_order_and_bound_what_they_say(published):
