@@ -80,21 +80,16 @@ GRIDS: Grids = {
     ],
     "idk": [{"learning_rate": lr, "retain_weight": w} for lr in (5e-5, 1e-4) for w in (1.25, 3.0)],
     "retain_only": [{"learning_rate": 5e-5}],
-    "flat": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((2e-5, 0.0), (5e-5, 3.0), (1e-4, 3.0))],
-    "mollm": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((5e-5, 1.0), (1e-4, 1.0), (1e-4, 3.0))],
-    "icu": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-5, 0.5), (2e-5, 0.5), (2e-5, 3.0))],
+    "flat": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((2e-5, 0.0), (5e-5, 3.0))],
+    "mollm": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((5e-5, 1.0), (1e-4, 1.0))],
+    "icu": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-5, 0.5), (2e-5, 3.0))],
     "eul": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((2e-5, 1.0), (5e-5, 1.0), (5e-5, 3.0))],
 }  # fmt: skip
 # by budget; written after the tuning with TUNING seconds
 LONGER_GRIDS: dict[float, Grids] = {
     480.0: {
-        "pmc_fast": [
-            {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (1.5e-4, 8.0), (2e-4, 8.0))
-        ],
-        "npo": [
-            {"learning_rate": lr, "retain_weight": w, "beta": 0.5}
-            for lr, w in ((1e-4, 3.0), (2e-4, 5.0), (1e-4, 5.0))
-        ],
+        "pmc_fast": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (1.5e-4, 8.0))],
+        "npo": [{"learning_rate": lr, "retain_weight": w, "beta": 0.5} for lr, w in ((1e-4, 3.0), (2e-4, 5.0))],
     },
 }
 ABLATED: list[dict[str, float]] = [  # what is put in place of some of EXTENSIONS

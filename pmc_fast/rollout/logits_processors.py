@@ -54,8 +54,8 @@ class Histories:
         drawn = sample_nucleus(changed, *draws, **how)
         rows = np.repeat(np.arange(len(logits)), np.diff(plan["cu_draws"]))
         at = torch.from_numpy(rows).to(logits.device)
-        own = logits[at, drawn.tokens.clamp(min=0)].double() - logits.double().logsumexp(-1)[at]
-        return replace(drawn, logps=own)
+        own = logits[at, drawn.tokens.clamp(min=0)] - logits.logsumexp(-1)[at]
+        return replace(drawn, logps=own.double())
 
     def _biased(self, logits: torch.Tensor, plan: Any) -> torch.Tensor:
         biases = [self._biases[question // self._copies] for question in plan["questions"]]
