@@ -69,7 +69,7 @@ GRIDS: Grids = {
     "pmc": [{"learning_rate": 1e-4, "retain_weight": w} for w in (1.25, 3.0)],
     "npo": [
         {"learning_rate": lr, "retain_weight": w, "beta": b}
-        for lr, w, b in ((5e-5, 1.25, 0.5), (5e-5, 3.0, 0.5), (1e-4, 3.0, 0.5), (1e-4, 5.0, 0.5), (5e-5, 3.0, 0.1))
+        for lr, w, b in ((1e-4, 3.0, 0.5), (5e-5, 3.0, 0.1), (1e-4, 5.0, 0.5), (5e-5, 3.0, 0.5))
     ],
     "simnpo": [
         {"learning_rate": lr, "retain_weight": w, "beta": b}

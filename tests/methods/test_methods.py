@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import Row
 from pmc_fast.errors import PMCError
-from pmc_fast.methods import EUL, FLAT, IDK, METHODS, NPO, REFUSALS, Batch, SimNPO, Unlearner
+from pmc_fast.methods import EUL, FLAT, IDK, METHODS, NPO, REFUSALS, Batch, RetainOnly, SimNPO, Unlearner
 from pmc_fast.pmc.losses import dpo, npo, simnpo
 
 ROWS = [
@@ -194,3 +194,34 @@ def test_a_step_without_retain_pairs_is_the_objective_alone(tiny, tokenizer):
     task = made(tiny, tokenizer, "npo")
     task.prepare()
     assert task.backward([0, 1]) == pytest.approx(float(npo(torch.zeros(2), torch.zeros(2), 0.3)), rel=1e-5)
+
+
+def test_answers_whose_weight_is_lost_in_float32_are_not_computed(tiny, tokenizer, monkeypatch):
+    """An answer e^-180 times as likely as before: NPO's weight of its tokens, e^-90, is a subnormal number, and slow."""
+    model = tiny
+    task = Unlearner(model, tokenizer, PMCConfig(prompt_format="tags"), NPO(beta=0.5, retain_weight=LAMBDA), ROWS)
+    kept = [task.encoder.pair(row.question, row.answer) for row in KEPT]
+    task.prepare()
+    task._reference["forget"][0] += 180
+
+    def step(unlearner, indices):
+        model.zero_grad()
+        loss = unlearner.backward(indices, kept)
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    packs, packed = [], type(task.packed).__call__
+    monkeypatch.setattr(
+        type(task.packed), "__call__", lambda self, p, *more, **how: (packs.append(p), packed(self, p, *more, **how))[1]
+    )
+    plain = Unlearner(model, tokenizer, PMCConfig(prompt_format="tags"), RetainOnly(retain_weight=LAMBDA), ROWS)
+    loss, gradients = step(task, [0])
+    expected, retained = step(plain, [0])
+    assert loss == pytest.approx(expected)  # the objective itself is as good as 0
+    torch.testing.assert_close(gradients, retained)
+    assert [len(p.sequences) for p in packs[:2]] == [1, len(KEPT)]  # its log-probs, and the pairs alone
+    _, both = step(task, [0, 1])
+    assert [len(p.sequences) for p in packs[3:]] == [2, 1 + len(KEPT)]
+    assert not torch.allclose(both, retained)
+    task.method = NPO(beta=0.5, retain_weight=0.0)
+    model.zero_grad()
+    assert task.backward([0]) == pytest.approx(0, abs=1e-6)  # and nothing to do at all
