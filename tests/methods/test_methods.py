@@ -211,7 +211,9 @@ def test_answers_whose_weight_is_lost_in_float32_are_not_computed(tiny, tokenize
 
     packs, packed = [], type(task.packed).__call__
     monkeypatch.setattr(
-        type(task.packed), "__call__", lambda self, p, *more, **how: (packs.append(p), packed(self, p, *more, **how))[1]
+        type(task.packed),
+        "__call__",
+        lambda self, p, *more, **how: (packs.append(p), packed(self, p, *more, **how))[1],
     )
     plain = Unlearner(model, tokenizer, PMCConfig(prompt_format="tags"), RetainOnly(retain_weight=LAMBDA), ROWS)
     loss, gradients = step(task, [0])
