@@ -46,7 +46,7 @@ class Histories:
 
     def draw(self, logits: torch.Tensor, plan: Any, draws: tuple[torch.Tensor, ...], **how: Any) -> Draws:
         """Draw a plan's tokens; their log-probs are those of the model's own logits."""
-        if self.idle or not len(logits):  # none: a part of a prompt
+        if self.idle:
             return sample_nucleus(logits, *draws, **how)
         logits = logits if logits.dtype == torch.float64 else logits.float()  # processors compute in it
         changed = self._biased(logits, plan) if self._biases else logits
@@ -59,6 +59,8 @@ class Histories:
 
     def _biased(self, logits: torch.Tensor, plan: Any) -> torch.Tensor:
         biases = [self._biases[question // self._copies] for question in plan["questions"]]
+        if not biases:  # a step that is a part of a prompt
+            return logits
         rows = np.repeat(np.arange(len(biases)), [len(tokens) for tokens, _ in biases])
         at = torch.from_numpy(np.stack([rows, np.concatenate([tokens for tokens, _ in biases])]).astype(np.int64))
         rows, tokens = at.to(logits.device, non_blocking=True)

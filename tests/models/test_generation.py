@@ -172,7 +172,7 @@ def test_a_wrong_logit_bias_is_refused(model):
     engine, how = RolloutEngine(model), GREEDY | {"max_new_tokens": 2}
     for bias, words in (
         ([{}], f"logit_bias for 1 of {len(PROMPTS)} prompts"),
-        ([{VOCAB: 1.0}] * len(PROMPTS), f"has token {VOCAB}: the model embeds {VOCAB}"),
+        ([{VOCAB: 1.0}] * len(PROMPTS), f"has token {VOCAB}: the model predicts {VOCAB}"),
         ([{1: float("inf")}] * len(PROMPTS), "has inf: it must be finite"),
     ):
         with pytest.raises(PMCError, match=words):

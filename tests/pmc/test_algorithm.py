@@ -17,7 +17,7 @@ from pmc_fast.models import packed_forward
 from pmc_fast.pmc import packed_loss
 from pmc_fast.pmc.selection import bradley_terry, draw
 from pmc_fast.reference import Reference
-from pmc_fast.rollout import engine
+from pmc_fast.rollout import self_check
 from pmc_fast.rollout.engine import Rollouts
 from tests.processes import exchanged
 
@@ -82,7 +82,7 @@ def test_losses_and_gradients_are_the_references(ready):
 
 def test_a_run_compares_its_engine_and_its_pass_with_the_model_once(tiny, tokenizer, monkeypatch):
     seen = {"engine": 0, "packed_forward": 0}
-    for module, name in ((engine, "engine"), (packed_forward, "packed_forward")):
+    for module, name in ((self_check, "engine"), (packed_forward, "packed_forward")):
 
         def counted(model, ids, name=name, plain=module.plain_logps):
             seen[name] += 1
