@@ -19,7 +19,7 @@ from pmc_fast.erasure.worker import Worker
 from pmc_fast.errors import PMCError
 from pmc_fast.jobs import unlearn as job
 from pmc_fast.models import loading
-from pmc_fast.rollout import RolloutEngine
+from pmc_fast.rollout.self_check import SelfCheck
 from tests.command_line import run
 from tests.erasure.test_erasure import SECRETS, data
 from tests.families import FAMILIES, build
@@ -94,7 +94,7 @@ def test_two_requests_in_a_row_are_the_cold_commands_and_nothing_is_loaded_twice
 
     counted(loading, "load_model")
     counted(loading, "load_tokenizer")
-    counted(RolloutEngine, "_check")
+    counted(SelfCheck, "_exact")
     counted(stacked.adapters, "attach")
     with Worker(ours) as worker:
         for number in (1, 2):
@@ -105,7 +105,7 @@ def test_two_requests_in_a_row_are_the_cold_commands_and_nothing_is_loaded_twice
         assert worker.find("id3") is None
     require_same(ours, theirs, (1, 2))
     assert [record_of(ours, n)["metrics"] for n in (1, 2)] == [record_of(theirs, n)["metrics"] for n in (1, 2)]
-    assert sorted(calls) == ["_check", "attach", "load_model", "load_tokenizer"]
+    assert sorted(calls) == ["_exact", "attach", "load_model", "load_tokenizer"]
     assert record_of(ours, 2)["name"] == "id2"
     assert "name" not in record_of(theirs, 2)
 

@@ -11,7 +11,7 @@ from pmc_fast.errors import PMCError
 from pmc_fast.models.context import plain_logps
 from pmc_fast.models.joined_weights import join_weights, joined, siblings
 from pmc_fast.ops.fp8_linear import fp8_rows
-from pmc_fast.rollout import RolloutEngine, weights
+from pmc_fast.rollout import RolloutEngine, self_check, weights
 from pmc_fast.rollout import engine as engine_module
 from pmc_fast.rollout.weights import JoinedProduct, Weights
 from pmc_fast.trainer.master_weights import MasterWeights
@@ -320,7 +320,7 @@ def test_what_is_wrong_in_8_bits_is_refused(monkeypatch):
         RolloutEngine(model)(PROMPTS, **SHORT, rollout_dtype="int8")
     with pytest.raises(PMCError, match="GPT2LMHeadModel has no linear layer of multiples of 16"):
         RolloutEngine(build(FAMILIES["gpt2"]()))(PROMPTS, **FP8)
-    monkeypatch.setattr(engine_module, "why_no_fp8", lambda device, dtype: f"a card of {dtype}")
+    monkeypatch.setattr(self_check, "why_no_fp8", lambda device, dtype: f"a card of {dtype}")
     with pytest.raises(PMCError, match=r"rollout_dtype is 'fp8', but a card of torch.bfloat16: use auto"):
         RolloutEngine(model, autocast_dtype=torch.bfloat16)(PROMPTS, **FP8)
 
