@@ -250,8 +250,8 @@ class PMC:
         above, everything = self.config.resample_above, range(len(self.questions))
         asked = self.store.due(listed, above)
         if room := max(0, self.config.rollout_batch_size - len(asked)) if asked else 0:
-            others = [i for i in self.store.due(everything, above) if i not in set(asked)]
-            asked += sorted(others, key=self.store.visits)[:room]
+            others = set(self.store.due(everything, above)) - set(asked)
+            asked += sorted(others, key=lambda i: (self.store.visits(i), i))[:room]
         return asked
 
     def _visit(self, asked: list[int]) -> dict[str, float]:

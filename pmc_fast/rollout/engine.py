@@ -237,9 +237,7 @@ class RolloutEngine:
         self.release()
         self._cuda_graphs = False
         self._step.use_graphs(False)
-        known = [
-            n for n in (self._largest_pool, self.pool_tokens) if n
-        ]  # none: it had not got to its keys and values
+        known = [n for n in (self._largest_pool, self.pool_tokens) if n]  # none: no rollout has had a pool
         bounded = ""
         if known:
             self.pool_tokens = min(known) // 2
