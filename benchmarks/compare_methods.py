@@ -10,8 +10,9 @@
 
 **Time.** A run has one core to itself, with one thread, and as many run at once as there are cores (--workers). A budget counts
 that core's seconds: 240 are two minutes of both of two cores. Rollouts, initial answers and training count; evaluations do
-not. All methods use the same batches, AdamW, packed pass and rows. The learning rate rises over the first epoch and falls
-linearly with the clock, to zero at the end of the budget; no step begins that would end after it.
+not. All methods use the same batches, AdamW, packed pass and rows, and retain pairs in the same shuffled order. The learning rate
+rises over the first epoch and falls linearly with the clock, to zero at the end of the budget; no step begins that would end
+after it.
 
 **Tuning.** Every setting of a method's grid runs once, seed 0, on the demo's 20 questions, for TUNING seconds. The best by RULE
 then runs at every budget and with every seed on 20 other questions, with other pairs to retain, of a model that was taught those
@@ -46,7 +47,7 @@ from pmc_fast.errors import NotFiniteError
 from pmc_fast.evaluation import evaluate, greedy_answers, mean_nlls, sampling_attack, summarize
 from pmc_fast.models import loading
 from pmc_fast.models.packed_forward import PackedPass
-from pmc_fast.pmc.schedule import Schedule, micro_batches
+from pmc_fast.pmc.schedule import RetainDraws, Schedule, micro_batches
 from pmc_fast.report.environment import commit
 from pmc_fast.utils.malloc import keep_freed_memory
 
@@ -54,17 +55,22 @@ from . import compare_report, harness
 from .baselines import COMPARED, make
 from .compare_report import MAX_DEGENERATE, METHOD_ALONE, TUNING, chosen
 from .runs import Run, measured, optimizer_of, summary, task_config
+from .settings import TOFU
 
-Grids = dict[str, list[dict[str, float]]]  # of each method, the settings that are tried
+Grids = dict[str, list[dict[str, Any]]]  # of each method, the settings that are tried
 RESULT = harness.RESULTS / "compare_methods.json"
 BUDGETS = (240.0, 480.0)  # seconds of one core
+# 30 of each, which the demo has, are too few to tell methods apart
+GENERAL = [f"{TOFU}/real_authors100.jsonl", f"{TOFU}/world_facts117.jsonl"]
 EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the preset "small"
     name: PRESETS["fast"][name]
-    for name in ("num_samples", "temperature", "answer_penalty", "resample_above", "rollout_batch_size")
-}
+    for name in (
+        "num_samples", "temperature", "answer_penalty", "resample_above", "selection", "rollout_batch_size", "question_dropout",
+    )
+}  # fmt: skip
 GRIDS: Grids = {
     "pmc_fast": [
-        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (1e-4, 5.0), (1.5e-4, 8.0), (1e-4, 8.0))
+        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-4, 5.0), (1.5e-4, 5.0), (1e-4, 3.0), (1.5e-4, 8.0))
     ],
     "pmc": [{"learning_rate": 1e-4, "retain_weight": w} for w in (1.25, 3.0)],
     "npo": [
@@ -88,17 +94,19 @@ GRIDS: Grids = {
 # by budget; written after the tuning with TUNING seconds
 LONGER_GRIDS: dict[float, Grids] = {
     480.0: {
-        "pmc_fast": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (1.5e-4, 8.0))],
+        "pmc_fast": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-4, 5.0), (1.5e-4, 5.0))],
         "npo": [{"learning_rate": lr, "retain_weight": w, "beta": 0.5} for lr, w in ((1e-4, 3.0), (2e-4, 5.0))],
     },
 }
-ABLATED: list[dict[str, float]] = [  # what is put in place of some of EXTENSIONS
-    {"answer_penalty": 0.0},
-    {"answer_penalty": 0.0, "temperature": 1.25, "num_samples": 10},
+ABLATED: list[dict[str, Any]] = [  # what is put in place of some of EXTENSIONS
+    {"question_dropout": 0.0},
+    {"selection": "argmin"},
+    {"answer_penalty": 0.0, "temperature": 1.25},
+    {"answer_penalty": 3.0, "temperature": 1.0},
     {"resample_above": 0.0},
     {"rollout_batch_size": 0},
-    {"num_samples": 10},
-    {"temperature": 1.25},
+    {"num_samples": 5},
+    {"retain_order": "random"},
 ]
 ATTACK: dict[str, Any] = {"num_samples": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}
 PREFILL = "The answer is:"
@@ -113,7 +121,7 @@ class Plan:
     """One run that is to be made."""
 
     method: str
-    setting: dict[str, float]
+    setting: dict[str, Any]
     seed: int
     budget: float
     task: Task = "heldout"
@@ -131,7 +139,8 @@ class TimedRun(Run):
     def __init__(self, plan: Plan) -> None:
         own = {name: value for name, value in plan.setting.items() if name not in METHOD_ALONE}
         extensions = EXTENSIONS if plan.method == "pmc_fast" else {}
-        super().__init__(plan.method, task_config(plan.task, plan.seed, **extensions | own))
+        given = {"general": GENERAL, "retain_order": "shuffled"} | extensions | own
+        super().__init__(plan.method, task_config(plan.task, plan.seed, **given))
         self.plan, self.clock = plan, time.process_time
         self.task = make(plan.method, plan.setting, self.model, self.tokenizer, self.config, self.forget)
         self.answer = lambda asked: greedy_answers(self.task.engine, self.task.encoder, asked)
@@ -168,7 +177,7 @@ class TimedRun(Run):
     def train(self) -> None:
         c, task = self.config, self.task
         kept = [task.encoder.pair(row.question, row.answer or "") for row in self.retain]
-        optimizer, order = optimizer_of(self), torch.Generator().manual_seed(c.seed + 1)
+        optimizer, draws = optimizer_of(self), RetainDraws.of(c, len(kept))
         warmup = Schedule.plan(c, len(self.forget)).steps_per_epoch
         self.start()
         task.prepare()
@@ -182,9 +191,8 @@ class TimedRun(Run):
             left = max(0.0, 1 - self.seconds / self.plan.budget)
             for group in optimizer.param_groups:
                 group["lr"] = c.learning_rate * min(1.0, step / warmup) * left
-            draws = torch.randint(len(kept), (len(indices),), generator=order)
             self.model.train()
-            loss = task.backward(indices, [kept[i] for i in draws.tolist()])
+            loss = task.backward(indices, [kept[i] for drawn in draws(len(indices)) for i in drawn])
             optimizer.step()
             optimizer.zero_grad()
             self.stop()
@@ -261,7 +269,7 @@ def ablation_plans(results: Sequence[dict[str, Any]]) -> Iterator[Plan]:
 def require_same_conditions(path: Path, facts: dict[str, Any]) -> None:
     """Refuse to add runs to those that were made under other conditions, which the file would then deny."""
     made = json.loads(path.read_text(encoding="utf-8"))["facts"] if path.exists() else {}
-    for name in ("extensions", "attack", "tuning_s"):
+    for name in ("extensions", "general", "attack", "tuning_s"):
         if name in made and made[name] != facts[name]:
             raise SystemExit(
                 f"{path} has runs with {name} {made[name]}, now {facts[name]}: use another --json, or --again"
@@ -340,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = {
         "settings_of": o.settings_of.name if o.settings_of else None,
         "grids": GRIDS, "longer_grids": {f"{budget:g}": grids for budget, grids in LONGER_GRIDS.items()},
-        "extensions": EXTENSIONS, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
+        "extensions": EXTENSIONS, "general": GENERAL, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
         "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
     }  # fmt: skip
     if not o.report and not o.again:

@@ -51,7 +51,7 @@ def tuning_runs(results: Sequence[Result], method: str, budget: float) -> list[R
     return [r for r in trials(results, method, budget) if set(r["setting"]) <= TUNED]
 
 
-def chosen(results: Sequence[Result], method: str, budget: float) -> dict[str, float] | None:
+def chosen(results: Sequence[Result], method: str, budget: float) -> dict[str, Any] | None:
     """Return the setting of a method's best tuning run at a budget, or at TUNING; None where there is neither.
 
     Runs that diverged are out. Those whose answers say nothing come last: as few as possible, where all do.
@@ -208,9 +208,10 @@ def ends_of(result: Result) -> str:
     return " | ".join([str(result["steps"]), *(cell(n, end) if end else "diverged" for n in IN_TUNING)])
 
 
-def words(setting: dict[str, float]) -> str:
+def words(setting: dict[str, Any]) -> str:
     short = {"learning_rate": "lr", "retain_weight": "lambda", "num_samples": "N", "temperature": "T"}
-    return ", ".join(f"{short.get(name, name)} {value:g}" for name, value in setting.items())
+    named = ((short.get(name, name), value) for name, value in setting.items())
+    return ", ".join(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in named)
 
 
 TABLES = {

@@ -30,6 +30,11 @@ from .models.context import eval_mode
 from .models.generation import followed
 from .pmc.schedule import Schedule, micro_batches
 
+# settings of PMCConfig that the published algorithm does not have
+EXTENSIONS = (
+    "selection", "normalization", "answer_penalty", "resample_above", "rollout_batch_size", "question_dropout", "retain_order", "retain_per_question",
+)  # fmt: skip
+
 
 class Reference:
     """PMC for one model and one list of forget questions.
@@ -63,7 +68,7 @@ class Reference:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tracked_answers: Sequence[str] | None = None,
     ) -> None:
-        for name in ("selection", "normalization", "answer_penalty", "resample_above", "rollout_batch_size"):
+        for name in EXTENSIONS:
             if (value := getattr(config, name)) != getattr(PMCConfig, name):
                 raise PMCError(f"{name} is {value!r}, which the published algorithm does not have: use pmc_fast.PMC")
         self.model, self.tokenizer, self.config = model, tokenizer, config

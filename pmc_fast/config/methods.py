@@ -27,7 +27,9 @@ OptionalNotNegative = Annotated[float | None, Range("0 or more", lambda x: x >= 
 PMC_ALONE = tuple(
     f.name
     for f in dataclasses.fields(PMCConfig)
-    if f.name not in {"retain_weight", "allow_overlap"} | {shared.name for shared in dataclasses.fields(SharedConfig)}
+    if f.name
+    not in {"retain_weight", "retain_order", "retain_per_question", "allow_overlap"}
+    | {shared.name for shared in dataclasses.fields(SharedConfig)}
 )
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 

@@ -212,8 +212,10 @@ class PMCConfig(SamplingConfig, SharedConfig):
     retain_weight: NotNegative = option(1.25, "weight of the retain loss, lambda in the paper", aliases=["--lambda"])
     min_len: Count = option(0, "penalize answers of fewer words than this (0: off)")
     allow_overlap: bool = option(False, "accept retain rows whose question is also to be forgotten")
-    selection: Literal["argmin", "bradley_terry", "soft"] = option(
-        "argmin", "train on the best answer, on one drawn by softmax((1 - score) / tau), or on all, weighted so"
+    selection: Literal["argmin", "likeliest", "bradley_terry", "soft"] = option(
+        "argmin",
+        "train on the best answer (published), on the likeliest of those that score at most RESAMPLE_ABOVE, on one drawn by "
+        "softmax((1 - score) / tau), or on all, weighted so",
     )
     tau: Positive = option(0.1, "temperature of bradley_terry and soft")
     answer_penalty: NotNegative = option(
@@ -226,10 +228,23 @@ class PMCConfig(SamplingConfig, SharedConfig):
         "extension: questions whose stored answer scores at most this are trained on without being sampled again (0: as "
         "published)",
     )
+    question_dropout: Threshold = option(
+        0.0,
+        "extension: in every other step that a forget question is in, leave out each of its words with this probability, so that other "
+        "wordings are forgotten, too (0: off, as published)",
+    )
     rollout_batch_size: Count = option(
         0,
         "extension: where a step samples, let it sample up to so many questions at once, so that later steps need not: fewer and "
         "larger rollouts, from weights of some steps before (0: each step its own questions, as published)",
+    )
+    retain_order: Literal["random", "shuffled"] = option(
+        "random",
+        "how trainers draw retain pairs: random, each from all of them, as published; shuffled (extension), every pair once before "
+        "any comes again",
+    )
+    retain_per_question: PositiveInt = option(
+        1, "retain pairs that trainers draw for each forget question (1: as published)"
     )
     rollout_dtype: Literal["auto", "fp8"] = option(
         "auto",
@@ -255,9 +270,12 @@ class PMCConfig(SamplingConfig, SharedConfig):
     def validate(self) -> None:
         """Raise PMCError for the first value that is out of its range."""
         super().validate()
-        plain = not self.answer_penalty or self.selection == "argmin"
+        plain = not self.answer_penalty or self.selection in ("argmin", "likeliest")
         require(
-            plain, "selection", self.selection, "argmin with answer_penalty, under which samples are not the model's"
+            plain,
+            "selection",
+            self.selection,
+            "argmin or likeliest with answer_penalty, under which samples are not the model's",
         )
         reached = self.stop_score is None or self.stop_score >= self.resample_above
         kept = f"at least resample_above, {self.resample_above}: answers of that score are not improved"

@@ -1,6 +1,6 @@
 """Conversations and their turns, in the forms of data sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import PMCError
@@ -53,6 +53,13 @@ def question_of(turns: Sequence[Turn]) -> Question:
 def asked(question: Question) -> str:
     """Return a question's text without its system turn."""
     return question if isinstance(question, str) else question.asked
+
+
+def with_words(question: Question, change: Callable[[str], str]) -> Question:
+    """Return a question whose words were changed: of a conversation those of its last turn."""
+    if isinstance(question, str):
+        return change(question)
+    return Chat((*question[:-1], question[-1]._replace(content=change(question[-1].content))))
 
 
 def split_chat(messages: Sequence[Any], where: str, *, answers: bool = True) -> tuple[list[Turn], str | None]:

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
 from ..config import PMCConfig
 from ..data import Encoded, Encoder, check_datasets, is_text, listed, questions_of, sequences_of
+from ..data.chats import with_words
 from ..data.datasets import check_ids, check_padding, check_sequences
 from ..data.packing import num_targets
 from ..distributed import Ranks
@@ -20,7 +22,7 @@ from ..models.supported import check_float16, check_model
 from ..rollout import RolloutEngine, add_counters
 from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
-from ..utils.words import says_nothing
+from ..utils.words import says_nothing, without_words
 from .batch import Loss, Retain, Step
 from .packed_loss import PackedLoss
 from .reward import ROUGE, Reward, Scorer, choose_scorer, judged
@@ -111,6 +113,11 @@ class PMC:
         if config.store == "text" and not texts:
             raise PMCError("store is 'text' but the questions are token ids: use store='ids'")
         check_store(config, self.questions)
+        if config.question_dropout and not texts:
+            raise PMCError(
+                f"question_dropout is {config.question_dropout} but the questions are token ids, whose words are not known: "
+                "give texts, or leave it out"
+            )
         self.keeps_text = texts and config.store != "ids"
         self.prompts = [self._prompt(i, q) for i, q in enumerate(self.questions)]
         self.positions = [None] * len(self.prompts) if positions is None else list(positions)
@@ -288,7 +295,9 @@ class PMC:
             reward = self.reward or self.scorer.recall
             scores = judged(reward, [self.initial_answers[i] for i in asked], texts, c.min_len)
             for row, (i, visit) in enumerate(zip(asked, visits, strict=True)):
-                picks[i] = select(c, candidates[row], scores[row], (c.seed, i, visit))
+                logps = rollouts.logps[row] if c.selection == "likeliest" else []
+                nlls = np.array([-of.mean() for of in logps])  # a sample has at least its end
+                picks[i] = select(c, candidates[row], scores[row], nlls, (c.seed, i, visit))
         return picks, {name: float(n) for name, n in rollouts.counters.items()}
 
     def _penalty(self, initial: Sequence[int]) -> dict[int, float]:
@@ -299,9 +308,13 @@ class PMC:
         return self.keeps_text and not is_text(self.questions[index])
 
     def _encode(self, index: int, answer: Any) -> Encoded:
+        question, prompt, positions = self.questions[index], self.prompts[index], self.positions[index]
+        if (uses := self.store.uses(index)) % 2 == 0 and self.config.question_dropout:
+            generator = np.random.default_rng((self.config.seed, index, uses))
+            question = with_words(question, lambda text: without_words(text, self.config.question_dropout, generator))
+            prompt = self.encoder.prompt(question)
         if self._as_text(index):
-            return self.encoder.pair(self.questions[index], answer)
-        prompt, positions = self.prompts[index], self.positions[index]
+            return self.encoder.pair(question, answer)
         ids = (prompt + [int(t) for t in answer])[: self.config.max_length]
         if positions is not None:
             positions = positions + [positions[-1] + 1 + n for n in range(len(ids) - len(prompt))]

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-from ..config import UnlearnConfig
+from ..config import PMCConfig, UnlearnConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,53 @@ class EpochOrder(torch.utils.data.Sampler[int]):
         for _ in range(self.epoch):
             torch.randperm(self.count, generator=generator)
         yield from torch.randperm(self.count, generator=generator).tolist()
+
+
+class RetainDraws:
+    """Draws the retain pairs of forget questions, as indices.
+
+    Parameters
+    ----------
+    count : int
+        Of the pairs.
+    seed : int
+    order : {"random", "shuffled"}
+        Each from all pairs, as published; or every pair once before any comes again.
+    per_question : int
+        Pairs for each forget question.
+    """
+
+    def __init__(
+        self, count: int, seed: int, order: Literal["random", "shuffled"] = "random", per_question: int = 1
+    ) -> None:
+        self.count, self.shuffled, self.per_question = count, order == "shuffled", per_question
+        self._generator = torch.Generator().manual_seed(seed)
+        self._left: list[int] = []  # of a shuffled order
+
+    @classmethod
+    def of(cls, config: PMCConfig, count: int) -> "RetainDraws":
+        """Return the draws that trainers make with these settings."""
+        return cls(count, config.seed + 1, config.retain_order, config.retain_per_question)
+
+    def __call__(self, questions: int) -> list[list[int]]:
+        """Draw each question's next pairs."""
+        number = questions * self.per_question
+        if self.shuffled:
+            while len(self._left) < number:
+                self._left += torch.randperm(self.count, generator=self._generator).tolist()
+            drawn, self._left = self._left[:number], self._left[number:]
+        else:
+            drawn = torch.randint(self.count, (number,), generator=self._generator).tolist()
+        return [drawn[i : i + self.per_question] for i in range(0, number, self.per_question)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next draws depend on, JSON-ready."""
+        return {"generator": self._generator.get_state().tolist(), "left": self._left}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the draws whose state it is."""
+        self._generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
+        self._left = list(state["left"])
 
 
 def micro_batches(config: UnlearnConfig, num_questions: int) -> Iterator[list[list[int]]]:

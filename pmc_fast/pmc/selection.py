@@ -17,6 +17,21 @@ def argmin(scores: np.ndarray) -> np.ndarray:
     return scores.argmin(axis=1)
 
 
+def likeliest(scores: np.ndarray, nlls: np.ndarray, good: float) -> int:
+    """Return the first index of the lowest nll among scores of at most `good`; if there is none, of the lowest score.
+
+    Extension: where several samples are unlike enough, the one that the model itself would say moves it least.
+
+    Parameters
+    ----------
+    scores, nlls : ndarray [N]
+        A question's; nlls are means over a sample's tokens, in nats.
+    good : float
+    """
+    enough = scores <= good
+    return int(np.where(enough, nlls, np.inf).argmin() if enough.any() else scores.argmin())
+
+
 def bradley_terry(scores: np.ndarray, tau: float) -> np.ndarray:
     """Return the paper's P(i) = softmax_i((1 - s_i) / tau) (arXiv 2507.04219, section 3): float64 [Q, N]."""
     x = (1.0 - scores) / tau
@@ -30,22 +45,24 @@ def draw(probabilities: np.ndarray, key: tuple[int, ...]) -> int:
 
 
 def select(
-    config: PMCConfig, candidates: Sequence[Any], scores: np.ndarray, key: tuple[int, ...]
+    config: PMCConfig, candidates: Sequence[Any], scores: np.ndarray, nlls: np.ndarray, key: tuple[int, ...]
 ) -> tuple[list[list[Any]], float]:
     """Return the answers to train on, each with its weight, and their score.
 
     Parameters
     ----------
     config : PMCConfig
-        selection and tau are read.
+        selection, tau and, for "likeliest", resample_above are read.
     candidates : sequence
         A question's N answers: texts, or lists of token ids.
-    scores : ndarray [N]
+    scores, nlls : ndarray [N]
+        nlls, for "likeliest" alone, are means over a sample's tokens under the model as it is.
     key : tuple of int
         Of the draw, if `config.selection` draws.
     """
-    if config.selection == "argmin":
-        pick = int(argmin(scores[None])[0])
+    if config.selection in ("argmin", "likeliest"):
+        nearest = config.selection == "argmin"
+        pick = int(argmin(scores[None])[0]) if nearest else likeliest(scores, nlls, config.resample_above)
         return [[candidates[pick], 1.0]], float(scores[pick])
     weights = bradley_terry(scores[None], config.tau)[0]
     if config.selection == "bradley_terry":

@@ -13,6 +13,7 @@ class _Entry:
     score: float
     visits: int
     unused: bool = False  # visited, and since then in no step
+    uses: int = 0  # steps that it was in
 
 
 class BestStore:
@@ -48,6 +49,7 @@ class BestStore:
         """Return the stored answer for a step; KeyError if the question was never offered one."""
         entry = self._filled(index)
         entry.unused = False
+        entry.uses += 1
         return entry.answer
 
     def offer(self, index: int, answer: Any, score: float) -> bool:
@@ -73,6 +75,10 @@ class BestStore:
         """Return the stored answer's score; KeyError if the question was never offered one."""
         return self._filled(index).score
 
+    def uses(self, index: int) -> int:
+        """Return how many steps the question was in."""
+        return self._filled(index).uses
+
     def visits(self, index: int) -> int:
         """Return how often the question was offered an answer."""
         entry = self._at(index)
@@ -80,14 +86,15 @@ class BestStore:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a JSON-ready copy. It holds generated answers: keep it as private as the data."""
-        return {"entries": [None if e is None else [e.answer, e.score, e.visits, e.unused] for e in self._entries]}
+        entries = [None if e is None else [e.answer, e.score, e.visits, e.unused, e.uses] for e in self._entries]
+        return {"entries": entries}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; a state of another size is refused."""
         entries = state["entries"]
         if len(entries) != len(self._entries):
             raise PMCError(f"store of {len(entries)} questions does not fit a run of {len(self._entries)}")
-        # checkpoints of earlier versions have no fourth: then each visited question was in a step
+        # those of earlier versions have no fourth, and then each visited question was in a step; nor a fifth
         self._entries = [None if e is None else _Entry(e[0], float(e[1]), int(e[2]), *e[3:]) for e in entries]
 
     def _at(self, index: int) -> _Entry | None:

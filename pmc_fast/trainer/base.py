@@ -15,7 +15,7 @@ from ..config import PMCConfig
 from ..data import Encoded
 from ..distributed import Ranks
 from ..errors import DivergedError, PMCError
-from ..pmc.schedule import EpochOrder
+from ..pmc.schedule import EpochOrder, RetainDraws
 from .arguments import (
     ELSEWHERE,
     check_arguments,
@@ -48,6 +48,7 @@ class BaseTrainer(Trainer):
     _tag_names = ["pmc-fast", "unlearning"]  # noqa: RUF012
     optimizer: Any
     lr_scheduler: Any
+    retain_draws: RetainDraws
     args: Any
     ranks: Ranks
     forget: list[Any]  # the questions or rows that a subclass reads
@@ -86,7 +87,6 @@ class BaseTrainer(Trainer):
                 "bf16, under which FSDP computes in bfloat16"
             )
         self.order_seed = config.seed
-        self.retain_order = torch.Generator().manual_seed(config.seed + 1)
 
     def _check_given(
         self,
@@ -135,10 +135,9 @@ class BaseTrainer(Trainer):
             raise PMCError(f"dataloader_drop_last leaves no batch of {count} questions")
         return prepare_data_loader(loader, num_processes=1, process_index=0)
 
-    def _draw_retain(self, count: int) -> list[Encoded]:
-        """Return so many pairs to keep, for as many questions of a micro-batch."""
-        draws = torch.randint(len(self.retain), (count,), generator=self.retain_order)
-        return [self.retain[i] for i in draws.tolist()]
+    def _draw_retain(self, questions: int) -> list[list[Encoded]]:
+        """Return the pairs to keep of each of so many questions of a micro-batch."""
+        return [[self.retain[i] for i in drawn] for drawn in self.retain_draws(questions)]
 
     def train_mode_of_optimizer(self) -> None:
         """Switch a schedule-free optimizer back from an evaluation."""

@@ -17,6 +17,7 @@ from ..distributed import Ranks
 from ..errors import LostProcessError, PMCError
 from ..models import loading
 from ..models.context import out_of_memory
+from ..pmc.schedule import RetainDraws
 from ..utils.files import digest, file_sha256, one_error, sync
 from .arguments import training_settings
 from .out_of_memory import ThriftyTrainer
@@ -134,7 +135,7 @@ class ResumableTrainer(ThriftyTrainer):
 
     ranks: Ranks
     retain: list[Encoded]
-    retain_order: torch.Generator
+    retain_draws: RetainDraws
     weights_sha256 = ""  # `loading.weights_hash` of the untouched model, computed on first use
     _saving_to: Path | None = None
 
@@ -208,10 +209,10 @@ class ResumableTrainer(ThriftyTrainer):
 
     def _own_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the Trainer's files, JSON-ready."""
-        return {"retain_order": self.retain_order.get_state().tolist()}
+        return {"retain_draws": self.retain_draws.state_dict()}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        self.retain_order.set_state(torch.tensor(state["retain_order"], dtype=torch.uint8))
+        self.retain_draws.load_state_dict(state["retain_draws"])
 
     def _own_fingerprint(self) -> dict[str, Any]:
         """Return hashes of the forget questions and of the method's settings, by name."""

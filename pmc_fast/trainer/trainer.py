@@ -13,6 +13,7 @@ from ..data import Encoded, questions_of
 from ..errors import NotFiniteError
 from ..pmc.algorithm import PMC
 from ..pmc.reward import Reward
+from ..pmc.schedule import RetainDraws
 from ..utils.files import digest
 from .arguments import PMCArguments, autocast_dtype
 from .callbacks import StopRule
@@ -98,6 +99,7 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
         self.pmc = PMC(self.model, processing_class, pmc_config, self.forget, **how)
         self.ranks = self.pmc.ranks
         self.retain = self._encode_retain(retain_dataset)
+        self.retain_draws = RetainDraws.of(pmc_config, len(self.retain))
         self.eval_dataset = self.encode_eval(eval_dataset)
         self.stop_rule = None
         if pmc_config.stop_score is not None:
@@ -149,7 +151,10 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
             "counters": step.counters, "indices": step.indices, "begin": begin,
             "rollout_seconds": begin - start,
         }  # fmt: skip
-        retain = [self._draw_retain(len(batch))[self._share(len(batch))] for batch in all_indices]
+        retain = [
+            [s for pairs in self._draw_retain(len(batch))[self._share(len(batch))] for s in pairs]
+            for batch in all_indices
+        ]
         parts = list(zip(step.split(self.args.train_batch_size), retain, strict=True))
         return [*({"parts": []} for _ in parts[1:]), {"parts": parts}], None
 

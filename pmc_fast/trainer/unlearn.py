@@ -16,6 +16,7 @@ from ..data.datasets import check_sequences
 from ..distributed import Ranks
 from ..errors import NotFiniteError, PMCError
 from ..methods import METHODS, Method, Unlearner
+from ..pmc.schedule import RetainDraws
 from ..utils.files import digest
 from .arguments import ELSEWHERE, PMCArguments, autocast_dtype
 from .checkpointing import ResumableTrainer
@@ -102,6 +103,7 @@ class UnlearnTrainer(ResumableTrainer):
         self._check_rows(rows)
         needs_pairs = retain_dataset is not None or method.needs_retain
         self.retain = self._encode_retain(retain_dataset, rows) if needs_pairs else []
+        self.retain_draws = RetainDraws.of(pmc_config, len(self.retain))
         self._seconds = 0.0
 
     # --- data
@@ -144,7 +146,11 @@ class UnlearnTrainer(ResumableTrainer):
         if not groups:
             return [], None
         self.train_mode_of_optimizer()
-        retain = [s for group in groups for s in self._draw_retain(len(group))] if self.method.needs_retain else []
+        retain = (
+            [s for group in groups for pairs in self._draw_retain(len(group)) for s in pairs]
+            if self.method.needs_retain
+            else []
+        )
         whole = {"indices": [i for group in groups for i in group], "retain": retain}
         return [*({"indices": []} for _ in groups[1:]), whole], None
 

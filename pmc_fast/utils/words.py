@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 
+import numpy as np
 import regex
 from nltk.stem.porter import PorterStemmer
 
@@ -130,6 +131,19 @@ def parted(before: str, after: str) -> bool:
     There is none next to scripts without spaces and their punctuation, nor before punctuation that closes.
     """
     return not (_UNSPACED.match(before[-1:]) or _UNSPACED.match(after[:1]) or _CLOSES.match(after))
+
+
+def without_words(text: str, rate: float, generator: np.random.Generator) -> str:
+    """Leave out each word of a text, as `count_words` counts them, with probability `rate`.
+
+    What follows a word goes with it. A text of which nothing would be left stays as it is.
+    """
+    begins = [found.start() for found in _WORD.finditer(text) if _LETTER.search(found[0])]
+    kept = generator.random(len(begins)) >= rate
+    if not kept.any():
+        return text
+    pieces = [text[begin:end] for begin, end in itertools.pairwise([*begins, len(text)])]
+    return (text[: begins[0]] + "".join(itertools.compress(pieces, kept))).rstrip()
 
 
 def _word_ends(text: str) -> Iterable[int]:

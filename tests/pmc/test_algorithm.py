@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from pmc_fast import PMC, PMCConfig
 from pmc_fast.data import Encoded, Row, collate
+from pmc_fast.data.chats import Chat, Turn, text_to_continue
 from pmc_fast.data.packing import num_targets
 from pmc_fast.errors import PMCError
 from pmc_fast.models import packed_forward
 from pmc_fast.pmc import packed_loss
-from pmc_fast.pmc.selection import bradley_terry, draw
+from pmc_fast.pmc.selection import bradley_terry, draw, likeliest, select
 from pmc_fast.reference import Reference
 from pmc_fast.rollout import self_check
 from pmc_fast.rollout.engine import Rollouts
@@ -25,9 +28,9 @@ QUESTIONS = ["Who wrote it?", "Where was the author born, and when?", "Why?", "W
 RETAIN = [Row("Is 4 even?", "It is."), Row("And 5?", "No, it is odd."), Row("6?", "Yes."), Row("7?", "No, never.")]
 
 
-def core(model, tokenizer, questions=QUESTIONS, **settings):
-    given = {"num_samples": 3, "max_length": 40, "prompt_format": "tags", "temperature": 1.25} | settings
-    return PMC(model, tokenizer, PMCConfig(**given), questions)
+def core(model, tokenizer, questions=QUESTIONS, **values):
+    config = {"num_samples": 3, "max_length": 40, "prompt_format": "tags", "temperature": 1.25} | values
+    return PMC(model, tokenizer, PMCConfig(**config), questions)
 
 
 @pytest.fixture
@@ -372,7 +375,7 @@ def test_samples_avoid_the_initial_answer(tiny, tokenizer):
         assert weight == 1
         assert score <= plain._sample([i])[0][i][1]
         assert not set(tokenizer(answer)["input_ids"]) & set(bias) or score == 0
-    with pytest.raises(PMCError, match="selection is 'soft': it must be argmin with answer_penalty"):
+    with pytest.raises(PMCError, match="selection is 'soft': it must be argmin or likeliest with answer_penalty"):
         PMCConfig(answer_penalty=1.0, selection="soft")
 
 
@@ -417,11 +420,51 @@ def test_a_rollout_may_visit_questions_of_later_steps(tiny, tokenizer):
     assert pmc._to_visit([2]) == []  # good already
 
 
+def test_every_other_step_leaves_words_of_the_question_out(tiny, tokenizer):
+    """Whole at first; what is left out goes on from a state, and depends on nothing but seed, question and step."""
+    chat = Chat((Turn("system", "Be short, and be kind."), Turn("user", QUESTIONS[1])))
+    text = text_to_continue("Ann was born in the north, in a small town, and")
+    for store, form, questions in (
+        ("auto", "tags", QUESTIONS), ("ids", "tags", QUESTIONS), ("auto", "chat", [chat, text])
+    ):  # fmt: skip
+        how = {"store": store, "prompt_format": form, "max_length": 90}
+        plain, pmc = (core(tiny, tokenizer, questions, **how, **more) for more in ({}, {"question_dropout": 0.5}))
+        asked = []
+        for one in (plain, pmc):
+            one.reward = half
+            one.prepare()
+            asked.append([])
+            for _ in range(6):
+                step = one.sample([0, 1])
+                ids = [[t for t, x in zip(s.input_ids, s.labels, strict=True) if x == -100] for [s] in step.answers]
+                asked[-1].append([tokenizer.decode(i) for i in ids])
+        assert asked[0] == [asked[0][0]] * 6
+        assert asked[1][0::2] == asked[0][0::2]
+        for whole, dropped in zip(asked[0][1::2], asked[1][1::2], strict=True):
+            for a, b in zip(whole, dropped, strict=True):
+                letters = iter(a)
+                assert all(letter in letters for letter in b)  # in their order
+        assert len({len(b[1]) for b in asked[1]}) > 2
+    state = pmc.state_dict()
+    pmc.sample([0, 1])
+    wanted = pmc.sample([1]).answers
+    copy = core(tiny, tokenizer, questions, **how, question_dropout=0.5)
+    copy.load_state_dict(json.loads(json.dumps(state)))
+    copy.reward = half
+    copy.sample([0, 1])
+    assert copy.sample([1]).answers == wanted
+    with pytest.raises(PMCError, match=r"question_dropout is 0.5 but the questions are token ids"):
+        core(tiny, tokenizer, pmc.prompts, question_dropout=0.5)
+
+
 def test_the_reference_has_what_is_published_alone(tiny, tokenizer):
     for name, value in (
         ("answer_penalty", 1.0),
         ("resample_above", 0.1),
         ("rollout_batch_size", 8),
+        ("question_dropout", 0.3),
+        ("retain_order", "shuffled"),
+        ("retain_per_question", 2),
         ("selection", "soft"),
         ("normalization", "step"),
     ):
@@ -460,6 +503,43 @@ def test_soft_weights_are_the_expected_bradley_terry_loss(ready):
     (total / tokens).backward()
     assert out.loss.item() == pytest.approx((total / tokens).item(), rel=1e-5)
     close(ours, gradients(pmc.model))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.7]), st.floats(0.01, 9)), min_size=1, max_size=8))
+def test_likeliest_is_the_likeliest_of_the_good_ones(samples):
+    scores, nlls = map(np.array, zip(*samples, strict=True))
+    good = [i for i, s in enumerate(scores) if s <= 0.1]
+    wanted = min(good, key=lambda i: (nlls[i], i)) if good else min(range(len(scores)), key=lambda i: (scores[i], i))
+    assert likeliest(scores, nlls, 0.1) == wanted
+    config = PMCConfig(selection="likeliest", resample_above=0.1)
+    assert select(config, list(range(len(samples))), scores, nlls, (0, 0, 0)) == ([[wanted, 1.0]], scores[wanted])
+
+
+def test_the_likeliest_is_by_the_models_own_log_probs(tiny, tokenizer):
+    """Under a penalty, too: the pick has the lowest nll a token of all samples, in the model's own forward pass."""
+    found = {}
+    for selection in ("argmin", "likeliest"):
+        pmc = core(
+            tiny, tokenizer, selection=selection, resample_above=0.5, answer_penalty=2.0, num_samples=6, store="ids"
+        )
+        pmc.reward = half
+        pmc.prepare()
+        sampled = pmc.engine(
+            pmc.prompts, num_samples=6, temperature=1.25, top_p=pmc.config.top_p, max_length=40, seed=0,
+            stop_ids=pmc.encoder.stops, stream_ids=list(range(len(pmc.prompts))), as_generate=True,
+            logit_bias=[pmc._penalty(ids) for ids in pmc._initial_ids],
+        ).tokens  # fmt: skip
+        found[selection] = pmc.sample(range(len(pmc.questions))).answers
+    for i, ([first], [likely]) in enumerate(zip(found["argmin"], found["likeliest"], strict=True)):
+        nlls = [mean_nll(tiny, pmc._encode(i, ids)) for ids in sampled[i]]
+        assert first == pmc._encode(i, sampled[i][0])
+        assert mean_nll(tiny, likely) == pytest.approx(min(nlls), rel=1e-5)
+
+
+def mean_nll(model, s):
+    logits = model(torch.tensor([s.input_ids])).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(s.labels[1:])).item()
 
 
 def test_bradley_terry_draws_by_its_probabilities():

@@ -49,7 +49,7 @@ def test_reference_follows_golden_traces(golden, tiny, tokenizer):
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.text(max_size=5), st.sampled_from([0.0, 0.25, 0.5, 1.0]))))
 def test_behaves_as_a_dictionary(offers):
-    store, plain, visits = BestStore(5), {}, [0] * 5
+    store, plain, visits, uses = BestStore(5), {}, [0] * 5, [0] * 5
     for index, answer, score in offers:
         better = index not in plain or score <= plain[index][1]
         assert store.offer(index, answer, score) is better
@@ -63,6 +63,8 @@ def test_behaves_as_a_dictionary(offers):
         assert store.pending(range(5)) == [i for i in range(5) if i not in plain or plain[i][1] > 0]
         assert index not in store.due(range(5))
         assert store.use(index) == plain[index][0]
+        uses[index] += 1
+        assert all(store.uses(i) == uses[i] for i in plain)
         assert store.due(range(5)) == store.pending(range(5))
     store.offer(1, "a", 0.5)
     assert store.due([1, 2]) == store.pending([2])

@@ -145,6 +145,23 @@ def test_accumulation_changes_no_gradient_of_a_steps_mean(fresh, tokenizer, tmp_
         assert (end - ends[0]).norm() <= 1e-4 * ends[0].norm()
 
 
+def test_retain_pairs_of_a_step(fresh, tokenizer, tmp_path):
+    """Two for each question, in its micro-batch, and none twice before all have been drawn."""
+    args = arguments(tmp_path, max_steps=4)
+    trainer = trainer_of(fresh(), tokenizer, args, pmc={"retain_order": "shuffled", "retain_per_question": 2})
+    drawn, accumulated = [], trainer.accumulated
+
+    def noted(model, parts):
+        drawn.extend((len(part.indices), [trainer.retain.index(s) for s in kept]) for part, kept in parts)
+        return accumulated(model, parts)
+
+    trainer.accumulated = noted
+    trainer.train()
+    assert [(questions, len(kept)) for questions, kept in drawn] == [(2, 4), (2, 4), (1, 2)] * 2
+    flat = [i for _, kept in drawn for i in kept]
+    assert [sorted(flat[i : i + 6]) for i in (0, 6, 12)] == [list(range(6))] * 3
+
+
 def test_published_schedule(fresh, tokenizer, tmp_path):
     """AdamW, one epoch of warm-up from 0, linear decay to 0, no clipping."""
     trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path, num_train_epochs=3))

@@ -24,6 +24,7 @@ from pmc_fast.utils.words import (
     rouge_units,
     says_nothing,
     unicode_units,
+    without_words,
 )
 from tests.conftest import INPUTS
 
@@ -182,3 +183,20 @@ def test_what_says_nothing():
 def test_caches_are_bounded():
     for cached in (rouge_units, unicode_units, is_english):
         assert cached.cache_info().maxsize is not None
+
+
+@given(st.text(max_size=40), st.floats(0, 0.99), st.integers(0, 9))
+def test_words_are_left_out_and_the_others_stay_as_they_are(text, rate, seed):
+    left = without_words(text, rate, np.random.default_rng(seed))
+    assert without_words(text, rate, np.random.default_rng(seed)) == left
+    letters = iter(text)
+    assert all(c in letters for c in left)  # in their order
+    assert bool(count_words(left)) == bool(count_words(text))
+    assert without_words(text, 0.0, np.random.default_rng(seed)) in (text, text.rstrip())
+
+
+def test_a_share_of_the_words_is_left_out():
+    text, generator = " ".join(map(str, range(10_000))), np.random.default_rng(0)
+    assert 0.68 < count_words(without_words(text, 0.3, generator)) / 10_000 < 0.72
+    assert without_words("東京はどこの首都ですか。", 0.5, np.random.default_rng(0)) != "東京はどこの首都ですか。"
+    assert without_words("Who, then?", 0.9999, np.random.default_rng(0)) == "Who, then?"
