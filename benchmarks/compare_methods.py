@@ -62,7 +62,8 @@ RESULT = harness.RESULTS / "compare_methods.json"
 BUDGETS = (240.0, 480.0)  # seconds of one core
 # 30 of each, which the demo has, are too few to tell methods apart
 GENERAL = [f"{TOFU}/real_authors100.jsonl", f"{TOFU}/world_facts117.jsonl"]
-EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the preset "small"
+RETAIN_ORDER = "shuffled"  # of all methods
+EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the preset "small", but for the order of retain pairs
     name: PRESETS["fast"][name]
     for name in (
         "num_samples", "temperature", "answer_penalty", "resample_above", "selection", "rollout_batch_size", "question_dropout",
@@ -139,7 +140,7 @@ class TimedRun(Run):
     def __init__(self, plan: Plan) -> None:
         own = {name: value for name, value in plan.setting.items() if name not in METHOD_ALONE}
         extensions = EXTENSIONS if plan.method == "pmc_fast" else {}
-        given = {"general": GENERAL, "retain_order": "shuffled"} | extensions | own
+        given = {"general": GENERAL, "retain_order": RETAIN_ORDER} | extensions | own
         super().__init__(plan.method, task_config(plan.task, plan.seed, **given))
         self.plan, self.clock = plan, time.process_time
         self.task = make(plan.method, plan.setting, self.model, self.tokenizer, self.config, self.forget)
@@ -269,10 +270,10 @@ def ablation_plans(results: Sequence[dict[str, Any]]) -> Iterator[Plan]:
 def require_same_conditions(path: Path, facts: dict[str, Any]) -> None:
     """Refuse to add runs to those that were made under other conditions, which the file would then deny."""
     made = json.loads(path.read_text(encoding="utf-8"))["facts"] if path.exists() else {}
-    for name in ("extensions", "general", "attack", "tuning_s"):
-        if name in made and made[name] != facts[name]:
+    for name in ("extensions", "general", "retain_order", "attack", "tuning_s"):
+        if made and made.get(name) != facts[name]:
             raise SystemExit(
-                f"{path} has runs with {name} {made[name]}, now {facts[name]}: use another --json, or --again"
+                f"{path} has runs with {name} {made.get(name)}, now {facts[name]}: use another --json, or --again"
             )
 
 
@@ -348,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = {
         "settings_of": o.settings_of.name if o.settings_of else None,
         "grids": GRIDS, "longer_grids": {f"{budget:g}": grids for budget, grids in LONGER_GRIDS.items()},
-        "extensions": EXTENSIONS, "general": GENERAL, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
+        "extensions": EXTENSIONS, "general": GENERAL, "retain_order": RETAIN_ORDER, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
         "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
     }  # fmt: skip
     if not o.report and not o.again:

@@ -85,7 +85,7 @@ def in_trainer(setting, path):
     questions = [row.question for row in setting.forget]
     arguments = PMCArguments(**common(path / "trainer"))
     trainer = PMCTrainer(setting.model, arguments, questions, setting.retain, setting.config, setting.tokenizer)
-    trainer._draw_retain = lambda count: setting.kept
+    trainer._draw_retain = lambda questions: [[s] for s in setting.kept]
     return prepared(trainer, setting).train
 
 
@@ -102,7 +102,7 @@ def in_trl(setting, path):
         setting.model, arguments, [row.question for row in setting.forget], setting.retain,
         processing_class=setting.tokenizer,
     )  # fmt: skip
-    trainer._draw_retain = lambda count: setting.kept
+    trainer._draw_retain = lambda questions: [[s] for s in setting.kept]
     return prepared(trainer, setting).train
 
 

@@ -64,7 +64,9 @@ class UnlearnConfig(EvaluationConfig, PMCConfig, MethodConfig):
         "train for so many seconds, whatever NUM_EPOCHS says: no step begins that would end after them, and the learning rate falls "
         "to 0 with the clock (unset: off)",
     )
-    batch_size: PositiveInt = option(8, "forget questions, and retain pairs, of a micro-batch")
+    batch_size: PositiveInt = option(
+        8, "forget questions of a micro-batch, and retain pairs unless RETAIN_PER_QUESTION says more"
+    )
     gradient_accumulation_steps: PositiveInt = option(
         2, "micro-batches per optimizer step", aliases=["--accumulation"]
     )

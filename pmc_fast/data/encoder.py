@@ -182,6 +182,14 @@ class Encoder:
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [text[len(ANSWER_TAG) :] for text in texts] if self.format == "tags" else texts
 
+    def tag_length(self, ids: Sequence[int]) -> int:
+        """Return how many tokens of a generated answer are the "Answer:" of the tags format; 0 in others and where it has none."""
+        return len(self._tag) if self.format == "tags" and list(ids[: len(self._tag)]) == self._tag else 0
+
+    @cached_property
+    def _tag(self) -> list[int]:
+        return list(self.tokenizer(ANSWER_TAG.strip(), add_special_tokens=False)["input_ids"])
+
     def tokens_alike(self, ids: Iterable[int]) -> set[int]:
         """Return all tokens that read as one of `ids` does, but for case and spaces.
 

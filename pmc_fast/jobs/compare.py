@@ -132,9 +132,10 @@ def _finished(c: UnlearnConfig, plan: Plan) -> dict[str, Any] | None:
             raise PMCError(f"{path} can't be read as a run's report: move it away") from error
         ours = dataclasses.asdict(plan.config if data else c)
         for name, value in ours.items():
-            if name not in RESOLVED and settings.get(name) != value:
+            theirs = settings.get(name, getattr(UnlearnConfig, name, None))  # the default, if the setting is newer
+            if name not in RESOLVED and theirs != value:
                 raise PMCError(
-                    f"{path} is of another run: its {name} is {settings.get(name)!r}, not {value!r}; choose another output"
+                    f"{path} is of another run: its {name} is {theirs!r}, not {value!r}; choose another output"
                 )
         if data and any(
             name in data and data[name]["sha256"] != earlier_runs.rows_hash(rows, data["salt"])

@@ -51,12 +51,13 @@ def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
     if method is not None:  # answers that share no prompt
         trained, alone = len(method.answers), longest
         group = trained * longest
-    retain = max(lengths.retain, default=longest)
+    retain, pairs = max(lengths.retain, default=longest), c.retain_per_question
     answer = _mean(lengths.answers or lengths.retain_answers)
     prompt = _mean(prompts)
-    expected = questions * (prompt + trained * answer + _mean(lengths.retain)) if known else None
-    targets = questions * (trained * answer + _mean(lengths.retain_answers)) if known else None
-    most_targets = questions * (trained * (longest - shortest) + max(lengths.retain_answers, default=longest - 1))
+    expected = questions * (prompt + trained * answer + pairs * _mean(lengths.retain)) if known else None
+    targets = questions * (trained * answer + pairs * _mean(lengths.retain_answers)) if known else None
+    most_kept = pairs * max(lengths.retain_answers, default=longest - 1)
+    most_targets = questions * (trained * (longest - shortest) + most_kept)
     rollouts = [(visited, n), *((count, 1) for count in lengths.asked)]
     if known:
         rollouts += (len(prompts), 1), (len(prompts), c.attack_samples)
@@ -68,7 +69,7 @@ def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
         return count * prompt + min(count * samples, max(2 * rows, visited * n)) * answer
 
     return Work(
-        tokens=Amount(questions * (group + retain), expected),
+        tokens=Amount(questions * (group + pairs * retain), expected),
         targets=Amount(most_targets, targets),
         longest=max(alone, retain),
         slots=Amount(
@@ -207,7 +208,7 @@ def _remedies(memory: Memory) -> list[str]:
         remedies.append(
             "--dtype bfloat16 --param-dtype bfloat16" if c.dtype == "float32" else "--param-dtype bfloat16"
         )
-    fewer = ("batch_size", *(["num_samples"] if c.method == "pmc" else []))
+    fewer = ("batch_size", "retain_per_question", *(["num_samples"] if c.method == "pmc" else []))
     smaller = [f"--{n.replace('_', '-')}" for n in fewer if getattr(c, n) > 1]
     either = f"{', '.join(smaller)} or " if smaller else ""
     return [*remedies, f"a smaller {either}--max-length"]

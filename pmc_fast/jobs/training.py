@@ -116,8 +116,13 @@ class MethodRun:
         method: Method,
     ) -> None:
         c, rows = plan.config, [plan.forget[i] for i in plan.kept]
-        passes = {f.name: getattr(c, f.name) for f in dataclasses.fields(SharedConfig)}
-        config = PMCConfig(**passes, allow_overlap=c.allow_overlap)
+        read = (
+            *(f.name for f in dataclasses.fields(SharedConfig)),
+            "allow_overlap",
+            "retain_order",
+            "retain_per_question",
+        )
+        config = PMCConfig(**{name: getattr(c, name) for name in read})
         self.trainer = _UnlearnTrainer(
             loaded.model, arguments, rows, plan.retain, config, plan.tokenizer, method=method, callbacks=[*callbacks]
         )

@@ -19,7 +19,7 @@ from ..models import loading
 from ..models.fsdp import is_sharded
 from ..models.packed_forward import PackedPass
 from ..models.supported import check_float16, check_model
-from ..rollout import RolloutEngine, add_counters
+from ..rollout import RolloutEngine, Rollouts, add_counters
 from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
 from ..utils.words import says_nothing, without_words
@@ -295,26 +295,43 @@ class PMC:
             reward = self.reward or self.scorer.recall
             scores = judged(reward, [self.initial_answers[i] for i in asked], texts, c.min_len)
             for row, (i, visit) in enumerate(zip(asked, visits, strict=True)):
-                logps = rollouts.logps[row] if c.selection == "likeliest" else []
-                nlls = np.array([-of.mean() for of in logps])  # a sample has at least its end
+                nlls = self._nlls(i, rollouts, row) if c.selection == "likeliest" else np.zeros(c.num_samples)
                 picks[i] = select(c, candidates[row], scores[row], nlls, (c.seed, i, visit))
         return picks, {name: float(n) for name, n in rollouts.counters.items()}
 
+    def _nlls(self, index: int, rollouts: Rollouts, row: int) -> np.ndarray:
+        """Return each sample's nll a token behind the answer's tag; inf if it did not end, as one that repeats itself for ever."""
+        begins = [self.encoder.tag_length(ids) for ids in rollouts.tokens[row]]
+        nlls = [-logps[begin:].mean() for begin, logps in zip(begins, rollouts.logps[row], strict=True)]
+        ended = [is_text(self.questions[index]) or reason == "stop" for reason in rollouts.finish_reason[row]]
+        return np.where(ended, nlls, np.inf)
+
     def _penalty(self, initial: Sequence[int]) -> dict[int, float]:
-        return dict.fromkeys(self.encoder.tokens_alike(initial), -self.config.answer_penalty)
+        said = initial[self.encoder.tag_length(initial) :]
+        return dict.fromkeys(self.encoder.tokens_alike(said), -self.config.answer_penalty)
 
     def _as_text(self, index: int) -> bool:
         # how a text goes on is trained as it was drawn: only its ids say whether it ended, and with which white space it began
         return self.keeps_text and not is_text(self.questions[index])
 
     def _encode(self, index: int, answer: Any) -> Encoded:
-        question, prompt, positions = self.questions[index], self.prompts[index], self.positions[index]
-        if (uses := self.store.uses(index)) % 2 == 0 and self.config.question_dropout:
-            generator = np.random.default_rng((self.config.seed, index, uses))
-            question = with_words(question, lambda text: without_words(text, self.config.question_dropout, generator))
-            prompt = self.encoder.prompt(question)
+        if (uses := self.store.uses(index)) % 2 or not self.config.question_dropout:
+            return self._encode_whole(index, answer)
+        generator = np.random.default_rng((self.config.seed, index, uses))
+        question = with_words(
+            self.questions[index], lambda text: without_words(text, self.config.question_dropout, generator)
+        )
+        whole, prompt = self._encode_whole(index, answer), self.encoder.prompt(question)
+        begin = whole.prompt_length  # what is trained is the same, wherever it was cut
+        if len(prompt) > begin:  # words that became neighbours may take more tokens
+            return whole
+        ids, labels = prompt + whole.input_ids[begin:], [IGNORED] * len(prompt) + whole.labels[begin:]
+        return replace(whole, input_ids=ids, labels=labels)
+
+    def _encode_whole(self, index: int, answer: Any) -> Encoded:
+        prompt, positions = self.prompts[index], self.positions[index]
         if self._as_text(index):
-            return self.encoder.pair(question, answer)
+            return self.encoder.pair(self.questions[index], answer)
         ids = (prompt + [int(t) for t in answer])[: self.config.max_length]
         if positions is not None:
             positions = positions + [positions[-1] + 1 + n for n in range(len(ids) - len(prompt))]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ..config import PMCConfig, UnlearnConfig
+from ..errors import PMCError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,10 @@ class RetainDraws:
     def __call__(self, questions: int) -> list[list[int]]:
         """Draw each question's next pairs."""
         number = questions * self.per_question
+        if not number:
+            return []
+        if not self.count:
+            raise PMCError("there are no retain pairs to draw from: give some")
         if self.shuffled:
             while len(self._left) < number:
                 self._left += torch.randperm(self.count, generator=self._generator).tolist()

@@ -18,18 +18,18 @@ def argmin(scores: np.ndarray) -> np.ndarray:
 
 
 def likeliest(scores: np.ndarray, nlls: np.ndarray, good: float) -> int:
-    """Return the first index of the lowest nll among scores of at most `good`; if there is none, of the lowest score.
+    """Return the first index of the lowest finite nll among scores of at most `good`; if there is none, of the lowest score.
 
     Extension: where several samples are unlike enough, the one that the model itself would say moves it least.
 
     Parameters
     ----------
     scores, nlls : ndarray [N]
-        A question's; nlls are means over a sample's tokens, in nats.
+        A question's; nlls are means over a sample's tokens, in nats, or inf: never chosen for its nll.
     good : float
     """
-    enough = scores <= good
-    return int(np.where(enough, nlls, np.inf).argmin() if enough.any() else scores.argmin())
+    enough = np.where(scores <= good, nlls, np.inf)
+    return int(enough.argmin() if np.isfinite(enough).any() else scores.argmin())
 
 
 def bradley_terry(scores: np.ndarray, tau: float) -> np.ndarray:

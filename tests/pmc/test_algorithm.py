@@ -427,7 +427,7 @@ def test_every_other_step_leaves_words_of_the_question_out(tiny, tokenizer):
     for store, form, questions in (
         ("auto", "tags", QUESTIONS), ("ids", "tags", QUESTIONS), ("auto", "chat", [chat, text])
     ):  # fmt: skip
-        how = {"store": store, "prompt_format": form, "max_length": 90}
+        how = {"store": store, "prompt_format": form, "max_length": 90 if form == "chat" else 20}
         plain, pmc = (core(tiny, tokenizer, questions, **how, **more) for more in ({}, {"question_dropout": 0.5}))
         asked = []
         for one in (plain, pmc):
@@ -436,8 +436,14 @@ def test_every_other_step_leaves_words_of_the_question_out(tiny, tokenizer):
             asked.append([])
             for _ in range(6):
                 step = one.sample([0, 1])
-                ids = [[t for t, x in zip(s.input_ids, s.labels, strict=True) if x == -100] for [s] in step.answers]
-                asked[-1].append([tokenizer.decode(i) for i in ids])
+                assert all(s.input_ids[s.prompt_length :] == s.labels[s.prompt_length :] for [s] in step.answers)
+                asked[-1].append([tokenizer.decode(s.input_ids[: s.prompt_length]) for [s] in step.answers])
+                trained = [[x for x in s.labels if x != -100] for [s] in step.answers]
+                assert trained == [
+                    [x for x in one._encode_whole(i, answer).labels if x != -100]
+                    for i in (0, 1)
+                    for [[answer, _]] in [one.store.answer(i)]
+                ]  # wherever max_length cuts it
         assert asked[0] == [asked[0][0]] * 6
         assert asked[1][0::2] == asked[0][0::2]
         for whole, dropped in zip(asked[0][1::2], asked[1][1::2], strict=True):
@@ -506,10 +512,14 @@ def test_soft_weights_are_the_expected_bradley_terry_loss(ready):
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.7]), st.floats(0.01, 9)), min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.7]), st.floats(0.01, 9) | st.just(np.inf)), min_size=1, max_size=8
+    )
+)
 def test_likeliest_is_the_likeliest_of_the_good_ones(samples):
     scores, nlls = map(np.array, zip(*samples, strict=True))
-    good = [i for i, s in enumerate(scores) if s <= 0.1]
+    good = [i for i, s in enumerate(scores) if s <= 0.1 and nlls[i] < np.inf]
     wanted = min(good, key=lambda i: (nlls[i], i)) if good else min(range(len(scores)), key=lambda i: (scores[i], i))
     assert likeliest(scores, nlls, 0.1) == wanted
     config = PMCConfig(selection="likeliest", resample_above=0.1)
@@ -525,6 +535,7 @@ def test_the_likeliest_is_by_the_models_own_log_probs(tiny, tokenizer):
         )
         pmc.reward = half
         pmc.prepare()
+        pmc._nlls = lambda i, rollouts, row: np.array([-logps.mean() for logps in rollouts.logps[row]])
         sampled = pmc.engine(
             pmc.prompts, num_samples=6, temperature=1.25, top_p=pmc.config.top_p, max_length=40, seed=0,
             stop_ids=pmc.encoder.stops, stream_ids=list(range(len(pmc.prompts))), as_generate=True,
@@ -535,6 +546,23 @@ def test_the_likeliest_is_by_the_models_own_log_probs(tiny, tokenizer):
         nlls = [mean_nll(tiny, pmc._encode(i, ids)) for ids in sampled[i]]
         assert first == pmc._encode(i, sampled[i][0])
         assert mean_nll(tiny, likely) == pytest.approx(min(nlls), rel=1e-5)
+
+
+def test_tag_and_end_of_samples(tiny, tokenizer):
+    """The tag is no word of the answer: not penalised, nor part of a sample's nll; a sample that did not end is never the likeliest."""
+    pmc = core(tiny, tokenizer, selection="likeliest", resample_above=0.5, answer_penalty=2.0)
+    tag = tokenizer("Answer:")["input_ids"]
+    ids = tokenizer("Answer: Ann wrote it.")["input_ids"]
+    assert pmc.encoder.tag_length(ids) == len(tag)
+    assert pmc.encoder.tag_length(ids[len(tag) :]) == pmc.encoder.tag_length(tag[:1]) == 0
+    assert core(tiny, tokenizer, prompt_format="chat").encoder.tag_length(ids) == 0
+    assert not set(pmc._penalty(ids)) & set(tag)
+    assert {tokenizer.decode(t).strip().lower() for t in pmc._penalty(ids)} >= {"wrote", "it"}
+    logps = [np.array([-9.0] * len(tag) + [-1.0] * (len(ids) - len(tag))), np.array([-2.0, -4.0])]
+    samples = Rollouts([[ids, [5, 6]]], [logps], [[]], [["stop", "length"]], {})
+    np.testing.assert_array_equal(pmc._nlls(0, samples, 0), [1.0, np.inf])
+    pmc.questions[0] = text_to_continue("Ann wrote")
+    np.testing.assert_array_equal(pmc._nlls(0, samples, 0), [1.0, 3.0])
 
 
 def mean_nll(model, s):

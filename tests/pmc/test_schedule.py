@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmc_fast import PMCConfig
+from pmc_fast import PMCConfig, PMCError
 from pmc_fast.pmc.schedule import RetainDraws
 
 
@@ -40,6 +40,14 @@ def test_draws_go_on_from_their_state(order):
     made = [first(2) for _ in range(4)]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert made + [second(2) for _ in range(5)] == wanted
+
+
+@pytest.mark.parametrize("order", ["random", "shuffled"])
+def test_no_pairs(order):
+    draws = RetainDraws.of(PMCConfig(retain_order=order), 0)
+    assert draws(0) == []
+    with pytest.raises(PMCError, match="there are no retain pairs to draw from"):
+        draws(1)
 
 
 def test_shuffled_epochs_differ():
