@@ -214,8 +214,8 @@ class PMCConfig(SamplingConfig, SharedConfig):
     allow_overlap: bool = option(False, "accept retain rows whose question is also to be forgotten")
     selection: Literal["argmin", "likeliest", "bradley_terry", "soft"] = option(
         "argmin",
-        "train on the best answer (published), on the likeliest of those that score at most RESAMPLE_ABOVE, on one drawn by "
-        "softmax((1 - score) / tau), or on all, weighted so",
+        "train on the best answer (published), or, as extensions, on the likeliest of those that score at most RESAMPLE_ABOVE (on the "
+        "best if there is none), on one drawn by softmax((1 - score) / tau), or on all, weighted so",
     )
     tau: Positive = option(0.1, "temperature of bradley_terry and soft")
     answer_penalty: NotNegative = option(

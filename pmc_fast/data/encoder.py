@@ -13,6 +13,8 @@ from .chats import Chat, Question, is_text, text_to_continue
 from .encoding import (
     ANSWER_TAG,
     NO_TAGS,
+    QUESTION_END,
+    QUESTION_TAG,
     SYSTEM_PROMPT,
     Encoded,
     EncodingError,
@@ -188,7 +190,9 @@ class Encoder:
 
     @cached_property
     def _tag(self) -> list[int]:
-        return list(self.tokenizer(ANSWER_TAG.strip(), add_special_tokens=False)["input_ids"])
+        begin = QUESTION_TAG + "?" + QUESTION_END  # behind a prompt: alone, some tokenizers put a space before it
+        prompt, ids = (self.tokenizer(text)["input_ids"] for text in (begin, begin + ANSWER_TAG.strip()))
+        return list(ids[len(prompt) :])
 
     def tokens_alike(self, ids: Iterable[int]) -> set[int]:
         """Return all tokens that read as one of `ids` does, but for case and spaces.

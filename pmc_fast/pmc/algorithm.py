@@ -301,14 +301,16 @@ class PMC:
 
     def _nlls(self, index: int, rollouts: Rollouts, row: int) -> np.ndarray:
         """Return each sample's nll a token behind the answer's tag; inf if it did not end, as one that repeats itself for ever."""
-        begins = [self.encoder.tag_length(ids) for ids in rollouts.tokens[row]]
-        nlls = [-logps[begin:].mean() for begin, logps in zip(begins, rollouts.logps[row], strict=True)]
-        ended = [is_text(self.questions[index]) or reason == "stop" for reason in rollouts.finish_reason[row]]
-        return np.where(ended, nlls, np.inf)
+        sampled = zip(rollouts.tokens[row], rollouts.logps[row], rollouts.finish_reason[row], strict=True)
+        if is_text(self.questions[index]):  # goes on as long as it likes, without a tag
+            return np.array([-logps.mean() for _, logps, _ in sampled])
+        ended = ((logps[self.encoder.tag_length(ids) :], reason == "stop") for ids, logps, reason in sampled)
+        return np.array([-logps.mean() if ends else np.inf for logps, ends in ended])  # its end, at least
 
     def _penalty(self, initial: Sequence[int]) -> dict[int, float]:
-        said = initial[self.encoder.tag_length(initial) :]
-        return dict.fromkeys(self.encoder.tokens_alike(said), -self.config.answer_penalty)
+        tag = self.encoder.tag_length(initial)  # no word of the answer: samples begin with it, too
+        said = self.encoder.tokens_alike(initial[tag:]) - set(initial[:tag])
+        return dict.fromkeys(said, -self.config.answer_penalty)
 
     def _as_text(self, index: int) -> bool:
         # how a text goes on is trained as it was drawn: only its ids say whether it ended, and with which white space it began
@@ -322,6 +324,9 @@ class PMC:
             self.questions[index], lambda text: without_words(text, self.config.question_dropout, generator)
         )
         whole, prompt = self._encode_whole(index, answer), self.encoder.prompt(question)
+        if self._as_text(index):
+            pair = self.encoder.pair(question, answer)
+            prompt = pair.input_ids[: pair.prompt_length]
         begin = whole.prompt_length  # what is trained is the same, wherever it was cut
         if len(prompt) > begin:  # words that became neighbours may take more tokens
             return whole

@@ -90,7 +90,7 @@ class RetainDraws:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next draws depend on, JSON-ready."""
-        return {"generator": self._generator.get_state().tolist(), "left": self._left}
+        return {"generator": self._generator.get_state().tolist(), "left": list(self._left)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the draws whose state it is."""

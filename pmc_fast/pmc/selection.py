@@ -18,18 +18,21 @@ def argmin(scores: np.ndarray) -> np.ndarray:
 
 
 def likeliest(scores: np.ndarray, nlls: np.ndarray, good: float) -> int:
-    """Return the first index of the lowest finite nll among scores of at most `good`; if there is none, of the lowest score.
+    """Return the first index of the lowest nll among scores of at most `good`; if there is none, of the lowest score.
 
     Extension: where several samples are unlike enough, the one that the model itself would say moves it least.
 
     Parameters
     ----------
     scores, nlls : ndarray [N]
-        A question's; nlls are means over a sample's tokens, in nats, or inf: never chosen for its nll.
+        A question's; nlls are means over a sample's tokens, in nats. Samples whose nll is inf are chosen only if all are.
     good : float
     """
-    enough = np.where(scores <= good, nlls, np.inf)
-    return int(enough.argmin() if np.isfinite(enough).any() else scores.argmin())
+    finite = np.isfinite(nlls)
+    if not finite.any():
+        return int(scores.argmin())
+    enough = finite & (scores <= good)
+    return int(np.where(enough, nlls, np.inf).argmin() if enough.any() else np.where(finite, scores, np.inf).argmin())
 
 
 def bradley_terry(scores: np.ndarray, tau: float) -> np.ndarray:
@@ -56,7 +59,7 @@ def select(
     candidates : sequence
         A question's N answers: texts, or lists of token ids.
     scores, nlls : ndarray [N]
-        nlls, for "likeliest" alone, are means over a sample's tokens under the model as it is.
+        nlls, of which "likeliest" alone makes use, are means over a sample's tokens.
     key : tuple of int
         Of the draw, if `config.selection` draws.
     """

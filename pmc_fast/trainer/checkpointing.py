@@ -106,7 +106,9 @@ def check_fingerprint(directory: Path, recorded: dict[str, Any], fingerprint: di
                 continue  # an older one, which was float32 unless its weights' hash says otherwise
             raise PMCError(f"checkpoint {directory} is of an older pmc_fast: it does not say of which {name} it is")
         if recorded[name] != value:
-            raise PMCError(f"checkpoint {directory} belongs to another run: its {name} differ from this one's")
+            raise PMCError(
+                f"checkpoint {directory} belongs to another run: its {name} differ from this one's (or an older version wrote it, without settings that are new)"
+            )
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -47,8 +47,8 @@ class UnlearnTrainer(ResumableTrainer):
     retain_dataset : iterable, optional
         As of `PMCTrainer`; not needed where the method has no use for it (`Method.needs_retain`).
     pmc_config : PMCConfig, optional
-        Prompts, max_length, max_tokens, seed, allow_overlap, retain_order and retain_per_question. Settings of PMC alone are refused by name: give
-        retain_weight to the method.
+        Prompts, max_length, max_tokens, seed, allow_overlap, retain_order and retain_per_question. Settings of PMC alone are
+        refused by name: give retain_weight to the method.
     processing_class : transformers.PreTrainedTokenizerBase
     method : Method, or a name in METHODS
         A name stands for its paper's parameters.
@@ -57,8 +57,8 @@ class UnlearnTrainer(ResumableTrainer):
 
     Notes
     -----
-    An optimizer step is one call of `Unlearner.backward`, on the questions of all its micro-batches and as many retain
-    pairs: means are taken over the step. Logged in addition to the Trainer's numbers: train_seconds, a sum over the steps
+    An optimizer step is one call of `Unlearner.backward`, on the questions of all its micro-batches and their
+    retain pairs: means are taken over the step. Logged in addition to the Trainer's numbers: train_seconds, a sum over the steps
     since the last log. On one process.
     """
 

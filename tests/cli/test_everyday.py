@@ -57,6 +57,11 @@ def test_env_as_json_is_what_it_prints(tmp_path, tiny_dir, capsys):
     assert memory["together"]["most"] >= max(item["most"] for item in memory["items"]) > 0
     assert memory["device"] == "cpu"
     assert f"{memory['together']['most'] / 2**30:.2f}" in shown
+    more = ["--retain-per-question", "4", "--rollout-batch-size", "64"]
+    assert (
+        run(["env", "--model", str(tiny_dir), "--device", "cpu", *more, "--json", str(tmp_path / "more.json")]) == 0
+    )
+    assert json.loads((tmp_path / "more.json").read_text())["together"]["most"] > memory["together"]["most"]
 
 
 def test_a_run_and_its_plan_as_json(arguments, data, capsys):

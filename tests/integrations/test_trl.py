@@ -136,7 +136,7 @@ def test_help_has_every_setting_with_the_cores_text(monkeypatch):
         ({"seed": -1}, "seed is -1"),
         ({"model_init_kwargs": "bfloat16"}, "model_init_kwargs is 'bfloat16': it must be a JSON object"),
         ({"temperature": "warm"}, "temperature is 'warm': it must be of type float"),
-        ({"selection": "best"}, "selection is 'best': it must be one of argmin, bradley_terry, soft"),
+        ({"selection": "best"}, "selection is 'best': it must be one of argmin, likeliest, bradley_terry, soft"),
     ],
 )
 def test_bad_values_are_refused(change, message):

@@ -60,6 +60,14 @@ def test_each_run_is_made_once(short, data, capsys, monkeypatch):
     assert [r["after"] for r in again["runs"]] == [r["after"] for r in made["runs"]]
     assert run(replaced(short, steps=3)) == 2
     assert "is of another run: its max_steps is 2, not 3; choose another output" in capsys.readouterr().err
+    for path in (data / "cmp").glob("*/report.json"):  # of a version that did not have the setting: its default
+        report = json.loads(path.read_text())
+        del report["settings"]["retain_order"]
+        path.write_text(json.dumps(report))
+    assert run(short) == 0
+    assert trained == [f"{data}/cmp/npo-seed1"]
+    assert run([*short, "--retain-order", "shuffled"]) == 2
+    assert "its retain_order is 'random', not 'shuffled'" in capsys.readouterr().err
     lines = (data / "forget.jsonl").read_text()
     (data / "forget.jsonl").write_text(lines.replace("fact 0", "fact 9"))
     assert run(short) == 2

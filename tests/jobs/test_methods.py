@@ -14,6 +14,7 @@ from pmc_fast.errors import PMCError
 from pmc_fast.jobs import memory_limits, methods
 from pmc_fast.jobs.memory import Choice
 from pmc_fast.methods import METHODS
+from pmc_fast.pmc.schedule import RetainDraws
 from tests.command_line import SECRET, cut_short_methods, left_behind, replaced, run
 
 TOLD = "trained on the answers to be forgotten"
@@ -52,6 +53,23 @@ def test_a_run_trains_and_is_saved(name, short, data, tiny, capsys):
         assert (TOLD in first) is told
         assert METHODS[name].__name__ in text
         assert SECRET not in text
+
+
+@pytest.mark.parametrize("method", ["pmc", "npo"])
+def test_retain_draws_are_every_methods(arguments, data, monkeypatch, method):
+    """Two steps of two questions have two pairs each, and none twice before all were drawn."""
+    drawn, draw = [], RetainDraws.__call__
+    monkeypatch.setattr(
+        RetainDraws, "__call__", lambda draws, questions: (drawn.append(draw(draws, questions)), drawn[-1])[1]
+    )
+    given = arguments if method == "pmc" else replaced(arguments, num_samples=None)
+    given = [*given, "--no-evaluate", "--method", method]
+    assert run([*given, "--retain-order", "shuffled", "--retain-per-question", "2"]) == 0
+    rows = len((data / "retain.jsonl").read_text().splitlines())
+    flat = [i for pairs in drawn for two in pairs for i in two]
+    assert {len(two) for pairs in drawn for two in pairs} == {2}
+    assert all(len(set(flat[i : i + rows])) == len(flat[i : i + rows]) for i in range(0, len(flat), rows))
+    assert len(flat) > rows
 
 
 def test_parameters_are_the_papers_unless_they_are_given(short, data, capsys):
@@ -177,6 +195,9 @@ def test_memory_counts_what_a_method_trains_on(short):
     pmc, idk, dpo = (
         memory_limits.work_of(UnlearnConfig(method=name, **given), lengths, "cpu") for name in ("pmc", "idk", "dpo")
     )
+    more = memory_limits.work_of(UnlearnConfig(method="idk", retain_per_question=3, **given), lengths, "cpu")
+    assert more.tokens.most == idk.tokens.most * 4 // 2  # three pairs for a question's one answer, not one
+    assert more.targets.most > idk.targets.most
     assert idk.rows < pmc.rows
     assert idk.tokens.most < dpo.tokens.most
     assert methods.method_of(UnlearnConfig(method="pmc")) is None

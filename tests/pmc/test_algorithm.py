@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from pmc_fast import PMC, PMCConfig
-from pmc_fast.data import Encoded, Row, collate
+from pmc_fast.data import Encoded, Encoder, Row, collate
 from pmc_fast.data.chats import Chat, Turn, text_to_continue
 from pmc_fast.data.packing import num_targets
 from pmc_fast.errors import PMCError
@@ -520,7 +521,8 @@ def test_soft_weights_are_the_expected_bradley_terry_loss(ready):
 def test_likeliest_is_the_likeliest_of_the_good_ones(samples):
     scores, nlls = map(np.array, zip(*samples, strict=True))
     good = [i for i, s in enumerate(scores) if s <= 0.1 and nlls[i] < np.inf]
-    wanted = min(good, key=lambda i: (nlls[i], i)) if good else min(range(len(scores)), key=lambda i: (scores[i], i))
+    others = [i for i in range(len(scores)) if nlls[i] < np.inf] or range(len(scores))
+    wanted = min(good, key=lambda i: (nlls[i], i)) if good else min(others, key=lambda i: (scores[i], i))
     assert likeliest(scores, nlls, 0.1) == wanted
     config = PMCConfig(selection="likeliest", resample_above=0.1)
     assert select(config, list(range(len(samples))), scores, nlls, (0, 0, 0)) == ([[wanted, 1.0]], scores[wanted])
@@ -535,7 +537,6 @@ def test_the_likeliest_is_by_the_models_own_log_probs(tiny, tokenizer):
         )
         pmc.reward = half
         pmc.prepare()
-        pmc._nlls = lambda i, rollouts, row: np.array([-logps.mean() for logps in rollouts.logps[row]])
         sampled = pmc.engine(
             pmc.prompts, num_samples=6, temperature=1.25, top_p=pmc.config.top_p, max_length=40, seed=0,
             stop_ids=pmc.encoder.stops, stream_ids=list(range(len(pmc.prompts))), as_generate=True,
@@ -545,12 +546,14 @@ def test_the_likeliest_is_by_the_models_own_log_probs(tiny, tokenizer):
     for i, ([first], [likely]) in enumerate(zip(found["argmin"], found["likeliest"], strict=True)):
         nlls = [mean_nll(tiny, pmc._encode(i, ids)) for ids in sampled[i]]
         assert first == pmc._encode(i, sampled[i][0])
-        assert mean_nll(tiny, likely) == pytest.approx(min(nlls), rel=1e-5)
+        ended = [nll for nll, ids in zip(nlls, sampled[i], strict=True) if ids[-1] in pmc.encoder.stops] or nlls[:1]
+        assert mean_nll(tiny, likely) == pytest.approx(min(ended), rel=1e-5)
 
 
 def test_tag_and_end_of_samples(tiny, tokenizer):
     """The tag is no word of the answer: not penalised, nor part of a sample's nll; a sample that did not end is never the likeliest."""
-    pmc = core(tiny, tokenizer, selection="likeliest", resample_above=0.5, answer_penalty=2.0)
+    questions = [*QUESTIONS[:2], text_to_continue("Ann wrote")]
+    pmc = core(tiny, tokenizer, questions, selection="likeliest", resample_above=0.5, answer_penalty=2.0)
     tag = tokenizer("Answer:")["input_ids"]
     ids = tokenizer("Answer: Ann wrote it.")["input_ids"]
     assert pmc.encoder.tag_length(ids) == len(tag)
@@ -558,11 +561,30 @@ def test_tag_and_end_of_samples(tiny, tokenizer):
     assert core(tiny, tokenizer, prompt_format="chat").encoder.tag_length(ids) == 0
     assert not set(pmc._penalty(ids)) & set(tag)
     assert {tokenizer.decode(t).strip().lower() for t in pmc._penalty(ids)} >= {"wrote", "it"}
+    again = pmc._penalty(tokenizer("Answer: The answer is 5.")["input_ids"])
+    assert not set(again) & set(tag)
+    assert {"answer", "is"} <= {tokenizer.decode(t).strip().lower() for t in again}
     logps = [np.array([-9.0] * len(tag) + [-1.0] * (len(ids) - len(tag))), np.array([-2.0, -4.0])]
-    samples = Rollouts([[ids, [5, 6]]], [logps], [[]], [["stop", "length"]], {})
-    np.testing.assert_array_equal(pmc._nlls(0, samples, 0), [1.0, np.inf])
-    pmc.questions[0] = text_to_continue("Ann wrote")
-    np.testing.assert_array_equal(pmc._nlls(0, samples, 0), [1.0, 3.0])
+    both = [ids, tag]
+    samples = Rollouts([both, both], [logps, logps], [[], []], [["stop", "length"]] * 2, {})
+    np.testing.assert_array_equal(pmc._nlls(1, samples, 0), [1.0, np.inf])
+    whole = -float(np.mean(logps[0]))
+    np.testing.assert_array_equal(pmc._nlls(2, samples, 1), [whole, 3.0])  # goes on, and has no tag
+
+
+def test_the_tag_is_found_where_words_begin_with_a_space_of_their_own():
+    """As SentencePiece's do: alone, "Answer:" would be other tokens than behind a prompt."""
+    letters = {c: i for i, c in enumerate(sorted(set("\u2581\nQuestion: Answer: Ann?")))}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    made.add_special_tokens(["</s>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    encoder = Encoder(tokenizer, PMCConfig(prompt_format="tags"), None)
+    pair = encoder.pair("Ann?", "Ann")
+    generated = pair.input_ids[pair.prompt_length :]
+    assert tokenizer("Answer:")["input_ids"] != generated[: len("Answer:")]
+    assert encoder.tag_length(generated) == len("Answer:")
 
 
 def mean_nll(model, s):

@@ -38,7 +38,9 @@ def test_draws_go_on_from_their_state(order):
     whole, first, second = (RetainDraws.of(config, 7) for _ in range(3))
     wanted = [whole(2) for _ in range(9)]
     made = [first(2) for _ in range(4)]
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    state = first.state_dict()
+    first(3)
+    second.load_state_dict(json.loads(json.dumps(state)))  # of when it was taken
     assert made + [second(2) for _ in range(5)] == wanted
 
 

@@ -195,6 +195,13 @@ def test_words_are_left_out_and_the_others_stay_as_they_are(text, rate, seed):
     assert without_words(text, 0.0, np.random.default_rng(seed)) in (text, text.rstrip())
 
 
+@given(st.lists(st.sampled_from(["Who", "wrote", "it,", "(then)", "5?"]), min_size=1, max_size=9), st.integers(0, 9))
+def test_words_are_left_out_whole(words, seed):
+    kept, rest = without_words("  ".join(words), 0.5, np.random.default_rng(seed)).split(), iter(words)
+    assert kept
+    assert all(word in rest for word in kept)  # in their order
+
+
 def test_a_share_of_the_words_is_left_out():
     text, generator = " ".join(map(str, range(10_000))), np.random.default_rng(0)
     assert 0.68 < count_words(without_words(text, 0.3, generator)) / 10_000 < 0.72
