@@ -101,7 +101,7 @@ def demo_table(suites: Suites) -> str:
         "| run | unlearn quality | utility | R(retain) | words an answer | under 3 words |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for label, p in (("before", runs[0]["curve"][0]), ("`make demo`: pmc_fast, seed 0", runs[0]["curve"][-1])):
+    for label, p in (("before", runs[0]["curve"][0]), ("pmc_fast, preset `small`, seed 0", runs[0]["curve"][-1])):
         forget = p["sets"]["forget"]
         lines.append(
             f"| {label} | {p['unlearn_quality']:.1f} | {p['utility']:.1f} | {p['sets']['retain']['rouge_l_recall']:.3f} "

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from .demo_model import ROOT, finetuned_model
 
-FULL = ["--preset", "small"]
-SHORT = ["--preset", "small", "--epochs", "0.4", "--num-samples", "2", "--max-length", "100"]
+FULL = ["--preset", "fast"]
+SHORT = ["--preset", "fast", "--epochs", "0.4", "--num-samples", "2", "--max-length", "100"]
 OUTPUT = ROOT / "demo_output"
 
 
