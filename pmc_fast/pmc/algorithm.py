@@ -323,10 +323,12 @@ class PMC:
         question = with_words(
             self.questions[index], lambda text: without_words(text, self.config.question_dropout, generator)
         )
-        whole, prompt = self._encode_whole(index, answer), self.encoder.prompt(question)
+        whole = self._encode_whole(index, answer)
         if self._as_text(index):
             pair = self.encoder.pair(question, answer)
             prompt = pair.input_ids[: pair.prompt_length]
+        else:
+            prompt = self.encoder.prompt(question)
         begin = whole.prompt_length  # what is trained is the same, wherever it was cut
         if len(prompt) > begin:  # words that became neighbours may take more tokens
             return whole
