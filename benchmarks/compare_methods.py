@@ -67,16 +67,17 @@ EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the
     name: PRESETS["fast"][name]
     for name in (
         "num_samples", "temperature", "answer_penalty", "resample_above", "selection", "rollout_batch_size", "question_dropout",
+        "retain_loss",
     )
 }  # fmt: skip
 GRIDS: Grids = {
     "pmc_fast": [
-        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-4, 5.0), (1.5e-4, 5.0), (1e-4, 3.0), (1.5e-4, 8.0))
+        {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (2e-4, 5.0), (1.5e-4, 3.0), (2e-4, 3.0))
     ],
     "pmc": [{"learning_rate": 1e-4, "retain_weight": w} for w in (1.25, 3.0)],
     "npo": [
-        {"learning_rate": lr, "retain_weight": w, "beta": b}
-        for lr, w, b in ((1e-4, 3.0, 0.5), (5e-5, 3.0, 0.1), (1e-4, 5.0, 0.5), (5e-5, 3.0, 0.5))
+        {"learning_rate": lr, "retain_weight": w, "beta": 0.5, "retain_loss": kind}
+        for lr, w, kind in ((1e-4, 3.0, "nll"), (1e-4, 3.0, "kl"), (2e-4, 5.0, "kl"), (2e-4, 5.0, "nll"))
     ],
     "simnpo": [
         {"learning_rate": lr, "retain_weight": w, "beta": b}
@@ -95,11 +96,15 @@ GRIDS: Grids = {
 # by budget; written after the tuning with TUNING seconds
 LONGER_GRIDS: dict[float, Grids] = {
     480.0: {
-        "pmc_fast": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-4, 5.0), (1.5e-4, 5.0))],
-        "npo": [{"learning_rate": lr, "retain_weight": w, "beta": 0.5} for lr, w in ((1e-4, 3.0), (2e-4, 5.0))],
+        "pmc_fast": [{"learning_rate": lr, "retain_weight": 5.0} for lr in (1.5e-4, 2e-4)],
+        "npo": [
+            {"learning_rate": lr, "retain_weight": w, "beta": 0.5, "retain_loss": kind}
+            for lr, w, kind in ((1e-4, 3.0, "nll"), (2e-4, 5.0, "kl"))
+        ],
     },
 }
 ABLATED: list[dict[str, Any]] = [  # what is put in place of some of EXTENSIONS
+    {"retain_loss": "nll"},
     {"question_dropout": 0.0},
     {"selection": "argmin"},
     {"answer_penalty": 0.0, "temperature": 1.25},

@@ -27,7 +27,7 @@ from .serve import serve
 # settings that the memory of a run depends on
 MEMORY = (
     "model", "device", "dtype", "param_dtype", "max_length", "max_tokens", "cuda_graphs", "num_samples", "selection",
-    "rollout_batch_size", "retain_per_question", "batch_size", "gradient_accumulation_steps", "optimizer", "allow_pure_bf16", "lora", "lora_r", "lora_target",
+    "rollout_batch_size", "retain_loss", "retain_per_question", "batch_size", "gradient_accumulation_steps", "optimizer", "allow_pure_bf16", "lora", "lora_r", "lora_target",
     "method",
 )  # fmt: skip
 

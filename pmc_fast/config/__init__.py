@@ -4,14 +4,14 @@ from .columns import COLUMN_NAMES, parse_columns, written_columns
 from .commands import PRESETS, QUICK, BenchConfig, EvaluateConfig, RequestConfig, UnlearnConfig, VerifyConfig
 from .compare import SHARED, CompareConfig
 from .filters import UPCORE, Filter
-from .methods import PARAMETERS, PMC_ALONE, MethodConfig, MethodName, require_without_pmc
+from .methods import OF_RETAIN, PARAMETERS, PMC_ALONE, MethodConfig, MethodName, require_without_pmc
 
 from .parts import (  # isort: skip
     MAX_DEGENERATE, AttackConfig, EvaluationConfig, PMCConfig, PromptConfig, PromptFormat, RewardName, SharedConfig,
 )  # fmt: skip
 
 __all__ = [
-    "COLUMN_NAMES", "MAX_DEGENERATE", "PARAMETERS", "PMC_ALONE", "PRESETS", "QUICK", "SHARED", "UPCORE", "AttackConfig", "BenchConfig", "CompareConfig", "EvaluateConfig", "EvaluationConfig", "Filter",
+    "COLUMN_NAMES", "MAX_DEGENERATE", "OF_RETAIN", "PARAMETERS", "PMC_ALONE", "PRESETS", "QUICK", "SHARED", "UPCORE", "AttackConfig", "BenchConfig", "CompareConfig", "EvaluateConfig", "EvaluationConfig", "Filter",
     "MethodConfig", "MethodName", "PMCConfig", "PromptConfig", "PromptFormat", "RequestConfig", "RewardName", "SharedConfig",
     "UnlearnConfig", "VerifyConfig", "parse_columns", "require_without_pmc", "written_columns",
 ]  # fmt: skip

@@ -23,13 +23,13 @@ MethodName = Literal[
 ]  # fmt: skip
 OptionalNotNegative = Annotated[float | None, Range("0 or more", lambda x: x >= 0)]
 
+# what a run does with its retain pairs, whatever the method
+OF_RETAIN = ("allow_overlap", "retain_loss", "retain_order", "retain_per_question")
 # settings of PMC that no other method has
 PMC_ALONE = tuple(
     f.name
     for f in dataclasses.fields(PMCConfig)
-    if f.name
-    not in {"retain_weight", "retain_order", "retain_per_question", "allow_overlap"}
-    | {shared.name for shared in dataclasses.fields(SharedConfig)}
+    if f.name not in {"retain_weight", *OF_RETAIN, *(shared.name for shared in dataclasses.fields(SharedConfig))}
 )
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 
@@ -68,4 +68,4 @@ def without_pmc(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     method, unread = given["method"], of_pmc(filter_of(given))
     for name in unread:
         require(name not in given, name, given.get(name), f"left out with method {method}: it is a setting of PMC")
-    return {name: value for name, value in preset.items() if name not in (*unread, "retain_weight")}
+    return {name: value for name, value in preset.items() if name not in (*unread, "retain_weight", "retain_loss")}

@@ -238,6 +238,11 @@ class PMCConfig(SamplingConfig, SharedConfig):
         "extension: where a step samples, let it sample up to so many questions at once, so that later steps need not: fewer and "
         "larger rollouts, from weights of some steps before (0: each step its own questions, as published)",
     )
+    retain_loss: Literal["nll", "kl"] = option(
+        "nll",
+        "loss on retain pairs: nll, the cross-entropy of their answers, as published; kl (extension), the KL divergence of the model's "
+        "distributions there from the untouched model's",
+    )
     retain_order: Literal["random", "shuffled"] = option(
         "random",
         "how trainers draw retain pairs: random, each from all of them, as published; shuffled (extension), every pair once before "

@@ -9,6 +9,7 @@ import torch
 
 from ..config import UnlearnConfig
 from ..errors import PMCError
+from ..methods import Method
 from ..models.pass_memory import PassMemory, Shape, Sizes
 from ..ops.adamw import replaces_torchs
 from ..ops.divergence import HELD
@@ -170,7 +171,7 @@ class Memory:
         # graphs write to the same gradients again and again; else they end with the step
         add("gradients", ALWAYS if choice.cuda_graphs else eager, _bytes(s.trained))
         method = method_of(c)
-        if method is not None and any(method.divergences):
+        if _compares(c, method):
             add("the untouched model", ALWAYS, _bytes(s.trained) + _bytes(s.frozen))
         if method is not None and method.apart:
             add("gradients of one loss alone", STEP, _bytes(s.trained))
@@ -215,7 +216,7 @@ class Memory:
             held = [max(self._held(passes, n).values()) for n in graphs]
             add("CUDA graphs of training passes", ALWAYS, *held)
         method = method_of(self.config)
-        if method is not None and any(method.divergences):
+        if _compares(self.config, method):
             targets = [work.targets.get(expected) for expected in (False, True)]
             logits = [min(WORKSPACE, HELD * 4 * self.sizes.vocab * n) for n in targets]
             add("logits of the divergence", ("head", "backward"), *logits)
@@ -267,6 +268,11 @@ class Memory:
         total = weight * max(4, item)  # chunks add up in float32
         narrowed = weight * item if item < 4 else 0
         return cast + hidden + total + max(chunk, narrowed), hidden + 2 * weight * item, weight * item
+
+
+def _compares(config: UnlearnConfig, method: Method | None) -> bool:
+    """Return whether a loss compares the model's distributions with the untouched model's."""
+    return config.retain_loss == "kl" or (method is not None and any(method.divergences))
 
 
 def _bytes(numbers: Any) -> int:

@@ -8,7 +8,7 @@ from ..config import PARAMETERS, UnlearnConfig
 from ..data import Row
 from ..errors import PMCError
 from ..methods import METHODS, Method
-from ..methods.unlearner import check_rows
+from ..methods.unlearner import check_retain_loss, check_rows
 from ..report.render import PMC
 
 
@@ -42,6 +42,7 @@ def checked_method(config: UnlearnConfig, forget: Sequence[Row], processes: int)
     if method is None:
         return None, []
     check_rows(method, forget, config.forget)
+    check_retain_loss(method, config)
     warnings = [f"method {config.method} trains on the answers to be forgotten"] if method.told else []
     if not method.needs_retain:
         warnings.append(f"retain_weight is 0, as method {config.method} has it: {config.retain} is only evaluated")

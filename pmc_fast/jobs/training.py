@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..config import PMCConfig, SharedConfig
+from ..config import OF_RETAIN, PMCConfig, SharedConfig
 from ..data import Encoded, sequences_of
 from ..evaluation import truths_of, with_initial_answers
 from ..methods import Method
@@ -116,12 +116,7 @@ class MethodRun:
         method: Method,
     ) -> None:
         c, rows = plan.config, [plan.forget[i] for i in plan.kept]
-        read = (
-            *(f.name for f in dataclasses.fields(SharedConfig)),
-            "allow_overlap",
-            "retain_order",
-            "retain_per_question",
-        )
+        read = (*(f.name for f in dataclasses.fields(SharedConfig)), *OF_RETAIN)
         config = PMCConfig(**{name: getattr(c, name) for name in read})
         self.trainer = _UnlearnTrainer(
             loaded.model, arguments, rows, plan.retain, config, plan.tokenizer, method=method, callbacks=[*callbacks]

@@ -58,7 +58,8 @@ class Batch:
 class Method:
     """An unlearning method: subclasses are frozen dataclasses of its parameters, with their papers' defaults.
 
-    The loss of a step is ``objective(batch) + retain_weight * CE(retain pairs)``, and `divergences`.
+    The loss of a step is ``objective(batch) + retain_weight * CE(retain pairs)``, and `divergences`. With retain_loss "kl" the
+    divergence takes the cross-entropy's place.
 
     Attributes
     ----------

@@ -14,9 +14,9 @@ from ..errors import PMCError
 from ..models.context import eval_mode
 from ..models.packed_forward import PackedPass, causal_lm
 from ..models.supported import check_float16, check_model, has_dropout
+from ..models.teacher import Teacher
 from ..utils.text import row_numbers
 from .method import REFUSALS, Batch, Kind, Method
-from .teacher import Teacher
 
 # weights below it are 0: beside those of other tokens they are lost in float32, and their gradients would be subnormal numbers,
 # with which CPUs compute ten times slower. NPO's fall so far on answers that are forgotten.
@@ -45,6 +45,21 @@ def check_rows(method: Method, forget: Sequence[Row], source: str = "forget") ->
         )
 
 
+def check_retain_loss(method: Method, config: PMCConfig) -> None:
+    """Refuse retain_loss "kl" where a step would go nowhere.
+
+    Raises
+    ------
+    PMCError
+        A method that mixes gradients: the divergence's is 0 at first, and so is the shortest mixture with it.
+    """
+    if config.retain_loss == "kl" and method.apart:
+        raise PMCError(
+            f"retain_loss is 'kl' and {type(method).__name__} mixes the gradients of two losses: the divergence's is 0 while the model "
+            "is untouched, and it would stay so; use retain_loss='nll'"
+        )
+
+
 class Unlearner:
     """Trains with a method in any loop: `prepare` once, then `backward` in each step, with the loop's own optimizer.
 
@@ -53,7 +68,7 @@ class Unlearner:
     model : transformers.PreTrainedModel or peft.PeftModel
     tokenizer : transformers.PreTrainedTokenizerBase
     config : PMCConfig
-        Its prompt format, max_length and max_tokens are read.
+        Its prompt format, max_length, max_tokens and retain_loss are read.
     method : Method
     forget : sequence of Row
         Questions, with their answers if `method.told`.
@@ -83,6 +98,11 @@ class Unlearner:
         self.encoder = Encoder(tokenizer, config, model.generation_config)
         self.packed = PackedPass(causal_lm(model), autocast_dtype=autocast_dtype)
         check_rows(method, forget)
+        check_retain_loss(method, config)
+        on_answers, on_retain = method.divergences
+        self.retain_weight, self.divergences = method.retain_weight, (on_answers, on_retain)
+        if config.retain_loss == "kl":
+            self.retain_weight, self.divergences = 0.0, (on_answers, on_retain + method.retain_weight)
         self.questions = len(forget)
         self.answers: dict[Kind, list[Encoded]] = {kind: self._encode(kind, forget) for kind in method.answers}
         self.max_tokens = config.max_tokens  # of a pass; it may be lowered at any time
@@ -110,7 +130,7 @@ class Unlearner:
                 f"{type(self.method).__name__}: the weights of tokens are computed in a pass of its own, in which dropout draws other "
                 "masks than in the pass with gradients: set dropout to 0 for the exact gradient"
             )
-        if any(self.method.divergences):
+        if any(self.divergences):
             probe = self._packs([next(of[0] for of in self.answers.values())])[0]
             self._teacher = Teacher(self.model, self.packed, probe)
         with eval_mode(self.packed.base):
@@ -132,7 +152,7 @@ class Unlearner:
         model : callable, optional
             What to call: the model as it is wrapped for training.
         """
-        unprepared = any(self.method.divergences) and self._teacher is None
+        unprepared = any(self.divergences) and self._teacher is None
         if unprepared or set(self.method.reference) - set(self._reference):
             raise PMCError(
                 f"{type(self.method).__name__} needs the untouched model's log-probs: call prepare() first"
@@ -141,7 +161,7 @@ class Unlearner:
             raise PMCError(f"index {unknown[0]} is none of {self.questions} questions: they are counted from 0")
         answers = {kind: [of[i] for i in indices] for kind, of in self.answers.items()}
         objective, scales = self._weights(answers, indices)
-        on_answers, on_retain = self.method.divergences
+        on_answers, on_retain = self.divergences
         kept = [s for s in retain if num_targets(s)] if self.method.needs_retain else []
         count = sum(map(num_targets, kept))
         asked = [s for of in answers.values() for s in of]
@@ -152,7 +172,7 @@ class Unlearner:
             asked, scales = [s for s, _ in weighed], [scale for _, scale in weighed]
         parts = [
             _Part(asked, scales, on_answers),
-            _Part(kept, [torch.full((num_targets(s),), self.method.retain_weight / count) for s in kept], on_retain),
+            _Part(kept, [torch.full((num_targets(s),), self.retain_weight / count) for s in kept], on_retain),
         ]
         if self.method.apart and all(part.sequences for part in parts):
             (forgotten, retained), divergence = self._apart(parts, model)
@@ -174,7 +194,7 @@ class Unlearner:
             also = None
             if self._teacher and any(shares[i] for i in p.sequences):
                 diverging = torch.tensor([shares[i] for i in p.sequences]).repeat_interleave(lengths)
-                also = self._teacher.divergence(p, diverging, divergences)
+                also = self._teacher.divergence(p, sequences, diverging, divergences)
             loss, logps = self.packed(p, scale, model=model, also=also)
             loss.backward()
             of = part_of[p.sequences].repeat_interleave(lengths)

@@ -29,6 +29,7 @@ from .reward import ROUGE, Reward, Scorer, choose_scorer, judged
 from .selection import select
 from .store import BestStore
 
+REMEMBERED = 4  # initial answers by which a resumed run knows the untouched model
 logger = logging.get_logger(__name__)
 
 
@@ -190,7 +191,15 @@ class PMC:
             raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
         self.scorer = choose_scorer(self.config.reward, [*truths, *self.initial_answers])
         self._check_initial_answers()
+        self._loss.forget_model()
+        self._remember_model()
         return self.initial_answers
+
+    def _remember_model(self) -> None:
+        """Let retain_loss "kl" compare with the model as it is now."""
+        answered = [i for i, ids in enumerate(self._initial_ids) if ids][:REMEMBERED]
+        if answered:  # else the state of a run that had not begun
+            self._loss.remember([self._encode_ids(i, self._initial_ids[i]) for i in answered])
 
     def _check_initial_answers(self) -> None:
         numbered = list(zip(self.rows, self.initial_answers, strict=True))
@@ -336,9 +345,12 @@ class PMC:
         return replace(whole, input_ids=ids, labels=labels)
 
     def _encode_whole(self, index: int, answer: Any) -> Encoded:
-        prompt, positions = self.prompts[index], self.positions[index]
         if self._as_text(index):
             return self.encoder.pair(self.questions[index], answer)
+        return self._encode_ids(index, answer)
+
+    def _encode_ids(self, index: int, answer: Sequence[int]) -> Encoded:
+        prompt, positions = self.prompts[index], self.positions[index]
         ids = (prompt + [int(t) for t in answer])[: self.config.max_length]
         if positions is not None:
             positions = positions + [positions[-1] + 1 + n for n in range(len(ids) - len(prompt))]
@@ -470,10 +482,16 @@ class PMC:
             "initial_answers": self.initial_answers,
             "initial_ids": self._initial_ids,
             "reward": self.scorer.name,
+            "untouched_logps": self._loss.untouched_logps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; a state of other questions is refused."""
+        """Restore what `state_dict` returned; a state of other questions is refused.
+
+        With retain_loss "kl", before trained weights are loaded: losses compare with the model as it is now.
+        """
         self.store.load_state_dict(state["store"])
         self.initial_answers, self._initial_ids = state["initial_answers"], state["initial_ids"]
         self.scorer = choose_scorer(state.get("reward", self.config.reward), self.initial_answers)
+        self._loss.untouched_logps = state.get("untouched_logps")
+        self._remember_model()

@@ -1,5 +1,6 @@
 """The loss of micro-batches, computed pack by pack."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,7 +14,10 @@ from ..data import Encoded
 from ..data.packing import Pack, num_targets, pack, unpad
 from ..distributed import Ranks
 from ..errors import PMCError
+from ..models.context import eval_mode, tolerance
+from ..models.fsdp import is_sharded
 from ..models.packed_forward import PackedPass, causal_lm
+from ..models.teacher import Teacher
 from ..ops import row_scales
 from ..utils.labels import IGNORED
 from .batch import Loss, Retain, Step
@@ -24,13 +28,13 @@ SHARED_PREFIX = 8
 
 
 class PackedLoss:
-    """CE(sampled answers) + lambda CE(retain answers) of one model; see `PMC.step_losses`.
+    """CE(sampled answers) + lambda CE(retain answers) of one model, or lambda KL(untouched || model); see `PMC.step_losses`.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
     config : PMCConfig
-        retain_weight (lambda), normalization, max_tokens and cuda_graphs are read.
+        retain_weight (lambda), retain_loss, normalization, max_tokens and cuda_graphs are read.
     ranks : Ranks
     autocast_dtype : torch.dtype, optional
     """
@@ -39,12 +43,47 @@ class PackedLoss:
         self.model, self.config, self.ranks = model, config, ranks
         self.limit: int | None = None  # tokens of a pack, below the configuration's, where memory is short
         self.largest = self.max_tokens  # tokens of the last packs
+        self.teacher: Teacher | None = None  # the untouched model, which retain_loss "kl" compares with
+        self.untouched_logps: list[float] | None = None  # of some initial answers, by which it is known again
         self.packed = PackedPass(causal_lm(model), autocast_dtype=autocast_dtype, cuda_graphs=config.cuda_graphs)
 
     @property
     def max_tokens(self) -> int:
         """Of a pack."""
         return min(self.config.max_tokens, self.limit or self.config.max_tokens)
+
+    def forget_model(self) -> None:
+        self.teacher = self.untouched_logps = None
+
+    def remember(self, sequences: list[Encoded]) -> None:
+        """Let retain_loss "kl" compare with the model as it is now, whose log-probs of `sequences` are to be `untouched_logps`.
+
+        Raises
+        ------
+        PMCError
+            The model is sharded, or has other weights than when `untouched_logps` were computed.
+        """
+        if self.config.retain_loss != "kl" or self.teacher is not None:
+            return
+        if is_sharded(self.model):
+            raise PMCError(
+                "retain_loss is 'kl' and the model is sharded (FSDP): the untouched model has to be whole; use "
+                "retain_loss='nll', or DDP"
+            )
+        probe = pack([sequences], len(sequences) * self.config.max_length)[0]
+        with torch.no_grad(), eval_mode(self.model):
+            logps = self.packed(probe, torch.zeros(len(probe.targets)))[1].double().cpu()
+        before = torch.tensor(self.untouched_logps or logps.tolist(), dtype=torch.float64)
+        weight = self.model.get_input_embeddings().weight
+        allowed = tolerance(self.packed.autocast_dtype or weight.dtype, products_on=weight.device).logps
+        error = float((logps - before).abs().mean()) if len(before) == len(logps) else math.inf
+        if not error <= allowed:
+            raise PMCError(
+                "retain_loss is 'kl' and these weights are not the untouched model's, of which the state is (log-probs of its "
+                f"initial answers are off by {error:.3g}): call load_state_dict before trained weights are loaded"
+            )
+        self.untouched_logps = before.tolist()
+        self.teacher = Teacher(self.model, self.packed, probe)
 
     def check(self, model: Any = None) -> None:
         """Refuse a model whose log-probs in a packed pass differ from its own forward pass."""
@@ -81,6 +120,7 @@ class PackedLoss:
         kinds = torch.cat([*(2 * i + p.is_retain.long() for i, p in enumerate(parts)), zero.long()])
         device = self.model.get_input_embeddings().weight.device
         sums = torch.zeros(2 * len(parts), dtype=torch.float64, device=device)
+        sequences = [s for p in parts for group in p.groups for s in group]
         own, count = len(packs), max(n for n, *_ in per_rank)
         if own < count:
             blank = replace(pack([[Encoded([0, 0], [IGNORED, 0])]], 2)[0], sequences=[-1])
@@ -89,11 +129,17 @@ class PackedLoss:
             row_scale, mean = (
                 row_scales(w[p.sequences], p.cu_targets, p.targets, reduction="sum") for w in (scale, means)
             )
-            kind = kinds[p.sequences].repeat_interleave(p.cu_targets.diff()).to(device, non_blocking=True)
+            kind = kinds[p.sequences].repeat_interleave(p.cu_targets.diff())
+            also = None
+            if self.teacher is not None:
+                is_retain = kind % 2 == 1
+                also = self.teacher.divergence(p, sequences, row_scale * is_retain)
+                row_scale = row_scale * ~is_retain
+            kind = kind.to(device, non_blocking=True)
             with (
                 nullcontext() if i == count else _no_sync(model)
             ):  # DDP decides in forward; none is held across a yield
-                loss, logps = self.packed(p, row_scale, model=model)
+                loss, logps = self.packed(p, row_scale, model=model, also=also)
             # behind the pass in the queue: a copy that waits would keep the host from preparing the next pass
             sums = sums.index_add(0, kind, -logps.double() * mean.double().to(device, non_blocking=True))
             yield Loss(loss, sums[0::2], sums[1::2], _counters(p, real=i <= own))

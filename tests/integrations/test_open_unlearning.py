@@ -368,7 +368,12 @@ def test_refusals(trainer_of, tokenizer, monkeypatch):
         trainer_of(retain_loss_type="EMBED_DIFF")  # RMU's
     with pytest.raises(PMCError, match=r"method_args\.retain_weight is not a setting here: alpha weighs"):
         trainer_of(retain_weight=1.0)
-    for given in ({"retain_order": "shuffled"}, {"retain_per_question": 2}, {"question_dropout": 0.3}):
+    for given in (
+        {"retain_loss": "kl"},
+        {"retain_order": "shuffled"},
+        {"retain_per_question": 2},
+        {"question_dropout": 0.3},
+    ):
         with pytest.raises(PMCError, match=rf"method_args\.{next(iter(given))} is not a setting here: "):
             trainer_of(**given)
     with pytest.raises(PMCError, match=r"top_p is 2\.0"):

@@ -208,11 +208,13 @@ def test_memory_counts_what_a_method_trains_on(short):
     [("eul", "the untouched model"), ("icu", "the untouched model"), ("mollm", "gradients of one loss alone")],
 )
 def test_memory_counts_what_a_method_holds(name, item, short):
-    def held(method):
-        config = UnlearnConfig(method=method, model=short[2], device="cpu", max_length=40)
+    def held(method, **given):
+        config = UnlearnConfig(method=method, model=short[2], device="cpu", max_length=40, **given)
         memory = memory_limits.memory_of(config, memory_limits.Lengths(), torch.device("cpu"))
         return {i.name: i.most for i in memory.plan(Choice.of(config, "cpu")).items}
 
     assert item not in held("npo")
+    if "model" in item:
+        assert all(held(other, retain_loss="kl")[item] == held(name)[item] for other in ("npo", "pmc"))
     same = "parameters" if "model" in item else "gradients"
     assert held(name)[item] == held(name)[same]

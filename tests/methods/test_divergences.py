@@ -9,7 +9,7 @@ from torch.nn.functional import log_softmax
 
 from pmc_fast.config import PMCConfig
 from pmc_fast.errors import PMCError
-from pmc_fast.methods import EUL, ICU, Memorize, Unlearner, extrapolate
+from pmc_fast.methods import EUL, ICU, MOLLM, GradDiff, Memorize, Unlearner, extrapolate
 from tests.methods.test_methods import CHOSEN, KEPT, LAMBDA, ROWS
 
 METHODS = [EUL(retain_weight=LAMBDA, alpha=0.7, gamma=0.3), ICU(retain_weight=LAMBDA, beta=0.6), Memorize(beta=1.3)]
@@ -77,6 +77,33 @@ def compare(method, model, before, tokenizer, max_tokens=8192):
 def test_gradients_and_loss_are_those_of_the_paper(tiny, tokenizer, method, max_tokens):
     task = compare(method, tiny, copy.deepcopy(tiny), tokenizer, max_tokens)
     assert task._teacher.packed.base is not tiny
+
+
+@pytest.mark.parametrize(
+    ("method", "same"),
+    [
+        (GradDiff(retain_weight=0.6), ICU(retain_weight=0.0, beta=0.6)),
+        (ICU(retain_weight=LAMBDA, beta=0.6), ICU(retain_weight=0.0, beta=LAMBDA + 0.6)),
+    ],
+)
+def test_retain_loss_kl_takes_the_place_of_the_cross_entropy(tiny, tokenizer, method, same):
+    found = []
+    for one, retain_loss in ((method, "kl"), (same, "nll")):
+        model = copy.deepcopy(tiny)
+        config = PMCConfig(prompt_format="tags", retain_loss=retain_loss)
+        task = Unlearner(model, tokenizer, config, one, ROWS)
+        task.prepare()
+        moved(model)
+        loss = task.backward(CHOSEN, [task.encoder.pair(row.question, row.answer) for row in KEPT])
+        found.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (ours, gradient), (theirs, expected) = found
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_retain_loss_kl_is_refused_where_gradients_are_mixed(tiny, tokenizer):
+    with pytest.raises(PMCError, match="retain_loss is 'kl' and MOLLM mixes the gradients"):
+        Unlearner(tiny, tokenizer, PMCConfig(prompt_format="tags", retain_loss="kl"), MOLLM(), ROWS)
 
 
 @pytest.mark.parametrize("new", [True, False])

@@ -470,6 +470,7 @@ def test_the_reference_has_what_is_published_alone(tiny, tokenizer):
         ("resample_above", 0.1),
         ("rollout_batch_size", 8),
         ("question_dropout", 0.3),
+        ("retain_loss", "kl"),
         ("retain_order", "shuffled"),
         ("retain_per_question", 2),
         ("selection", "soft"),

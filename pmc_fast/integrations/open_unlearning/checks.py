@@ -17,6 +17,7 @@ ELSEWHERE = {
     "date_string": "prompts come from OpenUnlearning's dataset",
     "store": "it keeps token ids",
     "question_dropout": "questions are token ids, whose words are not known",
+    "retain_loss": "retain_loss_type is GradDiff's name of it",
     "retain_order": "OpenUnlearning's dataset draws retain rows",
     "retain_per_question": "OpenUnlearning's dataset draws retain rows, one for each forget row",
     "stop_score": "the stopping rule is PMCTrainer's",
