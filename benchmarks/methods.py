@@ -5,7 +5,8 @@
 
 Needs the demo's model, which knows the facts (`make demo DEMO=--short` makes it). A step is its gradients, without the
 optimizer. Before they are timed, losses and gradients of both must agree. A number of log-probs that a method needs of the
-untouched model is computed before the step; its copy, where a method holds one, counts for neither side.
+untouched model is computed before the step; its copy, where a method holds one, counts for neither side, and what it computes of a pair,
+which ours keeps, is computed in every step of both.
 """
 
 import argparse
@@ -83,7 +84,12 @@ def step_of(name: str, model: Any, tokenizer: Any, path: Path, count: int = COUN
         batches = {str(kind): of for kind, of in task.answers.items()}
         if method.retain_weight or any(method.divergences):
             batches["retain"] = kept
-        ours = lambda: task.backward(range(count), kept)  # noqa: E731
+
+        def ours() -> float:
+            if task.teacher is not None:
+                task.teacher.drop_rows()
+            return task.backward(range(count), kept)
+
         warm_up = lambda: task.backward([0], kept[:1])  # noqa: E731
     pad = tokenizer.pad_token_id
     padded = {

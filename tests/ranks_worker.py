@@ -85,16 +85,14 @@ def run(path, case, part_size, wrap=lambda model: model):
         normalization="micro_batch" if groups else "step",
         max_tokens=64,
         seed=rank if "differ" in case else 0,
+        retain_loss="kl" if "kl" in case else "nll",
     )
     pmc = PMC(model, tokenizer, config, QUESTIONS, reward=some)
     if "before" in case:
         pmc.prepare()
     wrapped = wrap(model)
-    try:
-        if "before" not in case:
-            pmc.prepare()
-    except PMCError as error:
-        return str(error)
+    if "before" not in case:
+        pmc.prepare()
     wrapped.train()
     made, rng, rows = [], np.random.default_rng(0), []
     for all_indices in steps:
@@ -121,7 +119,12 @@ def main():
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     wraps = {"ddp": DistributedDataParallel, "fsdp": shard}
-    made = {case: run(path, case, 1, wraps[case.split("-")[0]]) for case in cases}
+    made = {}
+    for case in cases:
+        try:
+            made[case] = run(path, case, 1, wraps[case.split("-")[0]])
+        except PMCError as error:
+            made[case] = str(error)
     if distributed.get_rank() == 0:
         torch.save(made, out)
     distributed.destroy_process_group()

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -454,3 +456,27 @@ def test_the_cards_probe_says_what_ran_out_of_memory(always, monkeypatch):
         rows = {mode: by_name[f"memory: {mode}, graphs False: step"] for mode in "ab"}
         assert rows["a"]["pack_limit"] > 0
         assert rows["b"]["pack_limit"] is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone binds processes to cores")
+def test_runs_that_are_made_together_take_turns_on_the_cores():
+    cores = sorted(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=time.sleep, args=(20,)) for _ in range(min(2, len(cores)))]
+    seen = set()
+    for child in children:
+        child.start()
+    try:
+        with compare_methods.taking_turns(0.05):
+            end = time.monotonic() + 15
+            while time.monotonic() < end and len(seen) <= 2 * len(cores):
+                time.sleep(0.02)
+                seen.add(tuple(tuple(os.sched_getaffinity(child.pid)) for child in children))
+            bound = [of for of in seen if all(len(core) == 1 for core in of)]
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+    assert bound
+    for place in range(len(children)):
+        assert {core for of in bound for core in of[place]} == set(cores)  # each has had every core

@@ -169,9 +169,9 @@ class Memory:
         one_pass = self.work.tokens.most <= choice.max_tokens  # then gradients come as activations go
         eager = ("embedding", "optimizer") if one_pass else STEP
         # graphs write to the same gradients again and again; else they end with the step
-        add("gradients", ALWAYS if choice.cuda_graphs else eager, _bytes(s.trained))
+        add("gradients", ALWAYS if self.replays(choice) else eager, _bytes(s.trained))
         method = method_of(c)
-        if _compares(c, method):
+        if _compares(c, method) and not getattr(c, "lora", False):  # an adapter is switched off instead
             add("the untouched model", ALWAYS, _bytes(s.trained) + _bytes(s.frozen))
         if method is not None and method.apart:
             add("gradients of one loss alone", STEP, _bytes(s.trained))
@@ -211,7 +211,7 @@ class Memory:
         work = self.work
         largest = max(min(choice.max_tokens, work.tokens.most), work.longest)
         both = [min(largest, work.tokens.get(expected)) for expected in (False, True)]
-        if choice.cuda_graphs:
+        if self.replays(choice):
             graphs = [min(n, choice.graph_tokens or largest) for n in both]
             held = [max(self._held(passes, n).values()) for n in graphs]
             add("CUDA graphs of training passes", ALWAYS, *held)
@@ -223,6 +223,10 @@ class Memory:
         most, expected = (self._parts(passes, n) for n in both)
         for (name, phases), n in most.items():
             add(name, phases, n, expected[name, phases])
+
+    def replays(self, choice: Choice) -> bool:
+        """Return whether CUDA graphs of training passes are captured."""
+        return choice.cuda_graphs and not _compares(self.config, method_of(self.config))
 
     def _held(self, passes: PassMemory, tokens: float) -> dict[str, float]:
         """Return what a captured training pass holds in each phase."""
@@ -272,7 +276,8 @@ class Memory:
 
 def _compares(config: UnlearnConfig, method: Method | None) -> bool:
     """Return whether a loss compares the model's distributions with the untouched model's."""
-    return config.retain_loss == "kl" or (method is not None and any(method.divergences))
+    weight = config.retain_weight if method is None else method.retain_weight
+    return bool(config.retain_loss == "kl" and weight) or (method is not None and any(method.divergences))
 
 
 def _bytes(numbers: Any) -> int:

@@ -149,7 +149,7 @@ def _candidates(asked: Choice, memory: Memory) -> Iterator[Choice]:
     choice, work = asked, memory.work
     pack = max(min(asked.max_tokens, int(work.tokens.most)), work.longest)
     if asked.cuda_graphs:
-        for tokens in _halves(pack, LEAST_TOKENS):
+        for tokens in _halves(pack, LEAST_TOKENS) if memory.replays(asked) else ():
             yield replace(choice, graph_tokens=tokens)
         choice = replace(choice, cuda_graphs=False)
         yield choice
@@ -208,6 +208,8 @@ def _remedies(memory: Memory) -> list[str]:
         remedies.append(
             "--dtype bfloat16 --param-dtype bfloat16" if c.dtype == "float32" else "--param-dtype bfloat16"
         )
+    if c.retain_loss == "kl" and not getattr(c, "lora", False):
+        remedies.append("--retain-loss nll")
     fewer = ("batch_size", "retain_per_question", *(["num_samples"] if c.method == "pmc" else []))
     smaller = [f"--{n.replace('_', '-')}" for n in fewer if getattr(c, n) > 1]
     either = f"{', '.join(smaller)} or " if smaller else ""

@@ -46,17 +46,18 @@ def check_rows(method: Method, forget: Sequence[Row], source: str = "forget") ->
 
 
 def check_retain_loss(method: Method, config: PMCConfig) -> None:
-    """Refuse retain_loss "kl" where a step would go nowhere.
+    """Refuse retain_loss "kl" where a step would go nowhere: its gradient is 0 while the model is untouched.
 
     Raises
     ------
     PMCError
-        A method that mixes gradients: the divergence's is 0 at first, and so is the shortest mixture with it.
+        A method that mixes gradients, of which the shortest mixture would be 0; one that trains on nothing else.
     """
-    if config.retain_loss == "kl" and method.apart:
+    if config.retain_loss == "kl" and (method.apart or not method.answers):
+        what = "mixes two losses' gradients" if method.apart else "trains on retain pairs alone"
         raise PMCError(
-            f"retain_loss is 'kl' and {type(method).__name__} mixes the gradients of two losses: the divergence's is 0 while the model "
-            "is untouched, and it would stay so; use retain_loss='nll'"
+            f"retain_loss is 'kl' and {type(method).__name__} {what}: the divergence and its gradient are 0 while the model is untouched, "
+            "which it would stay; use retain_loss='nll'"
         )
 
 
@@ -108,7 +109,7 @@ class Unlearner:
         self.max_tokens = config.max_tokens  # of a pass; it may be lowered at any time
         self.prepared = False
         self._reference: dict[Kind, torch.Tensor] = {}
-        self._teacher: Teacher | None = None
+        self.teacher: Teacher | None = None
 
     def _encode(self, kind: Kind, forget: Sequence[Row]) -> list[Encoded]:
         texts = [
@@ -132,7 +133,7 @@ class Unlearner:
             )
         if any(self.divergences):
             probe = self._packs([next(of[0] for of in self.answers.values())])[0]
-            self._teacher = Teacher(self.model, self.packed, probe)
+            self.teacher = Teacher(self.model, self.packed, probe)
         with eval_mode(self.packed.base):
             for kind in self.method.reference:
                 logps, offsets = self._logps(self.answers[kind])
@@ -152,7 +153,7 @@ class Unlearner:
         model : callable, optional
             What to call: the model as it is wrapped for training.
         """
-        unprepared = any(self.divergences) and self._teacher is None
+        unprepared = any(self.divergences) and self.teacher is None
         if unprepared or set(self.method.reference) - set(self._reference):
             raise PMCError(
                 f"{type(self.method).__name__} needs the untouched model's log-probs: call prepare() first"
@@ -187,19 +188,20 @@ class Unlearner:
         shares = [share for part in parts for share in part.shares]
         part_of = torch.tensor([n for n, part in enumerate(parts) for _ in part.sequences])
         losses = torch.zeros(len(parts), dtype=torch.float64, device=self._device)
-        divergences: list[torch.Tensor] = []
+        divergence = torch.zeros((), dtype=torch.float64, device=self._device)
         for p in self._packs(sequences):
             lengths = p.cu_targets.diff()
             scale = torch.cat([scales[i] for i in p.sequences])
-            also = None
-            if self._teacher and any(shares[i] for i in p.sequences):
-                diverging = torch.tensor([shares[i] for i in p.sequences]).repeat_interleave(lengths)
-                also = self._teacher.divergence(p, sequences, diverging, divergences)
+            diverging = torch.tensor([shares[i] for i in p.sequences]).repeat_interleave(lengths)
+            found: list[torch.Tensor] = []  # each target's divergence
+            also = self.teacher.divergence(p, sequences, diverging, found) if self.teacher else None
             loss, logps = self.packed(p, scale, model=model, also=also)
             loss.backward()
+            for of in found:
+                divergence += (of * diverging.to(of)).sum()
             of = part_of[p.sequences].repeat_interleave(lengths)
             losses.index_add_(0, of.to(self._device), -logps.double() * scale.to(self._device))
-        return losses.tolist(), sum(map(float, divergences))
+        return losses.tolist(), float(divergence)
 
     def _apart(self, parts: Sequence["_Part"], model: Any) -> tuple[list[float], float]:
         """Add the method's mixture of two parts' gradients; return as `_pass` does."""

@@ -1,9 +1,11 @@
 """The untouched model, for losses that need its distributions while the weights move."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data import Encoded
@@ -11,8 +13,10 @@ from ..data.packing import Pack, pack
 from ..ops.divergence import divergence
 from ..utils.labels import IGNORED
 from .context import eval_mode
-from .lm_head import Head
+from .lm_head import Head, read_head
 from .packed_forward import Also, PackedPass
+
+KEPT = 2 << 30  # bytes of hidden rows that are kept; what does not fit is computed again
 
 
 class Teacher:
@@ -28,12 +32,13 @@ class Teacher:
 
     Notes
     -----
-    A sequence's hidden rows are computed once and kept on the host: [targets, D] in the model's compute dtype.
+    A sequence's hidden rows, [targets, D], are computed once and kept on the host, up to `KEPT` bytes in all.
     """
 
     def __init__(self, model: Any, packed: PackedPass, probe: Pack) -> None:
-        self.packed = packed
-        self._rows: dict[Any, torch.Tensor] = {}
+        self.packed = self._student = packed
+        self._rows: dict[bytes, torch.Tensor] = {}
+        self._bytes = 0
         self._head: Head | None = None
         self._adapted = model if _trains_adapters_alone(model) else None
         if self._adapted is not None:
@@ -49,7 +54,7 @@ class Teacher:
         """Return the hidden rows of a pack, [R, D], and the head."""
         if self._adapted is None:
             return self._run(self.packed, pack)
-        with self._adapted.disable_adapter():
+        with _switched_off(self._adapted):
             return self._run(self.packed, pack)
 
     @staticmethod
@@ -65,25 +70,42 @@ class Teacher:
             packed(pack, torch.zeros(len(pack.targets)), also=keep)
         return kept[0]
 
-    def rows(self, sequences: Sequence[Encoded], max_tokens: int) -> list[torch.Tensor]:
+    def drop_rows(self) -> None:
+        """Release what is kept of sequences."""
+        self._rows, self._bytes = {}, 0
+
+    def follow(self) -> None:
+        """Move a copy to where the model is now: trainers may move it after `prepare`."""
+        device = self._student.base.get_input_embeddings().weight.device
+        if self._adapted is None and self.packed.base.get_input_embeddings().weight.device != device:
+            self.packed.base.to(device)
+            self._head = None
+
+    def rows(self, sequences: Sequence[Encoded]) -> list[torch.Tensor]:
         """Return the hidden rows that predict each sequence's targets: [M, D], on the host.
 
-        Parameters
-        ----------
-        sequences : sequence of Encoded
-        max_tokens : int
-            Of a pass over those that are new.
+        Each sequence has a pass of its own: what a resumed run computes anew is the same, whatever it computes first.
         """
-        keys = [_key(s) for s in sequences]
-        new = {key: s for key, s in zip(keys, sequences, strict=True) if key not in self._rows}
-        for p in pack([[s] for s in new.values()], max_tokens):
-            hidden, self._head = self._hidden(p)
-            parts = hidden[p.rows.to(hidden.device)].cpu().split(p.cu_targets.diff().tolist())
-            self._rows |= {list(new)[i]: part.clone() for i, part in zip(p.sequences, parts, strict=True)}
-        return [self._rows[key] for key in keys]
+        made = []
+        for s in sequences:
+            key = _key(s)
+            rows = self._rows.get(key)
+            if rows is None:
+                p = pack([[s]], len(s.input_ids))[0]
+                hidden, self._head = self._hidden(p)
+                rows = hidden[p.rows.to(hidden.device)].to(self._dtype).cpu()
+                if self._bytes + rows.nbytes <= KEPT:
+                    self._rows[key], self._bytes = rows, self._bytes + rows.nbytes
+            made.append(rows)
+        return made
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What the head's products are computed in: a final norm may return more."""
+        return self.packed.autocast_dtype or self.packed.base.get_input_embeddings().weight.dtype
 
     def divergence(
-        self, pack: Pack, sequences: Sequence[Encoded], scale: torch.Tensor, found: list[torch.Tensor] | None = None
+        self, pack: Pack, sequences: Sequence[Encoded], scale: torch.Tensor, found: list[torch.Tensor]
     ) -> Also | None:
         """Return what adds sum of scale * KL(teacher || model) over a pack's targets to its loss, or None where all are 0.
 
@@ -94,41 +116,56 @@ class Teacher:
             Those that the pack was made of; `pack.sequences` are their numbers.
         scale : Tensor [M]
             Of each target.
-        found : list, optional
-            The value is appended.
+        found : list
+            Each target's divergence is appended, float64 [M], 0 where its sequence has no scale.
         """
-        scale = scale.cpu()
-        lengths = pack.cu_targets.diff().tolist()
-        numbers = [i for i, part in zip(pack.sequences, scale.split(lengths), strict=True) if part.any()]
+        scale, lengths = scale.cpu(), pack.cu_targets.diff().cpu()
+        numbers = [
+            i for i, part in zip(pack.sequences, scale.split(lengths.tolist()), strict=True) if bool(part.any())
+        ]
         if not numbers:
             return None
-        theirs = torch.cat(self.rows([sequences[i] for i in numbers], len(pack)))
-        at = torch.tensor([i in numbers for i in pack.sequences]).repeat_interleave(torch.tensor(lengths))
-        rows, scale, head = pack.rows[at], scale[at], self._head
-        assert head is not None
-        device = head.weight.device
-        rows, scale, theirs = (t.to(device, non_blocking=True) for t in (rows, scale, theirs))
+        self.follow()
+        theirs = torch.cat(self.rows([sequences[i] for i in numbers]))
+        at = torch.tensor([i in numbers for i in pack.sequences]).repeat_interleave(lengths)
+        rows, scale = pack.rows[at], scale[at]
+        if self._head is None:  # a copy that was moved
+            self._head = read_head(self.packed.base)
+        head = self._head
 
         def also(hidden: torch.Tensor, own: Head) -> torch.Tensor:
-            value = divergence(
-                hidden[rows], own.weight, theirs, head.weight, scale,
+            device = hidden.device
+            value, each = divergence(
+                hidden[rows.to(device)], own.weight, theirs.to(device), head.weight, scale.to(device),
                 options=own.options(), teacher_options=head.options(),
             )  # fmt: skip
-            if found is not None:
-                found.append(value.detach().double())
+            found.append(torch.zeros(len(at), dtype=torch.float64, device=device))
+            found[-1][at.to(device)] = each.double()
             return value
 
         return also
 
 
-def _key(sequence: Encoded) -> Any:
-    trained = tuple(label != IGNORED for label in sequence.labels)
-    positions = None if sequence.positions is None else tuple(sequence.positions)
-    return tuple(sequence.input_ids), trained, positions
+def _key(sequence: Encoded) -> bytes:
+    """Return what a sequence's hidden rows depend on: its tokens, their positions, and which of them are targets."""
+    trained = [label != IGNORED for label in sequence.labels]
+    return np.array([sequence.input_ids, trained, sequence.positions or range(len(trained))], np.int64).tobytes()
+
+
+@contextmanager
+def _switched_off(model: Any) -> Iterator[None]:
+    """Switch a PEFT model's adapters off, and leave what is trained as it was: switching on unfreezes all of an adapter."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for p, requires_grad in trained:
+            p.requires_grad_(requires_grad)
 
 
 def _trains_adapters_alone(model: Any) -> bool:
     if not hasattr(model, "disable_adapter"):
         return False
-    with model.disable_adapter():  # what is still trained is none of an adapter's
+    with _switched_off(model):  # what is still trained is none of an adapter's
         return not any(p.requires_grad for p in model.parameters())

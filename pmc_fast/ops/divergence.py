@@ -23,8 +23,8 @@ def divergence(
     options: Mapping[str, Any] | None = None,
     teacher_options: Mapping[str, Any] | None = None,
     workspace: int = WORKSPACE,
-) -> torch.Tensor:
-    """Return sum of row_scale * KL(teacher || student), over the whole vocabulary, in nats.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sum of row_scale * KL(teacher || student), over the whole vocabulary, in nats, and each row's.
 
     Parameters
     ----------
@@ -41,8 +41,10 @@ def divergence(
 
     Returns
     -------
-    Tensor []
+    total : Tensor []
         In max(float32, hidden's dtype); differentiable in hidden, head and bias.
+    rows : Tensor [M]
+        KL(teacher || student), not differentiable.
     """
     how, teacher_how = (
         {"bias": None, "softcap": None, "logit_scale": 1.0, **(given or {})} for given in (options, teacher_options)
@@ -52,9 +54,12 @@ def divergence(
     parts = (hidden.split(rows), teacher_hidden.split(rows), row_scale.split(rows))
     again = functools.partial(checkpoint, _chunk, use_reentrant=False, preserve_rng_state=False)
     chunk = _chunk if rows >= len(hidden) else again
+    found = []
     for h, t, scale in zip(*parts, strict=True):
-        total = total + chunk(h, head, t, teacher_head, scale, how, teacher_how)
-    return total
+        value, each = chunk(h, head, t, teacher_head, scale, how, teacher_how)
+        total = total + value
+        found.append(each)
+    return total, torch.cat(found)
 
 
 def _chunk(
@@ -65,11 +70,12 @@ def _chunk(
     scale: torch.Tensor,
     how: dict[str, Any],
     teacher_how: dict[str, Any],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         teacher = _log_probs(teacher_hidden, teacher_head, **teacher_how)
     student = _log_probs(hidden, head, **how)
-    return (scale.to(student.dtype) * (teacher.exp() * (teacher - student)).sum(1)).sum()
+    each = (teacher.exp() * (teacher - student)).sum(1)
+    return (scale.to(student.dtype) * each).sum(), each.detach()
 
 
 def _log_probs(

@@ -29,7 +29,7 @@ from .reward import ROUGE, Reward, Scorer, choose_scorer, judged
 from .selection import select
 from .store import BestStore
 
-REMEMBERED = 4  # initial answers by which a resumed run knows the untouched model
+PROBES = 4  # initial answers by which a resumed run knows the untouched model
 logger = logging.get_logger(__name__)
 
 
@@ -191,15 +191,15 @@ class PMC:
             raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
         self.scorer = choose_scorer(self.config.reward, [*truths, *self.initial_answers])
         self._check_initial_answers()
-        self._loss.forget_model()
-        self._remember_model()
+        self._loss.drop_untouched()
+        self._keep_untouched()
         return self.initial_answers
 
-    def _remember_model(self) -> None:
+    def _keep_untouched(self) -> None:
         """Let retain_loss "kl" compare with the model as it is now."""
-        answered = [i for i, ids in enumerate(self._initial_ids) if ids][:REMEMBERED]
+        answered = [i for i, ids in enumerate(self._initial_ids) if ids][:PROBES]
         if answered:  # else the state of a run that had not begun
-            self._loss.remember([self._encode_ids(i, self._initial_ids[i]) for i in answered])
+            self._loss.keep_untouched([self._encode_ids(i, self._initial_ids[i]) for i in answered])
 
     def _check_initial_answers(self) -> None:
         numbered = list(zip(self.rows, self.initial_answers, strict=True))
@@ -399,6 +399,8 @@ class PMC:
     def loss(self, part: Step, retain: Retain, *, model: Any = None, retain_tokens: int | None = None) -> Loss:
         """Return CE(sampled answers) + lambda CE(retain answers) of a micro-batch, as its share of the step's loss.
 
+        With retain_loss "kl" the second is lambda KL(untouched model || model).
+
         Parameters
         ----------
         part : Step
@@ -493,5 +495,10 @@ class PMC:
         self.store.load_state_dict(state["store"])
         self.initial_answers, self._initial_ids = state["initial_answers"], state["initial_ids"]
         self.scorer = choose_scorer(state.get("reward", self.config.reward), self.initial_answers)
-        self._loss.untouched_logps = state.get("untouched_logps")
-        self._remember_model()
+        self._loss.untouched_logps = known = state.get("untouched_logps")
+        if known is None and self._initial_ids and self._loss.compares and self._loss.teacher is None:
+            raise PMCError(
+                "retain_loss is 'kl' and the state is of a run without it, which does not say what the untouched model was: call "
+                "prepare() with the untouched model first, or use retain_loss='nll'"
+            )
+        self._keep_untouched()

@@ -46,7 +46,5 @@ class Loss:
     loss: torch.Tensor  # [], differentiable: its share of the step's loss
     # [], or [P] of `PMC.step_losses`: an entry for each part; of all packs together if there are several
     collapse: torch.Tensor  # cross-entropy of the sampled answers
-    retain: (
-        torch.Tensor
-    )  # cross-entropy of the retain answers, not multiplied by lambda, whatever retain_loss is trained on
+    retain: torch.Tensor  # retain loss, cross-entropy or divergence, not multiplied by lambda
     counters: dict[str, int]  # tokens and targets computed, packs

@@ -16,6 +16,7 @@ from ..distributed import Ranks
 from ..errors import PMCError
 from ..models.context import eval_mode, tolerance
 from ..models.fsdp import is_sharded
+from ..models.lm_head import Head
 from ..models.packed_forward import PackedPass, causal_lm
 from ..models.teacher import Teacher
 from ..ops import row_scales
@@ -52,10 +53,18 @@ class PackedLoss:
         """Of a pack."""
         return min(self.config.max_tokens, self.limit or self.config.max_tokens)
 
-    def forget_model(self) -> None:
+    def _require_whole(self) -> None:
+        if is_sharded(self.model):
+            raise PMCError(
+                "retain_loss is 'kl' and the model is sharded (FSDP): the untouched model has to be whole; use "
+                "retain_loss='nll', or DDP"
+            )
+
+    def drop_untouched(self) -> None:
+        """Let `keep_untouched` take the model as it is then."""
         self.teacher = self.untouched_logps = None
 
-    def remember(self, sequences: list[Encoded]) -> None:
+    def keep_untouched(self, sequences: list[Encoded]) -> None:
         """Let retain_loss "kl" compare with the model as it is now, whose log-probs of `sequences` are to be `untouched_logps`.
 
         Raises
@@ -63,13 +72,10 @@ class PackedLoss:
         PMCError
             The model is sharded, or has other weights than when `untouched_logps` were computed.
         """
-        if self.config.retain_loss != "kl" or self.teacher is not None:
+        if not self.compares or self.teacher is not None:
             return
-        if is_sharded(self.model):
-            raise PMCError(
-                "retain_loss is 'kl' and the model is sharded (FSDP): the untouched model has to be whole; use "
-                "retain_loss='nll', or DDP"
-            )
+        self._require_whole()
+        self.check()
         probe = pack([sequences], len(sequences) * self.config.max_length)[0]
         with torch.no_grad(), eval_mode(self.model):
             logps = self.packed(probe, torch.zeros(len(probe.targets)))[1].double().cpu()
@@ -85,6 +91,11 @@ class PackedLoss:
         self.untouched_logps = before.tolist()
         self.teacher = Teacher(self.model, self.packed, probe)
 
+    @property
+    def compares(self) -> bool:
+        """Whether the loss compares with the untouched model."""
+        return self.config.retain_loss == "kl" and self.config.retain_weight > 0
+
     def check(self, model: Any = None) -> None:
         """Refuse a model whose log-probs in a packed pass differ from its own forward pass."""
         self.packed.check(model=self.model if model is None else model)
@@ -96,6 +107,8 @@ class PackedLoss:
         if not batches:
             raise PMCError("step_losses got no parts: give it all of step.split(size), each with its retain batch")
         self.check(model)
+        if self.teacher is not None:
+            self._require_whole()
         parts = [_Part(part, self._kept(part, retain)) for part, retain in batches]
         packs = pack([g for p in parts for g in p.groups], self.max_tokens, share_from=SHARED_PREFIX)
         self.largest = max(map(len, packs), default=self.largest)
@@ -130,19 +143,37 @@ class PackedLoss:
                 row_scales(w[p.sequences], p.cu_targets, p.targets, reduction="sum") for w in (scale, means)
             )
             kind = kinds[p.sequences].repeat_interleave(p.cu_targets.diff())
-            also = None
-            if self.teacher is not None:
-                is_retain = kind % 2 == 1
-                also = self.teacher.divergence(p, sequences, row_scale * is_retain)
-                row_scale = row_scale * ~is_retain
-            kind = kind.to(device, non_blocking=True)
             with (
                 nullcontext() if i == count else _no_sync(model)
             ):  # DDP decides in forward; none is held across a yield
-                loss, logps = self.packed(p, row_scale, model=model, also=also)
+                if self.teacher is None:
+                    loss, logps = self.packed(p, row_scale, model=model)
+                    nlls = -logps.double()
+                else:
+                    loss, nlls = self._diverging(self.teacher, p, sequences, row_scale, kind % 2 == 1, model)
+            kind = kind.to(device, non_blocking=True)
             # behind the pass in the queue: a copy that waits would keep the host from preparing the next pass
-            sums = sums.index_add(0, kind, -logps.double() * mean.double().to(device, non_blocking=True))
+            sums = sums.index_add(0, kind, nlls * mean.double().to(device, non_blocking=True))
             yield Loss(loss, sums[0::2], sums[1::2], _counters(p, real=i <= own))
+
+    def _diverging(
+        self,
+        teacher: Teacher,
+        p: Pack,
+        sequences: Sequence[Encoded],
+        scale: torch.Tensor,
+        is_retain: torch.Tensor,
+        model: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a pack's loss with the divergence on retain pairs, and each target's nll, or divergence: float64 [M]."""
+        found: list[torch.Tensor] = []
+        # no pass is replayed: graphs of the packs without retain pairs would hold memory for little
+        also = teacher.divergence(p, sequences, scale * is_retain, found) or _nothing
+        others = ~is_retain  # the head's products are computed once, for either loss
+        asked = replace(p, targets=p.targets[others], rows=p.rows[others])
+        loss, logps = self.packed(asked, scale[others], model=model, also=also)
+        nlls = found[0] if found else logps.new_zeros(len(is_retain), dtype=torch.float64)
+        return loss, nlls.masked_scatter(others.to(nlls.device), -logps.double())
 
     def _kept(self, part: Step, retain: Retain) -> list[Encoded]:
         kept = _sequences(retain)
@@ -183,6 +214,10 @@ def _sequences(retain: Retain) -> list[Encoded]:
             f"retain holds {type(other).__name__}: give a padded batch, or what encode_retain(rows) returns"
         )
     return kept
+
+
+def _nothing(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    return hidden.new_zeros(())
 
 
 def _no_sync(model: Any) -> AbstractContextManager[Any]:

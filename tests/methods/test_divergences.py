@@ -9,7 +9,7 @@ from torch.nn.functional import log_softmax
 
 from pmc_fast.config import PMCConfig
 from pmc_fast.errors import PMCError
-from pmc_fast.methods import EUL, ICU, MOLLM, GradDiff, Memorize, Unlearner, extrapolate
+from pmc_fast.methods import EUL, ICU, MOLLM, GradDiff, Memorize, RetainOnly, Unlearner, extrapolate
 from tests.methods.test_methods import CHOSEN, KEPT, LAMBDA, ROWS
 
 METHODS = [EUL(retain_weight=LAMBDA, alpha=0.7, gamma=0.3), ICU(retain_weight=LAMBDA, beta=0.6), Memorize(beta=1.3)]
@@ -76,7 +76,7 @@ def compare(method, model, before, tokenizer, max_tokens=8192):
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_gradients_and_loss_are_those_of_the_paper(tiny, tokenizer, method, max_tokens):
     task = compare(method, tiny, copy.deepcopy(tiny), tokenizer, max_tokens)
-    assert task._teacher.packed.base is not tiny
+    assert task.teacher.packed.base is not tiny
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,13 @@ def test_retain_loss_kl_takes_the_place_of_the_cross_entropy(tiny, tokenizer, me
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
-def test_retain_loss_kl_is_refused_where_gradients_are_mixed(tiny, tokenizer):
-    with pytest.raises(PMCError, match="retain_loss is 'kl' and MOLLM mixes the gradients"):
-        Unlearner(tiny, tokenizer, PMCConfig(prompt_format="tags", retain_loss="kl"), MOLLM(), ROWS)
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [(MOLLM(), "MOLLM mixes two losses"), (RetainOnly(), "RetainOnly trains on retain pairs alone")],
+)
+def test_retain_loss_kl_is_refused_where_nothing_would_move(tiny, tokenizer, method, why):
+    with pytest.raises(PMCError, match=f"retain_loss is 'kl' and {why}"):
+        Unlearner(tiny, tokenizer, PMCConfig(prompt_format="tags", retain_loss="kl"), method, ROWS)
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -115,7 +119,7 @@ def test_a_new_adapter_is_switched_off_and_an_old_one_copied(tiny, tokenizer, me
     if not new:
         moved(model)
     task = compare(method, model, copy.deepcopy(model), tokenizer)
-    assert (task._teacher.packed is task.packed) == new
+    assert (task.teacher.packed is task.packed) == new
 
 
 def test_an_adapter_beside_trained_weights_needs_a_copy(tiny, tokenizer):
@@ -124,7 +128,7 @@ def test_an_adapter_beside_trained_weights_needs_a_copy(tiny, tokenizer):
     model = peft.get_peft_model(tiny, config)
     model.get_input_embeddings().weight.requires_grad_()
     task = compare(METHODS[1], model, copy.deepcopy(model), tokenizer)
-    assert task._teacher.packed is not task.packed
+    assert task.teacher.packed is not task.packed
 
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)

@@ -30,13 +30,15 @@ def test_value_and_gradients_are_torchs(plain, rows):
     bias.requires_grad_(not plain)
     how = {} if plain else OPTIONS | {"bias": bias}
     teacher_how = {} if plain else OPTIONS | {"bias": teacher_bias}
-    ours = divergence(
+    ours, each = divergence(
         hidden, head, teacher_hidden, teacher_head, scale, options=how, teacher_options=teacher_how,
         workspace=rows * 6 * 4 * len(head),
     )  # fmt: skip
     student, teacher = log_probs(hidden, head, **how), log_probs(teacher_hidden, teacher_head, **teacher_how)
-    expected = (scale * kl_div(student, teacher, reduction="none", log_target=True).sum(1)).sum()
+    rows_of = kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    expected = (scale * rows_of).sum()
     torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(each, rows_of.detach())
     leaves = [hidden, head] if plain else [hidden, head, bias]
     for mine, theirs in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -44,7 +46,7 @@ def test_value_and_gradients_are_torchs(plain, rows):
 
 def test_equal_distributions_have_none_in_any_precision():
     hidden, head, *_, scale, _, _ = inputs(torch.bfloat16)
-    same = divergence(hidden, head, hidden, head, scale)
+    same, _ = divergence(hidden, head, hidden, head, scale)
     assert same.dtype == torch.float32
     assert float(same) == 0
 
@@ -57,7 +59,7 @@ def test_backward_computes_the_logits_again_only_where_they_do_not_fit(monkeypat
     log_probs = module._log_probs
     monkeypatch.setattr(module, "_log_probs", lambda *of, **how: computed.append(of) or log_probs(*of, **how))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        total = divergence(hidden, head, teacher_hidden, teacher_head, scale, workspace=rows * 6 * 4 * 200)
+        total, _ = divergence(hidden, head, teacher_hidden, teacher_head, scale, workspace=rows * 6 * 4 * 200)
     total.backward()
     assert len(computed) == 2 * times  # the student's and the teacher's
     assert (max(sizes) < 64 * 200) == (times > 1)

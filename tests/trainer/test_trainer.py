@@ -230,15 +230,16 @@ class Stop(transformers.TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("broken_off", [1, 2, 3])
-def test_resumed_is_uninterrupted(fresh, tokenizer, tmp_path, broken_off):
+@pytest.mark.parametrize(("broken_off", "retain_loss"), [(1, "nll"), (2, "nll"), (3, "nll"), (2, "kl")])
+def test_resumed_is_uninterrupted(fresh, tokenizer, tmp_path, broken_off, retain_loss):
+    pmc = {"retain_loss": retain_loss}
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-    whole = trainer_of(fresh(), tokenizer, arguments(tmp_path / "whole", **saving))
+    whole = trainer_of(fresh(), tokenizer, arguments(tmp_path / "whole", **saving), pmc=pmc)
     whole.train()
-    cut = trainer_of(fresh(), tokenizer, arguments(tmp_path, **saving), callbacks=[Stop(broken_off + 1)])
+    cut = trainer_of(fresh(), tokenizer, arguments(tmp_path, **saving), pmc=pmc, callbacks=[Stop(broken_off + 1)])
     with pytest.raises(KeyboardInterrupt):
         cut.train()
-    again = trainer_of(fresh(), tokenizer, arguments(tmp_path, **saving))
+    again = trainer_of(fresh(), tokenizer, arguments(tmp_path, **saving), pmc=pmc)
     again.train(resume_from_checkpoint="auto")
     assert again.state.global_step == whole.state.global_step
     assert torch.equal(flat(again.model), flat(whole.model))
