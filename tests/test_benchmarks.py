@@ -463,20 +463,21 @@ def test_runs_that_are_made_together_take_turns_on_the_cores():
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     children = [context.Process(target=time.sleep, args=(20,)) for _ in range(min(2, len(cores)))]
-    seen = set()
+    seen, places = set(), range(len(children))
     for child in children:
         child.start()
     try:
         with compare_methods.taking_turns(0.05):
             end = time.monotonic() + 15
-            while time.monotonic() < end and len(seen) <= 2 * len(cores):
+            while time.monotonic() < end and not all(
+                {core for of in seen for core in of[n]} == set(cores) for n in places
+            ):
                 time.sleep(0.02)
-                seen.add(tuple(tuple(os.sched_getaffinity(child.pid)) for child in children))
-            bound = [of for of in seen if all(len(core) == 1 for core in of)]
+                bound = tuple(tuple(os.sched_getaffinity(child.pid)) for child in children)
+                seen |= {bound} if all(len(core) == 1 for core in bound) else set()
     finally:
         for child in children:
             child.kill()
             child.join()
-    assert bound
-    for place in range(len(children)):
-        assert {core for of in bound for core in of[place]} == set(cores)  # each has had every core
+    assert seen
+    assert all({core for of in seen for core in of[n]} == set(cores) for n in places)  # each has had every core

@@ -225,8 +225,9 @@ class Memory:
             add(name, phases, n, expected[name, phases])
 
     def replays(self, choice: Choice) -> bool:
-        """Return whether CUDA graphs of training passes are captured."""
-        return choice.cuda_graphs and not _compares(self.config, method_of(self.config))
+        """Return whether CUDA graphs of training passes are captured: not of other methods' passes."""
+        method = method_of(self.config)
+        return choice.cuda_graphs and method is None and not _compares(self.config, method)
 
     def _held(self, passes: PassMemory, tokens: float) -> dict[str, float]:
         """Return what a captured training pass holds in each phase."""

@@ -208,7 +208,9 @@ def _remedies(memory: Memory) -> list[str]:
         remedies.append(
             "--dtype bfloat16 --param-dtype bfloat16" if c.dtype == "float32" else "--param-dtype bfloat16"
         )
-    if c.retain_loss == "kl" and not getattr(c, "lora", False):
+    method = method_of(c)
+    own = method is not None and any(method.divergences)  # then a copy is needed in any case
+    if c.retain_loss == "kl" and not own and not getattr(c, "lora", False):
         remedies.append("--retain-loss nll")
     fewer = ("batch_size", "retain_per_question", *(["num_samples"] if c.method == "pmc" else []))
     smaller = [f"--{n.replace('_', '-')}" for n in fewer if getattr(c, n) > 1]

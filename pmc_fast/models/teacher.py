@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,20 +67,23 @@ class Teacher:
             kept.append((hidden.clone(), head))  # a model may scale in place
             return hidden.new_zeros(())
 
+        none = replace(pack, targets=pack.targets[:0], rows=pack.rows[:0])  # of the head's loss
         with eval_mode(packed.base):
-            packed(pack, torch.zeros(len(pack.targets)), also=keep)
+            packed(none, torch.zeros(0), also=keep)
         return kept[0]
 
     def drop_rows(self) -> None:
         """Release what is kept of sequences."""
         self._rows, self._bytes = {}, 0
 
-    def follow(self) -> None:
-        """Move a copy to where the model is now: trainers may move it after `prepare`."""
+    def follow(self) -> torch.device:
+        """Return where the model is now, and move a copy there: trainers may move the model after `prepare`."""
         device = self._student.base.get_input_embeddings().weight.device
         if self._adapted is None and self.packed.base.get_input_embeddings().weight.device != device:
             self.packed.base.to(device)
+            self.packed.check()
             self._head = None
+        return device
 
     def rows(self, sequences: Sequence[Encoded]) -> list[torch.Tensor]:
         """Return the hidden rows that predict each sequence's targets: [M, D], on the host.
@@ -125,22 +129,22 @@ class Teacher:
         ]
         if not numbers:
             return None
-        self.follow()
+        device = self.follow()
         theirs = torch.cat(self.rows([sequences[i] for i in numbers]))
-        at = torch.tensor([i in numbers for i in pack.sequences]).repeat_interleave(lengths)
-        rows, scale = pack.rows[at], scale[at]
+        at = torch.tensor([i in numbers for i in pack.sequences]).repeat_interleave(lengths).nonzero()[:, 0]
+        rows, scale = pack.rows[at.to(pack.rows.device)], scale[at]
         if self._head is None:  # a copy that was moved
             self._head = read_head(self.packed.base)
-        head = self._head
+        head, count = self._head, len(pack.targets)
+        # ahead of the pass, in which the host would wait for them
+        rows, scale, theirs, at = (t.to(device, non_blocking=True) for t in (rows, scale, theirs, at))
 
         def also(hidden: torch.Tensor, own: Head) -> torch.Tensor:
-            device = hidden.device
             value, each = divergence(
-                hidden[rows.to(device)], own.weight, theirs.to(device), head.weight, scale.to(device),
+                hidden[rows], own.weight, theirs, head.weight, scale,
                 options=own.options(), teacher_options=head.options(),
             )  # fmt: skip
-            found.append(torch.zeros(len(at), dtype=torch.float64, device=device))
-            found[-1][at.to(device)] = each.double()
+            found.append(torch.zeros(count, dtype=torch.float64, device=device).index_copy_(0, at, each.double()))
             return value
 
         return also

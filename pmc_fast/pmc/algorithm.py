@@ -176,6 +176,7 @@ class PMC:
         )
         if not is_sharded(self.model):  # else with the first loss, whose model gathers the weights
             self._loss.check()
+        self._loss.require_whole()
         if self.config.rollout_dtype != "auto":  # before initial answers, which are the model's own, are drawn
             self.engine.check(self.config.rollout_dtype)
         mine = self.ranks.share(range(len(self.prompts)))
@@ -186,20 +187,21 @@ class PMC:
         answers = {i: tokens for i, [tokens] in zip(mine, rollouts.tokens, strict=True)}
         answers = {i: tokens for theirs in self.ranks.gather(answers) for i, tokens in theirs.items()}
         self._initial_ids = [answers[i] for i in range(len(self.prompts))]
-        self.initial_answers = self.encoder.answers(self._initial_ids, self.questions)
-        if all(not y.split() for y in self.initial_answers):
+        said = self.encoder.answers(self._initial_ids, self.questions)
+        if all(not y.split() for y in said):
             raise PMCError("every initial answer is empty: there is nothing to forget; check prompt_format")
-        self.scorer = choose_scorer(self.config.reward, [*truths, *self.initial_answers])
-        self._check_initial_answers()
         self._loss.drop_untouched()
         self._keep_untouched()
+        self.initial_answers = said  # with which a run counts as prepared
+        self.scorer = choose_scorer(self.config.reward, [*truths, *self.initial_answers])
+        self._check_initial_answers()
         return self.initial_answers
 
-    def _keep_untouched(self) -> None:
-        """Let retain_loss "kl" compare with the model as it is now."""
+    def _keep_untouched(self, known: list[float] | None = None) -> None:
+        """Let retain_loss "kl" compare with the model as it is now; `known`: of a state, what tells it from a trained one."""
         answered = [i for i, ids in enumerate(self._initial_ids) if ids][:PROBES]
         if answered:  # else the state of a run that had not begun
-            self._loss.keep_untouched([self._encode_ids(i, self._initial_ids[i]) for i in answered])
+            self._loss.keep_untouched([self._encode_ids(i, self._initial_ids[i]) for i in answered], known)
 
     def _check_initial_answers(self) -> None:
         numbered = list(zip(self.rows, self.initial_answers, strict=True))
@@ -495,10 +497,10 @@ class PMC:
         self.store.load_state_dict(state["store"])
         self.initial_answers, self._initial_ids = state["initial_answers"], state["initial_ids"]
         self.scorer = choose_scorer(state.get("reward", self.config.reward), self.initial_answers)
-        self._loss.untouched_logps = known = state.get("untouched_logps")
+        known = state.get("untouched_logps")
         if known is None and self._initial_ids and self._loss.compares and self._loss.teacher is None:
             raise PMCError(
                 "retain_loss is 'kl' and the state is of a run without it, which does not say what the untouched model was: call "
                 "prepare() with the untouched model first, or use retain_loss='nll'"
             )
-        self._keep_untouched()
+        self._keep_untouched(known)

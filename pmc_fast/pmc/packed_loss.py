@@ -53,8 +53,9 @@ class PackedLoss:
         """Of a pack."""
         return min(self.config.max_tokens, self.limit or self.config.max_tokens)
 
-    def _require_whole(self) -> None:
-        if is_sharded(self.model):
+    def require_whole(self) -> None:
+        """Refuse a sharded model, where the loss compares with the untouched one."""
+        if self.compares and is_sharded(self.model):
             raise PMCError(
                 "retain_loss is 'kl' and the model is sharded (FSDP): the untouched model has to be whole; use "
                 "retain_loss='nll', or DDP"
@@ -64,32 +65,46 @@ class PackedLoss:
         """Let `keep_untouched` take the model as it is then."""
         self.teacher = self.untouched_logps = None
 
-    def keep_untouched(self, sequences: list[Encoded]) -> None:
-        """Let retain_loss "kl" compare with the model as it is now, whose log-probs of `sequences` are to be `untouched_logps`.
+    def keep_untouched(self, sequences: list[Encoded], known: list[float] | None = None) -> None:
+        """Let retain_loss "kl" compare with the model as it is now, unless it does already.
+
+        Parameters
+        ----------
+        sequences : list of Encoded
+            Some initial answers.
+        known : list of float, optional
+            The untouched model's log-probs of their tokens.
 
         Raises
         ------
         PMCError
-            The model is sharded, or has other weights than when `untouched_logps` were computed.
+            The model is sharded, or its log-probs are not those that are known.
         """
-        if not self.compares or self.teacher is not None:
+        if not self.compares:
             return
-        self._require_whole()
+        self.require_whole()
         self.check()
         probe = pack([sequences], len(sequences) * self.config.max_length)[0]
-        with torch.no_grad(), eval_mode(self.model):
-            logps = self.packed(probe, torch.zeros(len(probe.targets)))[1].double().cpu()
-        before = torch.tensor(self.untouched_logps or logps.tolist(), dtype=torch.float64)
+        if self.teacher is None:
+            with torch.no_grad(), eval_mode(self.model):
+                logps = self.packed(probe, torch.zeros(len(probe.targets)))[1].double().cpu().tolist()
+            self._require_same(logps, known)
+            self.teacher = Teacher(self.model, self.packed, probe)
+            self.untouched_logps = logps
+        else:
+            self._require_same(self.untouched_logps or [], known)
+
+    def _require_same(self, logps: list[float], known: list[float] | None) -> None:
         weight = self.model.get_input_embeddings().weight
         allowed = tolerance(self.packed.autocast_dtype or weight.dtype, products_on=weight.device).logps
-        error = float((logps - before).abs().mean()) if len(before) == len(logps) else math.inf
-        if not error <= allowed:
+        if known is None:
+            return
+        apart = torch.tensor(logps) - torch.tensor(known) if len(logps) == len(known) else torch.tensor(math.inf)
+        if not (error := float(apart.abs().mean())) <= allowed:
             raise PMCError(
                 "retain_loss is 'kl' and these weights are not the untouched model's, of which the state is (log-probs of its "
                 f"initial answers are off by {error:.3g}): call load_state_dict before trained weights are loaded"
             )
-        self.untouched_logps = before.tolist()
-        self.teacher = Teacher(self.model, self.packed, probe)
 
     @property
     def compares(self) -> bool:
@@ -107,8 +122,10 @@ class PackedLoss:
         if not batches:
             raise PMCError("step_losses got no parts: give it all of step.split(size), each with its retain batch")
         self.check(model)
-        if self.teacher is not None:
-            self._require_whole()
+        if self.compares:
+            self.require_whole()
+            if self.teacher is None:
+                raise PMCError("retain_loss is 'kl' and the untouched model is not known: call prepare() first")
         parts = [_Part(part, self._kept(part, retain)) for part, retain in batches]
         packs = pack([g for p in parts for g in p.groups], self.max_tokens, share_from=SHARED_PREFIX)
         self.largest = max(map(len, packs), default=self.largest)
@@ -146,7 +163,7 @@ class PackedLoss:
             with (
                 nullcontext() if i == count else _no_sync(model)
             ):  # DDP decides in forward; none is held across a yield
-                if self.teacher is None:
+                if self.teacher is None or not self.compares:
                     loss, logps = self.packed(p, row_scale, model=model)
                     nlls = -logps.double()
                 else:
@@ -169,11 +186,11 @@ class PackedLoss:
         found: list[torch.Tensor] = []
         # no pass is replayed: graphs of the packs without retain pairs would hold memory for little
         also = teacher.divergence(p, sequences, scale * is_retain, found) or _nothing
-        others = ~is_retain  # the head's products are computed once, for either loss
+        others = (~is_retain).nonzero()[:, 0]  # on the CPU the head's products are computed once, for either loss
         asked = replace(p, targets=p.targets[others], rows=p.rows[others])
         loss, logps = self.packed(asked, scale[others], model=model, also=also)
         nlls = found[0] if found else logps.new_zeros(len(is_retain), dtype=torch.float64)
-        return loss, nlls.masked_scatter(others.to(nlls.device), -logps.double())
+        return loss, nlls.index_copy(0, others.to(nlls.device, non_blocking=True), -logps.double())
 
     def _kept(self, part: Step, retain: Retain) -> list[Encoded]:
         kept = _sequences(retain)

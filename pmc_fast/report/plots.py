@@ -197,7 +197,7 @@ def _losses(history: list[dict[str, Any]]) -> str:
         if key in history[0]:
             axes.plot(steps, [r[key] for r in history], marker="o" if len(steps) == 1 else None, label=label)
     if "retain_loss" in history[0]:
-        axes.set(ylabel="cross-entropy (nats/token)", ylim=(0, None))
+        axes.set(ylabel="loss (nats/token)", ylim=(0, None))
     else:  # of another method, whose objective is its own
         axes.plot(steps, [r["loss"] for r in history], marker="o" if len(steps) == 1 else None, label="loss")
     axes.set(xlabel="optimizer step")

@@ -86,6 +86,7 @@ class BaseTrainer(Trainer):
                 "the model has bfloat16 parameters, whose float32 masters FSDP does not shard: load it in float32 and use "
                 "bf16, under which FSDP computes in bfloat16"
             )
+        self.retain_loss = config.retain_loss
         if self.is_fsdp_enabled and config.retain_loss == "kl":
             raise PMCError(
                 "retain_loss is 'kl' and FSDP shards the model: the untouched one has to be whole; use retain_loss='nll', or DDP"

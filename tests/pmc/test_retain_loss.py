@@ -174,7 +174,7 @@ def test_under_autocast_nothing_has_moved_at_first(tiny, tokenizer):
     pmc = PMC(tiny, tokenizer, config, QUESTIONS, autocast_dtype=torch.bfloat16)
     pmc.prepare()
     step, kept = pmc.sample(range(4)), pmc.encode_retain(RETAIN)
-    assert float(pmc.loss(step, kept).retain) == 0
+    assert float(pmc.loss(step, kept).retain) < 1e-4  # in passes of other sizes bfloat16 rounds differently
     assert pmc._loss.teacher.rows(kept)[0].dtype == torch.bfloat16
     moved(tiny)
     assert float(pmc.loss(step, kept).retain) > 1e-3

@@ -154,3 +154,19 @@ def test_defaults_are_pmc_trainers(fresh, tokenizer):  # noqa: F811
     trainer = UnlearnTrainer(fresh(), None, FORGET, RETAIN, processing_class=tokenizer, method="simnpo")
     assert isinstance(trainer.args, PMCArguments)
     assert trainer.task.config == PMCConfig()
+
+
+def test_a_step_without_memory_names_what_may_help(fresh, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    def fails(*of, **how):
+        raise torch.OutOfMemoryError
+
+    for retain_loss, remedies in (
+        ("nll", "bfloat16 parameters, LoRA"),
+        ("kl", "bfloat16 parameters, retain_loss 'nll'"),
+    ):
+        config = dataclasses.replace(CONFIG, retain_loss=retain_loss)
+        trainer = trainer_of(fresh(), tokenizer, arguments(tmp_path), config=config)
+        with monkeypatch.context() as patched:
+            patched.setattr(type(trainer.task), "backward", fails)
+            with pytest.raises(PMCError, match=f"ran out of memory in .*{remedies}"):
+                trainer.train()
