@@ -9,8 +9,8 @@
     python -m benchmarks.compare_methods --report         # tables and plots of what has been measured
 
 **Time.** A run has one core at a time, with one thread, and as many run at once as there are cores (--workers). Every two seconds they
-change cores: those of a shared machine are not equally fast. A budget counts a core's seconds: 240 are two minutes of both of two cores. Rollouts, initial answers and training count; evaluations do
-not. All methods use the same batches, AdamW, packed pass and rows, and retain pairs in the same shuffled order. The learning rate
+change cores: those of a shared machine are not equally fast. A budget counts a core's seconds: 240 are two minutes of both of two
+cores. Rollouts, initial answers and training count; evaluations do not. All methods use the same batches, AdamW, packed pass and rows, and retain pairs in the same shuffled order. The learning rate
 rises over the first epoch and falls linearly with the clock, to zero at the end of the budget; no step begins that would end
 after it.
 

@@ -83,22 +83,22 @@ class PackedLoss:
         if not self.compares:
             return
         self.require_whole()
+        if self.teacher is not None:
+            self._require_same(self.untouched_logps or [], known)
+            return
         self.check()
         probe = pack([sequences], len(sequences) * self.config.max_length)[0]
-        if self.teacher is None:
-            with torch.no_grad(), eval_mode(self.model):
-                logps = self.packed(probe, torch.zeros(len(probe.targets)))[1].double().cpu().tolist()
-            self._require_same(logps, known)
-            self.teacher = Teacher(self.model, self.packed, probe)
-            self.untouched_logps = logps
-        else:
-            self._require_same(self.untouched_logps or [], known)
+        with torch.no_grad(), eval_mode(self.model):
+            logps = self.packed(probe, torch.zeros(len(probe.targets)))[1].double().cpu().tolist()
+        self._require_same(logps, known)
+        self.teacher = Teacher(self.model, self.packed, probe)
+        self.untouched_logps = logps
 
     def _require_same(self, logps: list[float], known: list[float] | None) -> None:
-        weight = self.model.get_input_embeddings().weight
-        allowed = tolerance(self.packed.autocast_dtype or weight.dtype, products_on=weight.device).logps
         if known is None:
             return
+        weight = self.model.get_input_embeddings().weight
+        allowed = tolerance(self.packed.autocast_dtype or weight.dtype, products_on=weight.device).logps
         apart = torch.tensor(logps) - torch.tensor(known) if len(logps) == len(known) else torch.tensor(math.inf)
         if not (error := float(apart.abs().mean())) <= allowed:
             raise PMCError(
@@ -150,6 +150,7 @@ class PackedLoss:
         kinds = torch.cat([*(2 * i + p.is_retain.long() for i, p in enumerate(parts)), zero.long()])
         device = self.model.get_input_embeddings().weight.device
         sums = torch.zeros(2 * len(parts), dtype=torch.float64, device=device)
+        teacher = self.teacher if self.compares else None
         sequences = [s for p in parts for group in p.groups for s in group]
         own, count = len(packs), max(n for n, *_ in per_rank)
         if own < count:
@@ -163,11 +164,11 @@ class PackedLoss:
             with (
                 nullcontext() if i == count else _no_sync(model)
             ):  # DDP decides in forward; none is held across a yield
-                if self.teacher is None or not self.compares:
+                if teacher is None:
                     loss, logps = self.packed(p, row_scale, model=model)
                     nlls = -logps.double()
                 else:
-                    loss, nlls = self._diverging(self.teacher, p, sequences, row_scale, kind % 2 == 1, model)
+                    loss, nlls = self._diverging(teacher, p, sequences, row_scale, kind % 2 == 1, model)
             kind = kind.to(device, non_blocking=True)
             # behind the pass in the queue: a copy that waits would keep the host from preparing the next pass
             sums = sums.index_add(0, kind, nlls * mean.double().to(device, non_blocking=True))

@@ -48,8 +48,7 @@ class UnlearnTrainer(ResumableTrainer):
         As of `PMCTrainer`; not needed where the method has no use for it (`Method.needs_retain`).
     pmc_config : PMCConfig, optional
         Prompts, max_length, max_tokens, seed, allow_overlap, retain_loss, retain_order and
-        retain_per_question. Settings of PMC alone are
-        refused by name: give retain_weight to the method.
+        retain_per_question. Settings of PMC alone are refused by name: give retain_weight to the method.
     processing_class : transformers.PreTrainedTokenizerBase
     method : Method, or a name in METHODS
         A name stands for its paper's parameters.
