@@ -28,16 +28,13 @@ import argparse
 import dataclasses
 import functools
 import gc
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +67,7 @@ EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the
     name: PRESETS["fast"][name]
     for name in (
         "num_samples", "temperature", "answer_penalty", "resample_above", "selection", "rollout_batch_size", "question_dropout",
-        "retain_loss",
+        "max_length_ratio", "retain_loss",
     )
 }  # fmt: skip
 GRIDS: Grids = {
@@ -83,13 +80,16 @@ GRIDS: Grids = {
         for lr, w, kind in ((1e-4, 3.0, "nll"), (1e-4, 3.0, "kl"), (2e-4, 5.0, "kl"))
     ],
     "simnpo": [
-        {"learning_rate": lr, "retain_weight": w, "beta": b}
-        for lr, w, b in ((2e-5, 1.25, 2.5), (5e-5, 1.25, 2.5), (5e-5, 3.0, 2.5), (5e-5, 3.0, 4.5))
+        {"learning_rate": lr, "retain_weight": w, "beta": b, "retain_loss": kind}
+        for lr, w, b, kind in ((5e-5, 1.25, 2.5, "nll"), (5e-5, 3.0, 4.5, "kl"), (1e-4, 3.0, 4.5, "kl"))
     ],
     "grad_diff": [
         {"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-5, 1.25), (2e-5, 3.0), (2e-5, 8.0), (5e-5, 8.0))
     ],
-    "idk": [{"learning_rate": lr, "retain_weight": w} for lr in (5e-5, 1e-4) for w in (1.25, 3.0)],
+    "idk": [
+        {"learning_rate": lr, "retain_weight": w, "retain_loss": kind}
+        for lr, w, kind in ((1e-4, 1.25, "nll"), (5e-5, 3.0, "kl"), (1e-4, 3.0, "kl"))
+    ],
     "retain_only": [{"learning_rate": 5e-5}],
     "flat": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((2e-5, 0.0), (5e-5, 3.0))],
     "mollm": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((5e-5, 1.0), (1e-4, 1.0))],
@@ -114,6 +114,7 @@ ABLATED: list[dict[str, Any]] = [  # what is put in place of some of EXTENSIONS
     {"answer_penalty": 3.0, "temperature": 1.0},
     {"resample_above": 0.0},
     {"rollout_batch_size": 0},
+    {"max_length_ratio": 0.0},
     {"num_samples": 5},
     {"retain_order": "random"},
 ]
@@ -322,39 +323,11 @@ def make_all(
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool, taking_turns():
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool, harness.taking_turns():
         pending: dict[Future[dict[str, Any]], Plan] = {pool.submit(run, plan): plan for plan in todo}
         while pending:
             for done in wait(pending, return_when=FIRST_COMPLETED).done:
                 write(pending.pop(done), done.result())
-
-
-@contextmanager
-def taking_turns(seconds: float = 2.0) -> Iterator[None]:
-    """Let this process's children change cores, so that each has every core for the same time; on Linux."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cores, ended = sorted(os.sched_getaffinity(0)), threading.Event()
-
-    def turn() -> None:
-        for number in itertools.count():
-            children = sorted(child.pid or 0 for child in multiprocessing.active_children())
-            for place, pid in enumerate(children):
-                core = cores[(place + number) % len(cores)]
-                with suppress(OSError):  # it has ended
-                    for task in os.listdir(f"/proc/{pid}/task"):
-                        os.sched_setaffinity(int(task), {core})
-            if ended.wait(seconds):
-                return
-
-    thread = threading.Thread(target=turn, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def distinct(plans: Iterable[Plan]) -> list[Plan]:

@@ -10,9 +10,13 @@ results.
 """
 
 import fcntl
+import itertools
+import multiprocessing
+import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,34 @@ def alone() -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / "pmc_fast_benchmark.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def taking_turns(seconds: float = 2.0) -> Iterator[None]:
+    """Let this process's children change cores, so that each has every core for the same time; on Linux."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores, ended = sorted(os.sched_getaffinity(0)), threading.Event()
+
+    def turn() -> None:
+        for number in itertools.count():
+            children = sorted(child.pid or 0 for child in multiprocessing.active_children())
+            for place, pid in enumerate(children):
+                core = cores[(place + number) % len(cores)]
+                with suppress(OSError):  # it has ended
+                    for task in os.listdir(f"/proc/{pid}/task"):
+                        os.sched_setaffinity(int(task), {core})
+            if ended.wait(seconds):
+                return
+
+    thread = threading.Thread(target=turn, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def write(

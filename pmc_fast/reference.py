@@ -33,7 +33,7 @@ from .pmc.schedule import Schedule, micro_batches
 # settings of PMCConfig that the published algorithm does not have
 EXTENSIONS = (
     "selection", "normalization", "answer_penalty", "resample_above", "rollout_batch_size", "question_dropout",
-    "retain_loss", "retain_order", "retain_per_question",
+    "max_length_ratio", "retain_loss", "retain_order", "retain_per_question",
 )  # fmt: skip
 
 

@@ -467,7 +467,7 @@ def test_runs_that_are_made_together_take_turns_on_the_cores():
     for child in children:
         child.start()
     try:
-        with compare_methods.taking_turns(0.05):
+        with harness.taking_turns(0.05):
             end = time.monotonic() + 15
             while time.monotonic() < end and not all(
                 {core for of in seen for core in of[n]} == set(cores) for n in places

@@ -7,11 +7,11 @@ from .filters import UPCORE, Filter
 from .methods import OF_RETAIN, PARAMETERS, PMC_ALONE, MethodConfig, MethodName, require_without_pmc
 
 from .parts import (  # isort: skip
-    MAX_DEGENERATE, AttackConfig, EvaluationConfig, PMCConfig, PromptConfig, PromptFormat, RewardName, SharedConfig,
+    MAX_DEGENERATE, SHORTEST_CUT, AttackConfig, EvaluationConfig, PMCConfig, PromptConfig, PromptFormat, RewardName, SharedConfig,
 )  # fmt: skip
 
 __all__ = [
-    "COLUMN_NAMES", "MAX_DEGENERATE", "OF_RETAIN", "PARAMETERS", "PMC_ALONE", "PRESETS", "QUICK", "SHARED", "UPCORE", "AttackConfig", "BenchConfig", "CompareConfig", "EvaluateConfig", "EvaluationConfig", "Filter",
+    "COLUMN_NAMES", "MAX_DEGENERATE", "OF_RETAIN", "PARAMETERS", "PMC_ALONE", "PRESETS", "QUICK", "SHARED", "SHORTEST_CUT", "UPCORE", "AttackConfig", "BenchConfig", "CompareConfig", "EvaluateConfig", "EvaluationConfig", "Filter",
     "MethodConfig", "MethodName", "PMCConfig", "PromptConfig", "PromptFormat", "RequestConfig", "RewardName", "SharedConfig",
     "UnlearnConfig", "VerifyConfig", "parse_columns", "require_without_pmc", "written_columns",
 ]  # fmt: skip

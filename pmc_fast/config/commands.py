@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "fast": {
         "num_samples": 10, "temperature": 0.7, "top_p": 0.95, "answer_penalty": 8.0, "resample_above": 0.05,
-        "selection": "likeliest", "rollout_batch_size": 20, "question_dropout": 0.3, "retain_loss": "kl",
+        "selection": "likeliest", "rollout_batch_size": 20, "question_dropout": 0.3, "max_length_ratio": 1.5, "retain_loss": "kl",
         "retain_order": "shuffled", "retain_weight": 5.0, "num_epochs": 12.0, "batch_size": 4, "gradient_accumulation_steps": 1,
         "learning_rate": 1.5e-4, "prompt_format": "tags",
     },

@@ -39,6 +39,9 @@ Threshold = Annotated[float, Range("0 or more, and below 1", lambda x: 0 <= x < 
 OptionalPositive = Annotated[float | None, Range("above 0", lambda x: x > 0)]
 OptionalShare = Annotated[float | None, Range("between 0 and 1", lambda x: 0 <= x <= 1)]
 OptionalScore = Annotated[float | None, Range("between 0 and 100", lambda x: 0 <= x <= 100)]
+SHORTEST_CUT = (
+    32  # tokens, at which max_length_ratio still leaves to a sample: a short answer may be replaced by a longer one
+)
 MAX_DEGENERATE = 0.5  # share of answers that say nothing, above which a set misses its gate
 Path = Annotated[str, PathMarker]
 Paths = Annotated[list[str], PathMarker]
@@ -238,6 +241,11 @@ class PMCConfig(SamplingConfig, SharedConfig):
         "extension: where a step samples, let it sample up to so many questions at once, so that later steps need not: fewer and "
         "larger rollouts, from weights of some steps before (0: each step its own questions, as published)",
     )
+    max_length_ratio: NotNegative = option(
+        0.0,
+        "extension, with SELECTION likeliest: cut samples at this multiple of their initial answer's tokens, but at no fewer than "
+        f"{SHORTEST_CUT}; what was cut is not selected while another sample ended (0: at MAX_LENGTH alone, as published)",
+    )
     retain_loss: Literal["nll", "kl"] = option(
         "nll",
         "loss on retain pairs: nll, the cross-entropy of their answers, as published; kl (extension), the KL divergence of the model's "
@@ -281,6 +289,13 @@ class PMCConfig(SamplingConfig, SharedConfig):
             "selection",
             self.selection,
             "argmin or likeliest with answer_penalty, under which samples are not the model's",
+        )
+        ended = not self.max_length_ratio or self.selection == "likeliest"
+        require(
+            ended,
+            "selection",
+            self.selection,
+            "likeliest with max_length_ratio: another one could train on half a sentence",
         )
         reached = self.stop_score is None or self.stop_score >= self.resample_above
         kept = f"at least resample_above, {self.resample_above}: answers of that score are not improved"

@@ -193,12 +193,12 @@ class Unlearner:
             lengths = p.cu_targets.diff()
             scale = torch.cat([scales[i] for i in p.sequences])
             diverging = torch.tensor([shares[i] for i in p.sequences]).repeat_interleave(lengths)
-            found: list[torch.Tensor] = []  # each target's divergence
-            also = self.teacher.divergence(p, sequences, diverging, found) if self.teacher else None
-            loss, logps = self.packed(p, scale, model=model, also=also)
+            if self.teacher is None:
+                loss, logps = self.packed(p, scale, model=model)
+            else:
+                loss, logps, diverged = self.teacher.loss(p, sequences, scale, diverging, model=model)
+                divergence += (diverged * diverging.to(diverged)).sum()
             loss.backward()
-            for of in found:
-                divergence += (of * diverging.to(of)).sum()
             of = part_of[p.sequences].repeat_interleave(lengths)
             losses.index_add_(0, of.to(self._device), -logps.double() * scale.to(self._device))
         return losses.tolist(), float(divergence)

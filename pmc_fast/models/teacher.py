@@ -108,46 +108,79 @@ class Teacher:
         """What the head's products are computed in: a final norm may return more."""
         return self.packed.autocast_dtype or self.packed.base.get_input_embeddings().weight.dtype
 
-    def divergence(
-        self, pack: Pack, sequences: Sequence[Encoded], scale: torch.Tensor, found: list[torch.Tensor]
-    ) -> Also | None:
-        """Return what adds sum of scale * KL(teacher || model) over a pack's targets to its loss, or None where all are 0.
+    def loss(
+        self,
+        pack: Pack,
+        sequences: Sequence[Encoded],
+        row_scale: torch.Tensor,
+        scale: torch.Tensor,
+        *,
+        model: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return sum of row_scale * -logp + scale * KL(teacher || model) over a pack's targets, in one pass.
 
         Parameters
         ----------
         pack : Pack
+            On the host.
         sequences : sequence of Encoded
             Those that the pack was made of; `pack.sequences` are their numbers.
-        scale : Tensor [M]
-            Of each target.
-        found : list
-            Each target's divergence is appended, float64 [M], 0 where its sequence has no scale.
+        row_scale, scale : Tensor [M]
+            Of each target; on the host. `scale` is 0 for all targets of a sequence or for none.
+        model : callable, optional
+            What to call: the model as it is wrapped for training.
+
+        Returns
+        -------
+        loss : Tensor []
+            Differentiable.
+        logps : float64 [M]
+            Not differentiable; 0 where only the divergence counts, which has products with the head of its own.
+        divergences : float64 [M]
+            Not differentiable; 0 where `scale` is.
         """
-        scale, lengths = scale.cpu(), pack.cu_targets.diff().cpu()
+        device, size = self.follow(), len(pack.targets)
+        found = torch.zeros(size, dtype=torch.float64, device=device)
+        logps = torch.zeros_like(found)
+        asked = ((row_scale != 0) | (scale == 0)).nonzero()[:, 0]
+        part = replace(pack, targets=pack.targets[asked], rows=pack.rows[asked])
+        # where nothing diverges, too: a graph of such packs alone would hold memory for little
+        also = self._divergence(pack, sequences, scale, found) or _nothing
+        loss, of_asked = self._student(part, row_scale[asked], model=model, also=also)
+        return loss, logps.index_copy_(0, asked.to(device, non_blocking=True), of_asked.double()), found
+
+    def _divergence(
+        self, pack: Pack, sequences: Sequence[Encoded], scale: torch.Tensor, found: torch.Tensor
+    ) -> Also | None:
+        """Return what adds the divergences to a pass's loss, and writes each to `found`; None where there is none."""
+        lengths = pack.cu_targets.diff()
         numbers = [
             i for i, part in zip(pack.sequences, scale.split(lengths.tolist()), strict=True) if bool(part.any())
         ]
         if not numbers:
             return None
-        device = self.follow()
         theirs = torch.cat(self.rows([sequences[i] for i in numbers]))
         at = torch.tensor([i in numbers for i in pack.sequences]).repeat_interleave(lengths).nonzero()[:, 0]
-        rows, scale = pack.rows[at.to(pack.rows.device)], scale[at]
+        rows, scale = pack.rows[at], scale[at]
         if self._head is None:  # a copy that was moved
             self._head = read_head(self.packed.base)
-        head, count = self._head, len(pack.targets)
+        head = self._head
         # ahead of the pass, in which the host would wait for them
-        rows, scale, theirs, at = (t.to(device, non_blocking=True) for t in (rows, scale, theirs, at))
+        rows, scale, theirs, at = (t.to(found.device, non_blocking=True) for t in (rows, scale, theirs, at))
 
         def also(hidden: torch.Tensor, own: Head) -> torch.Tensor:
             value, each = divergence(
                 hidden[rows], own.weight, theirs, head.weight, scale,
                 options=own.options(), teacher_options=head.options(),
             )  # fmt: skip
-            found.append(torch.zeros(count, dtype=torch.float64, device=device).index_copy_(0, at, each.double()))
+            found.index_copy_(0, at, each.double())
             return value
 
         return also
+
+
+def _nothing(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    return hidden.new_zeros(())
 
 
 def _key(sequence: Encoded) -> bytes:

@@ -1,5 +1,6 @@
 """Partial Model Collapse for any training loop: prepare, sample, loss (arXiv 2507.04219, section 4)."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..config import PMCConfig
+from ..config import SHORTEST_CUT, PMCConfig
 from ..data import Encoded, Encoder, check_datasets, is_text, listed, questions_of, sequences_of
 from ..data.chats import with_words
 from ..data.datasets import check_ids, check_padding, check_sequences
@@ -291,7 +292,7 @@ class PMC:
         biased = c.answer_penalty > 0
         rollouts = self.engine(
             [self.prompts[i] for i in asked], num_samples=c.num_samples, temperature=c.temperature, top_k=c.top_k,
-            top_p=c.top_p, max_length=c.max_length, seed=c.seed, stop_ids=self.encoder.stops,
+            top_p=c.top_p, max_new_tokens=list(map(self._most_new, asked)), seed=c.seed, stop_ids=self.encoder.stops,
             stream_ids=[(visit << 32) + i for i, visit in zip(asked, visits, strict=True)],
             drafts=None if biased else [[ids] for ids in initial], positions=[self.positions[i] for i in asked],
             logit_bias=[self._penalty(ids) for ids in initial] if biased else None, as_generate=True,
@@ -322,6 +323,14 @@ class PMC:
         tag = self.encoder.tag_length(initial)  # no word of the answer: samples begin with it, too
         said = self.encoder.tokens_alike(initial[tag:]) - set(initial[:tag])
         return dict.fromkeys(said, -self.config.answer_penalty)
+
+    def _most_new(self, index: int) -> int:
+        """Return how many tokens a sample of a question may have."""
+        room = self.config.max_length - len(self.prompts[index])
+        if not self.config.max_length_ratio or is_text(self.questions[index]):  # a text goes on as long as it likes
+            return room
+        cut = math.ceil(self.config.max_length_ratio * len(self._initial_ids[index]))
+        return min(room, max(SHORTEST_CUT, cut))
 
     def _as_text(self, index: int) -> bool:
         # how a text goes on is trained as it was drawn: only its ids say whether it ended, and with which white space it began

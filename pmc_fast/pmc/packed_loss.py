@@ -16,7 +16,6 @@ from ..distributed import Ranks
 from ..errors import PMCError
 from ..models.context import eval_mode, tolerance
 from ..models.fsdp import is_sharded
-from ..models.lm_head import Head
 from ..models.packed_forward import PackedPass, causal_lm
 from ..models.teacher import Teacher
 from ..ops import row_scales
@@ -168,30 +167,14 @@ class PackedLoss:
                     loss, logps = self.packed(p, row_scale, model=model)
                     nlls = -logps.double()
                 else:
-                    loss, nlls = self._diverging(teacher, p, sequences, row_scale, kind % 2 == 1, model)
+                    kept = kind % 2  # an answer has its cross-entropy alone, a retain pair its divergence
+                    parts_of = row_scale * (1 - kept), row_scale * kept
+                    loss, logps, divergences = teacher.loss(p, sequences, *parts_of, model=model)
+                    nlls = divergences - logps
             kind = kind.to(device, non_blocking=True)
             # behind the pass in the queue: a copy that waits would keep the host from preparing the next pass
             sums = sums.index_add(0, kind, nlls * mean.double().to(device, non_blocking=True))
             yield Loss(loss, sums[0::2], sums[1::2], _counters(p, real=i <= own))
-
-    def _diverging(
-        self,
-        teacher: Teacher,
-        p: Pack,
-        sequences: Sequence[Encoded],
-        scale: torch.Tensor,
-        is_retain: torch.Tensor,
-        model: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a pack's loss with the divergence on retain pairs, and each target's nll, or divergence: float64 [M]."""
-        found: list[torch.Tensor] = []
-        # no pass is replayed: graphs of the packs without retain pairs would hold memory for little
-        also = teacher.divergence(p, sequences, scale * is_retain, found) or _nothing
-        others = (~is_retain).nonzero()[:, 0]  # on the CPU the head's products are computed once, for either loss
-        asked = replace(p, targets=p.targets[others], rows=p.rows[others])
-        loss, logps = self.packed(asked, scale[others], model=model, also=also)
-        nlls = found[0] if found else logps.new_zeros(len(is_retain), dtype=torch.float64)
-        return loss, nlls.index_copy(0, others.to(nlls.device, non_blocking=True), -logps.double())
 
     def _kept(self, part: Step, retain: Retain) -> list[Encoded]:
         kept = _sequences(retain)
@@ -232,10 +215,6 @@ def _sequences(retain: Retain) -> list[Encoded]:
             f"retain holds {type(other).__name__}: give a padded batch, or what encode_retain(rows) returns"
         )
     return kept
-
-
-def _nothing(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    return hidden.new_zeros(())
 
 
 def _no_sync(model: Any) -> AbstractContextManager[Any]:

@@ -33,9 +33,14 @@ class SharedEngine:
         positions: Sequence[list[int] | None] | None = None,
         stream_ids: Sequence[int] | None = None,
         logit_bias: Sequence[Mapping[int, float]] | None = None,
+        max_new_tokens: int | Sequence[int] | None = None,
         **how: Any,
     ) -> Rollouts:
         each = {"drafts": drafts, "positions": positions, "stream_ids": stream_ids, "logit_bias": logit_bias}
+        if isinstance(max_new_tokens, Sequence):
+            each["max_new_tokens"] = max_new_tokens
+        elif max_new_tokens is not None:
+            how["max_new_tokens"] = max_new_tokens
         given: dict[str, Any] = {name: of for name, of in each.items() if of is not None}
         if self.ranks.size == 1:
             return self.engine(prompts, **given, **how)

@@ -107,7 +107,7 @@ class RolloutEngine:
         temperature: float,
         top_k: int = 50,
         top_p: float = 1.0,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int | Sequence[int] | None = None,
         max_length: int | None = None,
         seed: int = 0,
         stream_ids: Sequence[int] | torch.Tensor | None = None,
@@ -135,7 +135,8 @@ class RolloutEngine:
         top_k : int
             0: all tokens. `top_p` is applied to what is left, as in Hugging Face generate.
         top_p : float
-        max_new_tokens, max_length : int
+        max_new_tokens : int or sequence of Q int
+        max_length : int
             One of the two; max_length includes the prompt.
         seed : int
         stream_ids : int64 [Q], optional

@@ -40,7 +40,7 @@ class Request:
         prompts: Sequence[Sequence[int]],
         num_samples: int,
         *,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int | Sequence[int] | None = None,
         max_length: int | None = None,
         stream_ids: Sequence[int] | torch.Tensor | None = None,
         stop_ids: Sequence[int] = (),
@@ -58,18 +58,12 @@ class Request:
             raise PMCError("rollout needs max_new_tokens or max_length, and not both")
         if max_rows is not None and max_rows < 1:
             raise PMCError(f"max_rows is {max_rows}: it must be at least 1")
-        for name, n in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
-            if n is not None and whole(name, n) < 0:
-                raise PMCError(f"{name} is {n}: it must be 0 or more")
         if isinstance(stop_ids, int):
             raise PMCError(f"stop_ids is {stop_ids}: give a list")
         embeddings = model.get_input_embeddings().weight
         lists = _prompts(prompts, embeddings.shape[0])
         max_rows = None if max_rows is None else whole("max_rows", max_rows)
-        if max_length is not None:
-            max_new = [max(0, max_length - len(prompt)) for prompt in lists]
-        else:
-            max_new = [int(max_new_tokens or 0)] * len(lists)
+        max_new = _max_new(max_new_tokens, max_length, lists)
         streams = [_stream_of(p) for p in lists] if stream_ids is None else [int(s) for s in stream_ids]
         if len(streams) != len(lists):
             raise PMCError(f"{len(streams)} stream_ids for {len(lists)} prompts: give one each")
@@ -118,6 +112,26 @@ def _prompts(prompts: Sequence[Sequence[int]], vocab: int) -> list[list[int]]:
         if not (min(prompt) >= 0 and max(prompt) < vocab):
             raise PMCError(f"prompt {i} has token {max(prompt)} or {min(prompt)}: the model embeds {vocab}")
     return lists
+
+
+def _max_new(
+    max_new_tokens: int | Sequence[int] | None, max_length: int | None, prompts: list[list[int]]
+) -> list[int]:
+    if max_new_tokens is None:
+        [longest] = _lengths("max_length", [max_length])
+        return [max(0, longest - len(prompt)) for prompt in prompts]
+    if not isinstance(max_new_tokens, Sequence):
+        return _lengths("max_new_tokens", [max_new_tokens]) * len(prompts)
+    if len(max_new_tokens) != len(prompts):
+        raise PMCError(f"{len(max_new_tokens)} max_new_tokens for {len(prompts)} prompts: give one, or one each")
+    return _lengths("max_new_tokens", max_new_tokens)
+
+
+def _lengths(name: str, lengths: Sequence[Any]) -> list[int]:
+    found = [whole(name, n) for n in lengths]
+    if negative := [n for n in found if n < 0]:
+        raise PMCError(f"{name} is {negative[0]}: it must be 0 or more")
+    return found
 
 
 def _drafts(drafts: Sequence[Sequence[Sequence[int]]] | None, count: int, vocab: int) -> list[list[list[int]]]:

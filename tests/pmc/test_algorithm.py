@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -571,6 +572,44 @@ def test_tag_and_end_of_samples(tiny, tokenizer):
     np.testing.assert_array_equal(pmc._nlls(1, samples, 0), [1.0, np.inf])
     whole = -float(np.mean(logps[0]))
     np.testing.assert_array_equal(pmc._nlls(2, samples, 1), [whole, 3.0])  # goes on, and has no tag
+
+
+def test_samples_are_cut_at_a_multiple_of_their_initial_answer(tiny, tokenizer, monkeypatch):
+    """They begin as without the cut, those that end before it are the same, and what was cut is not selected beside them."""
+    monkeypatch.setattr("pmc_fast.pmc.algorithm.SHORTEST_CUT", 4)
+    tiny.double()
+    questions = [*QUESTIONS[:3], text_to_continue("Ann wrote")]
+    how = {"selection": "likeliest", "num_samples": 12, "max_length": 60, "store": "ids", "resample_above": 0.9}
+    made = {}
+    for ratio in (0.0, 1.5):
+        pmc = core(tiny, tokenizer, questions, **how, max_length_ratio=ratio)
+        pmc.prepare()
+        pmc._initial_ids = [[5] * n for n in (10, 2, 20, 3)]
+        made[ratio] = sampled(pmc, monkeypatch)
+    cuts = [15, 4, 30, made[0.0].max_new[3]]  # a text goes on as long as it likes
+    assert made[1.5].max_new == [min(cut, room) for cut, room in zip(cuts, made[0.0].max_new, strict=True)]
+    some = 0
+    for whole, cut, most in zip(made[0.0].tokens, made[1.5].tokens, made[1.5].max_new, strict=True):
+        assert cut == [ids[:most] for ids in whole]
+        some += sum(len(ids) > most for ids in whole)
+    assert some > 0
+    with pytest.raises(PMCError, match="selection is 'argmin': it must be likeliest with max_length_ratio"):
+        PMCConfig(max_length_ratio=1.5)
+
+
+def sampled(pmc, monkeypatch):
+    """Visit all questions; return the rollout, with `max_new` of each question."""
+    seen = SimpleNamespace()
+    engine = pmc.engine
+
+    def watched(prompts, **given):
+        made = engine(prompts, **given)
+        seen.tokens, seen.max_new = made.tokens, given["max_new_tokens"]
+        return made
+
+    monkeypatch.setattr(pmc, "engine", watched)
+    pmc.sample(range(len(pmc.questions)))
+    return seen
 
 
 def test_the_tag_is_found_where_words_begin_with_a_space_of_their_own():

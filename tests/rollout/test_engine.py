@@ -299,6 +299,9 @@ def test_edges(llama):
     one = engine([[1, 2, 3]], num_samples=2, temperature=1.0, max_new_tokens=1)
     assert [len(t) for t in one.tokens[0]] == [1, 1]
     assert one.counters["rows"] == 0
+    how = {"num_samples": 2, "temperature": 1.0}
+    each = engine([[1, 2, 3], [4, 5]], **how, max_new_tokens=[0, 3])
+    assert [[len(t) for t in own] for own in each.tokens] == [[0, 0], [3, 3]]
 
 
 @pytest.mark.parametrize(
@@ -310,6 +313,8 @@ def test_edges(llama):
         ({"max_length": 9}, "and not both"),
         ({"max_rows": 0}, "max_rows is 0"),
         ({"pool_tokens": 17}, "prompt 0 and one answer may need 18 pool tokens"),
+        ({"max_new_tokens": [1, 2]}, "2 max_new_tokens for 4 prompts: give one, or one each"),
+        ({"max_new_tokens": [1, -2, 3, 4]}, "max_new_tokens is -2: it must be 0 or more"),
         ({"stream_ids": [1]}, "1 stream_ids for 4 prompts"),
         ({"drafts": [[]]}, "drafts for 1 of 4 prompts"),
         ({"drafts": [[], [[3], [4, 61]], [], []]}, "a draft of prompt 1 has token 61: the model embeds 61"),
