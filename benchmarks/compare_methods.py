@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from examples.demo_model import Task, finetuned_model
-from pmc_fast.config import PRESETS
+from pmc_fast.config import PRESETS, UnlearnConfig
 from pmc_fast.data import Encoder
 from pmc_fast.errors import NotFiniteError
 from pmc_fast.evaluation import evaluate, greedy_answers, mean_nlls, sampling_attack, summarize
@@ -143,14 +143,19 @@ class Plan:
         return next((r for r in results if tuple(r[name] for name in names) == own), None)
 
 
+def config_of(plan: Plan) -> UnlearnConfig:
+    """Return a run's settings, without those of its method's own."""
+    own = {name: value for name, value in plan.setting.items() if name not in METHOD_ALONE}
+    extensions = EXTENSIONS if plan.method == "pmc_fast" else {}
+    given = {"general": GENERAL, "retain_order": RETAIN_ORDER} | extensions | own
+    return task_config(plan.task, plan.seed, **given)
+
+
 class TimedRun(Run):
     """A plan's run. Its clock is that of one core: torch has one thread, and another process may need the core at times."""
 
     def __init__(self, plan: Plan) -> None:
-        own = {name: value for name, value in plan.setting.items() if name not in METHOD_ALONE}
-        extensions = EXTENSIONS if plan.method == "pmc_fast" else {}
-        given = {"general": GENERAL, "retain_order": RETAIN_ORDER} | extensions | own
-        super().__init__(plan.method, task_config(plan.task, plan.seed, **given))
+        super().__init__(plan.method, config_of(plan))
         self.plan, self.clock = plan, time.process_time
         self.task = make(plan.method, plan.setting, self.model, self.tokenizer, self.config, self.forget)
         self.answer = lambda asked: greedy_answers(self.task.engine, self.task.encoder, asked)
@@ -282,7 +287,7 @@ def require_same_conditions(path: Path, facts: dict[str, Any]) -> None:
     for name in ("extensions", "general", "retain_order", "attack", "tuning_s"):
         if made and made.get(name) != facts[name]:
             raise SystemExit(
-                f"{path} has runs with {name} {made.get(name)}, now {facts[name]}: use another --json, or --again"
+                f"{path} has runs with {name} {made.get(name)}, now {facts[name]}: use another --json, or move it away"
             )
 
 
@@ -361,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
         "extensions": EXTENSIONS, "general": GENERAL, "retain_order": RETAIN_ORDER, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
         "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
     }  # fmt: skip
-    if not o.report and not o.again:
+    if not o.report:
         require_same_conditions(o.json, facts)
     run_all = functools.partial(make_all, path=o.json, workers=o.workers, again=o.again, facts=facts)
     if not o.report:

@@ -283,6 +283,18 @@ def test_methods_are_compared_and_what_is_there_is_not_repeated(small_task, tmp_
         compare_methods.main(asked)
 
 
+def test_compared_settings_are_valid(small_task):
+    """Before hours of runs: each one's settings, and PMC's with each extension left out."""
+    changes = [{}, *compare_methods.ABLATED]
+    plans = [compare_methods.Plan(m, own, 0, 1.0) for m, grid in compare_methods.GRIDS.items() for own in grid]
+    plans += [compare_methods.Plan("pmc_fast", change, 0, 1.0) for change in changes]
+    for plan in plans:
+        config = compare_methods.config_of(plan)
+        own = {name: value for name, value in plan.setting.items() if name not in compare_report.METHOD_ALONE}
+        assert {name: getattr(config, name) for name in own} == own
+    assert all(set(change) <= {*compare_methods.EXTENSIONS, "retain_order"} for change in changes)
+
+
 def test_a_run_ends_with_its_budget_and_its_rate(small_task, monkeypatch):
     """The clock is the loop's own here: two seconds a step."""
     plan = compare_methods.Plan("retain_only", {"learning_rate": 1e-3}, 0, 9.0, attack=False)

@@ -243,8 +243,8 @@ class PMCConfig(SamplingConfig, SharedConfig):
     )
     max_length_ratio: NotNegative = option(
         0.0,
-        "extension, with SELECTION likeliest: cut samples at this multiple of their initial answer's tokens, but at no fewer than "
-        f"{SHORTEST_CUT}; what was cut is not selected while another sample ended (0: at MAX_LENGTH alone, as published)",
+        "extension: cut samples at this multiple of their initial answer's tokens, but at no fewer than "
+        f"{SHORTEST_CUT}; what was cut is not selected (0: at MAX_LENGTH alone, as published)",
     )
     retain_loss: Literal["nll", "kl"] = option(
         "nll",
@@ -289,13 +289,6 @@ class PMCConfig(SamplingConfig, SharedConfig):
             "selection",
             self.selection,
             "argmin or likeliest with answer_penalty, under which samples are not the model's",
-        )
-        ended = not self.max_length_ratio or self.selection == "likeliest"
-        require(
-            ended,
-            "selection",
-            self.selection,
-            "likeliest with max_length_ratio: another one could train on half a sentence",
         )
         reached = self.stop_score is None or self.stop_score >= self.resample_above
         kept = f"at least resample_above, {self.resample_above}: answers of that score are not improved"

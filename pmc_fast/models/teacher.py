@@ -135,13 +135,14 @@ class Teacher:
         loss : Tensor []
             Differentiable.
         logps : float64 [M]
-            Not differentiable; 0 where only the divergence counts, which has products with the head of its own.
+            Not differentiable; 0 where only the divergence counts.
         divergences : float64 [M]
             Not differentiable; 0 where `scale` is.
         """
         device, size = self.follow(), len(pack.targets)
         found = torch.zeros(size, dtype=torch.float64, device=device)
         logps = torch.zeros_like(found)
+        # of the others the head's products are left out on the CPU; on CUDA it multiplies all rows of a pass
         asked = ((row_scale != 0) | (scale == 0)).nonzero()[:, 0]
         part = replace(pack, targets=pack.targets[asked], rows=pack.rows[asked])
         # where nothing diverges, too: a graph of such packs alone would hold memory for little

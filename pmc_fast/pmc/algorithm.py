@@ -1,6 +1,5 @@
 """Partial Model Collapse for any training loop: prepare, sample, loss (arXiv 2507.04219, section 4)."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..config import SHORTEST_CUT, PMCConfig
+from ..config import PMCConfig
 from ..data import Encoded, Encoder, check_datasets, is_text, listed, questions_of, sequences_of
 from ..data.chats import with_words
 from ..data.datasets import check_ids, check_padding, check_sequences
@@ -20,14 +19,14 @@ from ..models import loading
 from ..models.fsdp import is_sharded
 from ..models.packed_forward import PackedPass
 from ..models.supported import check_float16, check_model
-from ..rollout import RolloutEngine, Rollouts, add_counters
+from ..rollout import RolloutEngine, add_counters
 from ..utils.labels import IGNORED
 from ..utils.text import row_numbers
 from ..utils.words import says_nothing, without_words
 from .batch import Loss, Retain, Step
 from .packed_loss import PackedLoss
-from .reward import ROUGE, Reward, Scorer, choose_scorer, judged
-from .selection import select
+from .reward import ROUGE, Reward, Scorer, choose_scorer
+from .sampler import Pick, Sampler
 from .store import BestStore
 
 PROBES = 4  # initial answers by which a resumed run knows the untouched model
@@ -131,6 +130,9 @@ class PMC:
             self.warnings += self.encoder.text_warnings()
         self.initial_answers: list[str] = []
         self._initial_ids: list[list[int]] = []
+        self._sampler = Sampler(
+            config, self.encoder, self.ranks, self.questions, self.prompts, self.positions, self._as_text
+        )
         self._loss = PackedLoss(model, config, self.ranks, autocast_dtype)
 
     @property
@@ -275,7 +277,7 @@ class PMC:
 
     def _visit(self, asked: list[int]) -> dict[str, float]:
         """Sample and score this process's share of the questions; offer all processes' answers to the store."""
-        found: dict[int, tuple[list[list[Any]], float]] = {}
+        found: dict[int, Pick] = {}
         total: dict[str, float] = {}
         for theirs, counted in self.ranks.gather(self._sample(self.ranks.share(asked))):
             found |= theirs
@@ -284,53 +286,11 @@ class PMC:
             self.store.offer(i, *found[i])
         return total
 
-    def _sample(self, asked: list[int]) -> tuple[dict[int, tuple[list[list[Any]], float]], dict[str, float]]:
+    def _sample(self, asked: list[int]) -> tuple[dict[int, Pick], dict[str, float]]:
         """Sample questions; return each one's answers to keep with their score, and the rollout's counters."""
-        c = self.config
         visits = [self.store.visits(i) for i in asked]
-        initial = [self._initial_ids[i] for i in asked]
-        biased = c.answer_penalty > 0
-        rollouts = self.engine(
-            [self.prompts[i] for i in asked], num_samples=c.num_samples, temperature=c.temperature, top_k=c.top_k,
-            top_p=c.top_p, max_new_tokens=list(map(self._most_new, asked)), seed=c.seed, stop_ids=self.encoder.stops,
-            stream_ids=[(visit << 32) + i for i, visit in zip(asked, visits, strict=True)],
-            drafts=None if biased else [[ids] for ids in initial], positions=[self.positions[i] for i in asked],
-            logit_bias=[self._penalty(ids) for ids in initial] if biased else None, as_generate=True,
-            rollout_dtype=c.rollout_dtype,
-        )  # fmt: skip
-        texts = [self.encoder.samples(s, self.questions[i]) for i, s in zip(asked, rollouts.tokens, strict=True)]
-        candidates: list[Any] = [
-            text if self._as_text(i) else ids for i, text, ids in zip(asked, texts, rollouts.tokens, strict=True)
-        ]
-        picks = {}
-        if asked:
-            reward = self.reward or self.scorer.recall
-            scores = judged(reward, [self.initial_answers[i] for i in asked], texts, c.min_len)
-            for row, (i, visit) in enumerate(zip(asked, visits, strict=True)):
-                nlls = self._nlls(i, rollouts, row) if c.selection == "likeliest" else np.zeros(c.num_samples)
-                picks[i] = select(c, candidates[row], scores[row], nlls, (c.seed, i, visit))
-        return picks, {name: float(n) for name, n in rollouts.counters.items()}
-
-    def _nlls(self, index: int, rollouts: Rollouts, row: int) -> np.ndarray:
-        """Return each sample's nll a token behind the answer's tag; inf if it did not end, as one that repeats itself for ever."""
-        sampled = zip(rollouts.tokens[row], rollouts.logps[row], rollouts.finish_reason[row], strict=True)
-        if is_text(self.questions[index]):  # goes on as long as it likes, without a tag
-            return np.array([-logps.mean() for _, logps, _ in sampled])
-        ended = ((logps[self.encoder.tag_length(ids) :], reason == "stop") for ids, logps, reason in sampled)
-        return np.array([-logps.mean() if ends else np.inf for logps, ends in ended])  # its end, at least
-
-    def _penalty(self, initial: Sequence[int]) -> dict[int, float]:
-        tag = self.encoder.tag_length(initial)  # no word of the answer: samples begin with it, too
-        said = self.encoder.tokens_alike(initial[tag:]) - set(initial[:tag])
-        return dict.fromkeys(said, -self.config.answer_penalty)
-
-    def _most_new(self, index: int) -> int:
-        """Return how many tokens a sample of a question may have."""
-        room = self.config.max_length - len(self.prompts[index])
-        if not self.config.max_length_ratio or is_text(self.questions[index]):  # a text goes on as long as it likes
-            return room
-        cut = math.ceil(self.config.max_length_ratio * len(self._initial_ids[index]))
-        return min(room, max(SHORTEST_CUT, cut))
+        initial = [(self.initial_answers[i], self._initial_ids[i]) for i in asked]
+        return self._sampler(self.engine, asked, visits, initial, self.reward or self.scorer.recall)
 
     def _as_text(self, index: int) -> bool:
         # how a text goes on is trained as it was drawn: only its ids say whether it ended, and with which white space it began

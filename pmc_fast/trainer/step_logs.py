@@ -91,6 +91,7 @@ class LoggingTrainer(BaseTrainer):
             "mean_score": sum(scores) / len(scores),
             "pending": len(self.pmc.pending()),
             "sampled_tokens": counters.get("sampled_tokens", 0.0),
+            "cut_samples": counters.get("cut_samples", 0.0),
             "rows": counters.get("rows", 0.0),
             "rollout_seconds": self._step["rollout_seconds"],
         }

@@ -113,7 +113,8 @@ def test_shared_rollouts_are_the_whole_ones():
             self.told[self.rank] = item
             return [self.told.get(0, item), self.told.get(1, item)]
 
-    def engine(prompts, *, drafts, num_samples, positions, stream_ids, logit_bias):
+    def engine(prompts, *, drafts, num_samples, positions, stream_ids, logit_bias, max_new_tokens):
+        assert max_new_tokens == [n + 7 for [n] in prompts]
         assert drafts == [[p] for p in prompts]
         assert stream_ids == [10 * n for [n] in prompts]
         assert logit_bias == [{n: 1.0} for [n] in prompts]
@@ -130,6 +131,7 @@ def test_shared_rollouts_are_the_whole_ones():
     told = {1: ({1: [[2, 0], [2, 1]], 3: [[4, 0], [4, 1]]}, {"rows": 2, "peak_slots": 9})}
     each = {"drafts": [[p] for p in prompts], "positions": [[p[0] + 1] for p in prompts]}
     each |= {"stream_ids": [10 * n for [n] in prompts], "logit_bias": [{n: 1.0} for [n] in prompts]}
+    each |= {"max_new_tokens": [n + 7 for [n] in prompts]}
     made = SharedEngine(engine, Ranks(0, told))(prompts, **each, num_samples=2)
     assert made.tokens == [[[p, 0], [p, 1]] for p in (1, 2, 3, 4, 5)]
     assert made.counters == {"rows": 5, "peak_slots": 9}

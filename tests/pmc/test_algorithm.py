@@ -542,7 +542,7 @@ def test_the_likeliest_is_by_the_models_own_log_probs(tiny, tokenizer):
         sampled = pmc.engine(
             pmc.prompts, num_samples=6, temperature=1.25, top_p=pmc.config.top_p, max_length=40, seed=0,
             stop_ids=pmc.encoder.stops, stream_ids=list(range(len(pmc.prompts))), as_generate=True,
-            logit_bias=[pmc._penalty(ids) for ids in pmc._initial_ids],
+            logit_bias=[pmc._sampler.penalty(ids) for ids in pmc._initial_ids],
         ).tokens  # fmt: skip
         found[selection] = pmc.sample(range(len(pmc.questions))).answers
     for i, ([first], [likely]) in enumerate(zip(found["argmin"], found["likeliest"], strict=True)):
@@ -561,22 +561,22 @@ def test_tag_and_end_of_samples(tiny, tokenizer):
     assert pmc.encoder.tag_length(ids) == len(tag)
     assert pmc.encoder.tag_length(ids[len(tag) :]) == pmc.encoder.tag_length(tag[:1]) == 0
     assert core(tiny, tokenizer, prompt_format="chat").encoder.tag_length(ids) == 0
-    assert not set(pmc._penalty(ids)) & set(tag)
-    assert {tokenizer.decode(t).strip().lower() for t in pmc._penalty(ids)} >= {"wrote", "it"}
-    again = pmc._penalty(tokenizer("Answer: The answer is 5.")["input_ids"])
+    assert not set(pmc._sampler.penalty(ids)) & set(tag)
+    assert {tokenizer.decode(t).strip().lower() for t in pmc._sampler.penalty(ids)} >= {"wrote", "it"}
+    again = pmc._sampler.penalty(tokenizer("Answer: The answer is 5.")["input_ids"])
     assert not set(again) & set(tag)
     assert {"answer", "is"} <= {tokenizer.decode(t).strip().lower() for t in again}
     logps = [np.array([-9.0] * len(tag) + [-1.0] * (len(ids) - len(tag))), np.array([-2.0, -4.0])]
     both = [ids, tag]
     samples = Rollouts([both, both], [logps, logps], [[], []], [["stop", "length"]] * 2, {})
-    np.testing.assert_array_equal(pmc._nlls(1, samples, 0), [1.0, np.inf])
+    np.testing.assert_array_equal(pmc._sampler.nlls(1, samples, 0), [1.0, np.inf])
     whole = -float(np.mean(logps[0]))
-    np.testing.assert_array_equal(pmc._nlls(2, samples, 1), [whole, 3.0])  # goes on, and has no tag
+    np.testing.assert_array_equal(pmc._sampler.nlls(2, samples, 1), [whole, 3.0])  # goes on, and has no tag
 
 
 def test_samples_are_cut_at_a_multiple_of_their_initial_answer(tiny, tokenizer, monkeypatch):
-    """They begin as without the cut, those that end before it are the same, and what was cut is not selected beside them."""
-    monkeypatch.setattr("pmc_fast.pmc.algorithm.SHORTEST_CUT", 4)
+    """They begin as without the cut, those that end before it are the same, and what was cut is not selected."""
+    monkeypatch.setattr("pmc_fast.pmc.sampler.SHORTEST_CUT", 4)
     tiny.double()
     questions = [*QUESTIONS[:3], text_to_continue("Ann wrote")]
     how = {"selection": "likeliest", "num_samples": 12, "max_length": 60, "store": "ids", "resample_above": 0.9}
@@ -588,27 +588,62 @@ def test_samples_are_cut_at_a_multiple_of_their_initial_answer(tiny, tokenizer, 
         made[ratio] = sampled(pmc, monkeypatch)
     cuts = [15, 4, 30, made[0.0].max_new[3]]  # a text goes on as long as it likes
     assert made[1.5].max_new == [min(cut, room) for cut, room in zip(cuts, made[0.0].max_new, strict=True)]
+    for of in made.values():
+        assert of.cut == sum(ids[-1] not in pmc.encoder.stops for own in of.tokens for ids in own)
     some = 0
     for whole, cut, most in zip(made[0.0].tokens, made[1.5].tokens, made[1.5].max_new, strict=True):
         assert cut == [ids[:most] for ids in whole]
         some += sum(len(ids) > most for ids in whole)
     assert some > 0
-    with pytest.raises(PMCError, match="selection is 'argmin': it must be likeliest with max_length_ratio"):
-        PMCConfig(max_length_ratio=1.5)
+
+
+@pytest.mark.parametrize("selection", ["argmin", "likeliest", "bradley_terry", "soft"])
+def test_what_was_cut_is_never_selected(tiny, tokenizer, monkeypatch, selection):
+    """Where all samples of a question were cut, they go on to max_length, as they would have gone on."""
+    monkeypatch.setattr("pmc_fast.pmc.sampler.SHORTEST_CUT", 1)
+    tiny.double()
+    how = {"selection": selection, "num_samples": 8, "max_length": 60, "store": "ids", "resample_above": 0.9}
+    plain, pmc = core(tiny, tokenizer, **how), core(tiny, tokenizer, **how, max_length_ratio=1.0)
+    rollouts = []
+    plain.prepare()
+    end = sampled(plain, monkeypatch).tokens[2][0][
+        5
+    ]  # what this model of random weights says there shall end an answer
+    plain = core(tiny, tokenizer, **how)
+    for of in (plain, pmc):
+        of.encoder.stops = [*of.encoder.stops, end]
+        of.prepare()
+        of._initial_ids = [[5] * n for n in (1, 60, 12, 1)]  # one token: all samples are longer
+        of.reward = half
+        rollouts.append(sampled(of, monkeypatch))
+    whole, again = rollouts
+    assert again.asked == [[0, 1, 2, 3], [0, 3]]
+    kept = [[own[0] for own in pmc.store.answer(i)] for i in range(4)]
+    ended = set(pmc.encoder.stops)
+    for i, answers in enumerate(kept):
+        room = 60 - len(pmc.prompts[i])
+        assert all(ids in whole.tokens[i] for ids in answers)
+        assert all(set(ids[-1:]) & ended or len(ids) == room for ids in answers)
+    assert kept[0] == [own[0] for own in plain.store.answer(0)]
+    if selection == "soft":  # all of those that were not cut
+        fit = [ids for ids in whole.tokens[2] if len(ids) < 12 or (ids[-1] in ended and len(ids) == 12)]
+        assert {tuple(ids) for ids in kept[2]} == set(map(tuple, fit)) < set(map(tuple, whole.tokens[2]))
 
 
 def sampled(pmc, monkeypatch):
-    """Visit all questions; return the rollout, with `max_new` of each question."""
-    seen = SimpleNamespace()
+    """Visit all questions; return the first rollout's tokens and `max_new`, how many were cut, and which each rollout asked."""
+    seen = SimpleNamespace(asked=[])
     engine = pmc.engine
 
     def watched(prompts, **given):
         made = engine(prompts, **given)
-        seen.tokens, seen.max_new = made.tokens, given["max_new_tokens"]
+        if not seen.asked:
+            seen.tokens, seen.max_new = list(made.tokens), given["max_new_tokens"]
+        seen.asked.append([pmc.prompts.index(prompt) for prompt in prompts])
         return made
 
     monkeypatch.setattr(pmc, "engine", watched)
-    pmc.sample(range(len(pmc.questions)))
+    seen.cut = pmc.sample(range(len(pmc.questions))).counters["cut_samples"]
     return seen
 
 

@@ -184,6 +184,7 @@ def test_logs_say_what_happens_and_hold_no_text(fresh, tokenizer, tmp_path):
         assert r["pending"] == 5
         assert r["sampled_tokens"] > 0
         assert r["rows"] > 0
+        assert 0 < r["cut_samples"] <= r["sampled_tokens"]  # the model of random weights seldom ends
     logged = json.dumps(trainer.state.log_history)
     assert not any(q in logged for q in QUESTIONS)
     assert all(isinstance(v, (int, float)) for r in trainer.state.log_history for v in r.values())
@@ -203,7 +204,7 @@ def test_logs_are_of_all_steps_since_the_last(fresh, tokenizer, tmp_path):
         for made, steps in zip(windows, (single[i : i + every] for i in range(0, 6, every)), strict=False):
             for name in ("loss", "collapse_loss", "retain_loss"):
                 assert made[name] == pytest.approx(sum(r[name] for r in steps) / every, rel=1e-5), name
-            for name in ("sampled_tokens", "rows"):
+            for name in ("sampled_tokens", "cut_samples", "rows"):
                 assert made[name] == sum(r[name] for r in steps), name
             for name in ("mean_score", "pending", "learning_rate", "epoch"):
                 assert made[name] == steps[-1][name], name

@@ -30,6 +30,7 @@ from .draws import Draws
 logger = logging.get_logger(__name__)
 
 INPUTS = ("input_ids", "attention_mask", "labels")
+COUNTED = ("sampled_tokens", "cut_samples")  # of rollouts, and logged
 PART = "pmc"  # key of a micro-batch's answers in its inputs
 
 
@@ -81,7 +82,7 @@ class PMC(GradDiff):
         self.pmc_config = PMCConfig(**{"seed": self.args.seed} | given, retain_weight=lambda_)
         self._questions: dict[bytes, int] = {}  # prompt -> its number
         self._losses: list[torch.Tensor] = []  # collapse and retain loss of the micro-batches since the last log
-        self._sampled_tokens = 0.0  # since the last log
+        self._counted = dict.fromkeys(COUNTED, 0.0)  # since the last log
         self._weights_sha256 = self._retain_sha256 = ""
         self._draws: Draws | None = None  # with one process and no workers
         self._resumed_draws: dict[str, str] | None = None
@@ -161,7 +162,8 @@ class PMC(GradDiff):
                 "a forget batch has a prompt that train_dataset.forget has not: its rows must stay as they are"
             ) from None
         step = pmc.sample([i for batch in indices for i in batch])
-        self._sampled_tokens += step.counters.get("sampled_tokens", 0.0)
+        for name in COUNTED:
+            self._counted[name] += step.counters.get(name, 0.0)
         tokens = sum(int((b["retain"]["labels"][:, 1:] != IGNORED).sum()) for b in batches)
         parts = step.split(len(indices[0]))
         return [{**batch, PART: (part, tokens)} for batch, part in zip(batches, parts, strict=True)]
@@ -209,9 +211,9 @@ class PMC(GradDiff):
                 "retain_loss": retain,
                 "mean_score": sum(scores) / len(scores),
                 "pending": len(self.pmc.pending()),
-                "sampled_tokens": self._sampled_tokens,
+                **self._counted,
             }
-            self._losses, self._sampled_tokens = [], 0.0
+            self._losses, self._counted = [], dict.fromkeys(COUNTED, 0.0)
         super().log(logs, *args, **kwargs)
 
     # --- a run
