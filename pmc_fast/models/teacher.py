@@ -17,6 +17,9 @@ from .context import eval_mode
 from .lm_head import Head, read_head
 from .packed_forward import Also, PackedPass
 
+SHARDED = (  # why it is refused
+    "retain_loss is 'kl' and the model is sharded (FSDP): the untouched model has to be whole; use retain_loss='nll', or DDP"
+)
 KEPT = 2 << 30  # bytes of hidden rows that are kept; what does not fit is computed again
 
 

@@ -17,7 +17,7 @@ from ..errors import PMCError
 from ..models.context import eval_mode, tolerance
 from ..models.fsdp import is_sharded
 from ..models.packed_forward import PackedPass, causal_lm
-from ..models.teacher import Teacher
+from ..models.teacher import SHARDED, Teacher
 from ..ops import row_scales
 from ..utils.labels import IGNORED
 from .batch import Loss, Retain, Step
@@ -55,10 +55,7 @@ class PackedLoss:
     def require_whole(self) -> None:
         """Refuse a sharded model, where the loss compares with the untouched one."""
         if self.compares and is_sharded(self.model):
-            raise PMCError(
-                "retain_loss is 'kl' and the model is sharded (FSDP): the untouched model has to be whole; use "
-                "retain_loss='nll', or DDP"
-            )
+            raise PMCError(SHARDED)
 
     def drop_untouched(self) -> None:
         """Let `keep_untouched` take the model as it is then."""

@@ -15,6 +15,7 @@ from ..config import PMCConfig
 from ..data import Encoded
 from ..distributed import Ranks
 from ..errors import DivergedError, PMCError
+from ..models.teacher import SHARDED
 from ..pmc.schedule import EpochOrder, RetainDraws
 from .arguments import (
     ELSEWHERE,
@@ -88,9 +89,7 @@ class BaseTrainer(Trainer):
             )
         self.retain_loss = config.retain_loss
         if self.is_fsdp_enabled and config.retain_loss == "kl":
-            raise PMCError(
-                "retain_loss is 'kl' and FSDP shards the model: the untouched one has to be whole; use retain_loss='nll', or DDP"
-            )
+            raise PMCError(SHARDED)
         self.order_seed = config.seed
 
     def _check_given(

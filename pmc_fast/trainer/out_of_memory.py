@@ -109,6 +109,6 @@ class ThriftyTrainer(BaseTrainer):
     def _lighter(self) -> list[str]:
         parameters = list(self.model.parameters())
         lighter = ["bfloat16 parameters"] if any(p.dtype.itemsize > 2 for p in parameters) else []
-        if self.retain_loss == "kl":
-            lighter.append("retain_loss 'nll'")
-        return lighter + (["LoRA"] if all(p.requires_grad for p in parameters) else [])
+        if not all(p.requires_grad for p in parameters):  # an adapter: nothing is copied
+            return lighter
+        return [*lighter, *(["retain_loss 'nll'"] if self.retain_loss == "kl" else []), "LoRA"]
