@@ -53,8 +53,9 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
     -----
     All questions of an optimizer step are sampled in one rollout, in `get_batch_samples`. Logged in addition to the
     Trainer's numbers: collapse_loss and retain_loss, means over the steps since the last log; rows, sampled_tokens,
-    cut_samples (those that did not end), rollout_seconds and train_seconds, sums over these steps; mean_score and pending, as of the last step. Checkpoints hold
-    initial answers (mode 0600). A resumed run continues the same trajectory, on one CPU process bit for bit.
+    cut_samples (those that did not end), rollout_seconds and train_seconds, sums over these steps; mean_score and
+    pending, as of the last step. Checkpoints hold initial answers (mode 0600). A resumed run continues the same
+    trajectory, on one CPU process bit for bit.
 
     Under `accelerate launch` every process takes its part of each micro-batch, and no question is trained on twice where
     the last one is uneven. A run may be resumed on another number of processes with the same number of questions a step.
