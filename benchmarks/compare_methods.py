@@ -101,8 +101,8 @@ LONGER_GRIDS: dict[float, Grids] = {
     480.0: {
         "pmc_fast": [{"learning_rate": lr, "retain_weight": 5.0} for lr in (1.5e-4, 2e-4)],
         "npo": [
-            {"learning_rate": lr, "retain_weight": w, "beta": 0.5, "retain_loss": kind}
-            for lr, w, kind in ((1e-4, 3.0, "nll"), (2e-4, 5.0, "kl"))
+            {"learning_rate": lr, "retain_weight": w, "beta": 0.5, "retain_loss": "kl"}
+            for lr, w in ((1e-4, 3.0), (2e-4, 5.0))
         ],
     },
 }
