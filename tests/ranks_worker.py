@@ -17,10 +17,12 @@ from pmc_fast import PMC, PMCConfig
 from pmc_fast.data import Row
 from pmc_fast.errors import PMCError
 from pmc_fast.models.packed_forward import causal_lm
+from pmc_fast.pmc import sampler
 
 QUESTIONS = ["Who wrote it?", "Where was the author born, and when was it?", "Why?", "Who?", "What is her cat's name?",
              "In which of the many towns of the old country did she write it?", "When?"]  # fmt: skip
 RETAIN = [Row(f"Is {n} even?", "It is." if n % 2 == 0 else "No, it is odd and no more than that.") for n in range(14)]
+SHORTEST_CUT = sampler.SHORTEST_CUT
 STEPS = [[0, 1, 2, 3], [4, 5, 6], [6, 2, 0, 5], [1], [3, 4]]  # of all processes together; one is left without
 
 
@@ -86,8 +88,13 @@ def run(path, case, part_size, wrap=lambda model: model):
         max_tokens=64,
         seed=rank if "differ" in case else 0,
         retain_loss="kl" if "kl" in case else "nll",
+        max_length_ratio=0.5 if "cut" in case else 0.0,
     )
     pmc = PMC(model, tokenizer, config, QUESTIONS, reward=some)
+    if "cut" in case:  # this process's samples may all be cut, the other's not, or it has none
+        sampler.SHORTEST_CUT = 1
+    else:
+        sampler.SHORTEST_CUT = SHORTEST_CUT
     if "before" in case:
         pmc.prepare()
     wrapped = wrap(model)

@@ -286,7 +286,8 @@ def test_methods_are_compared_and_what_is_there_is_not_repeated(small_task, tmp_
 def test_compared_settings_are_valid(small_task):
     """Before hours of runs: each one's settings, and PMC's with each extension left out."""
     changes = [{}, *compare_methods.ABLATED]
-    plans = [compare_methods.Plan(m, own, 0, 1.0) for m, grid in compare_methods.GRIDS.items() for own in grid]
+    grids = [*compare_methods.GRIDS.items(), *(i for of in compare_methods.LONGER_GRIDS.values() for i in of.items())]
+    plans = [compare_methods.Plan(method, own, 0, 1.0) for method, grid in grids for own in grid]
     plans += [compare_methods.Plan("pmc_fast", change, 0, 1.0) for change in changes]
     for plan in plans:
         config = compare_methods.config_of(plan)

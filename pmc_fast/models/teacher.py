@@ -44,7 +44,7 @@ class Teacher:
         self._rows: dict[bytes, torch.Tensor] = {}
         self._bytes = 0
         self._head: Head | None = None
-        self._adapted = model if _trains_adapters_alone(model) else None
+        self._adapted = model if trains_adapters_alone(model) else None
         if self._adapted is not None:
             before = self._run(packed, probe)[0]
             if torch.equal(self._hidden(probe)[0], before):
@@ -205,7 +205,8 @@ def _switched_off(model: Any) -> Iterator[None]:
             p.requires_grad_(requires_grad)
 
 
-def _trains_adapters_alone(model: Any) -> bool:
+def trains_adapters_alone(model: Any) -> bool:
+    """Return whether a model's adapters alone are trained: switched off, they leave it as it was, and no copy is held of it."""
     if not hasattr(model, "disable_adapter"):
         return False
     with _switched_off(model):  # what is still trained is none of an adapter's

@@ -131,7 +131,7 @@ class PMC:
         self.initial_answers: list[str] = []
         self._initial_ids: list[list[int]] = []
         self._sampler = Sampler(
-            config, self.encoder, self.ranks, self.questions, self.prompts, self.positions, self._as_text
+            config, self.encoder, self.ranks, self.questions, self.prompts, self.positions, self.keeps_text
         )
         self._loss = PackedLoss(model, config, self.ranks, autocast_dtype)
 
@@ -292,10 +292,6 @@ class PMC:
         initial = [(self.initial_answers[i], self._initial_ids[i]) for i in asked]
         return self._sampler(self.engine, asked, visits, initial, self.reward or self.scorer.recall)
 
-    def _as_text(self, index: int) -> bool:
-        # how a text goes on is trained as it was drawn: only its ids say whether it ended, and with which white space it began
-        return self.keeps_text and not is_text(self.questions[index])
-
     def _encode(self, index: int, answer: Any) -> Encoded:
         if (uses := self.store.uses(index)) % 2 or not self.config.question_dropout:
             return self._encode_whole(index, answer)
@@ -304,7 +300,7 @@ class PMC:
             self.questions[index], lambda text: without_words(text, self.config.question_dropout, generator)
         )
         whole = self._encode_whole(index, answer)
-        if self._as_text(index):
+        if self._sampler.as_text(index):
             pair = self.encoder.pair(question, answer)
             prompt = pair.input_ids[: pair.prompt_length]
         else:
@@ -316,7 +312,7 @@ class PMC:
         return replace(whole, input_ids=ids, labels=labels)
 
     def _encode_whole(self, index: int, answer: Any) -> Encoded:
-        if self._as_text(index):
+        if self._sampler.as_text(index):
             return self.encoder.pair(self.questions[index], answer)
         return self._encode_ids(index, answer)
 

@@ -28,8 +28,9 @@ class Sampler:
     questions : list
     prompts : list of int lists
     positions : list of int list or None
-    as_text : callable
-        Of a question's number: whether its answers are kept as text, not as token ids.
+    keeps_text : bool
+        Keep answers as text, but for those to texts to be continued: how these go on is trained as it was drawn, since only
+        ids say whether it ended, and with which white space it began.
     """
 
     def __init__(
@@ -40,10 +41,10 @@ class Sampler:
         questions: Sequence[Any],
         prompts: Sequence[list[int]],
         positions: Sequence[list[int] | None],
-        as_text: Callable[[int], bool],
+        keeps_text: bool,
     ) -> None:
         self.config, self.encoder, self.ranks = config, encoder, ranks
-        self.questions, self.prompts, self.positions, self.as_text = questions, prompts, positions, as_text
+        self.questions, self.prompts, self.positions, self.keeps_text = questions, prompts, positions, keeps_text
 
     def __call__(
         self,
@@ -72,7 +73,7 @@ class Sampler:
         picks : dict
             Of each question.
         counters : dict
-            The rollout's, and cut_samples: how many did not end.
+            The rollout's, and cut_samples: how many did not end before they were cut, or before max_length.
         """
         c = self.config
         room = [c.max_length - len(self.prompts[i]) for i in asked]
@@ -94,24 +95,29 @@ class Sampler:
         counters: dict[str, float] = {"cut_samples": sum(reasons.count("length") for reasons in made.finish_reason)}
         add_counters(counters, made.counters)
         if c.max_length_ratio:
-            lost = [row for row in range(len(asked)) if not _whole(made, row, room[row])]
+            lost = [row for row in range(len(asked)) if not _whole(made.tokens[row], most[row], room[row])]
             if any(self.ranks.gather(bool(lost))):  # of a sharded model all processes sample together
                 longer = rollout(lost, room)
                 add_counters(counters, longer.counters)
                 for name in ("tokens", "logps", "finish_reason"):
                     for row, of in zip(lost, getattr(longer, name), strict=True):
                         getattr(made, name)[row] = of
+                most = [room[row] if row in lost else most[row] for row in range(len(asked))]
         picks: dict[int, Pick] = {}
         if asked:
             texts = [self.encoder.samples(s, self.questions[i]) for i, s in zip(asked, made.tokens, strict=True)]
             scores = judged(reward, [said for said, _ in initial], texts, c.min_len)
             for row, i in enumerate(asked):
                 candidates: list[Any] = texts[row] if self.as_text(i) else made.tokens[row]
+                kept = _whole(made.tokens[row], most[row], room[row])
                 nlls = self.nlls(i, made, row) if c.selection == "likeliest" else np.zeros(c.num_samples)
-                kept = _whole(made, row, room[row]) if c.max_length_ratio else list(range(c.num_samples))
                 key = c.seed, i, visits[row]
                 picks[i] = select(c, [candidates[n] for n in kept], scores[row][kept], nlls[kept], key)
         return picks, {name: float(n) for name, n in counters.items()}
+
+    def as_text(self, index: int) -> bool:
+        """Return whether a question's answers are kept as text, not as token ids."""
+        return self.keeps_text and not is_text(self.questions[index])
 
     def nlls(self, index: int, rollouts: Rollouts, row: int) -> np.ndarray:
         """Return each sample's nll a token behind the answer's tag; inf if it did not end, as one that repeats itself for ever."""
@@ -134,7 +140,6 @@ class Sampler:
         return min(room, max(SHORTEST_CUT, math.ceil(self.config.max_length_ratio * len(initial))))
 
 
-def _whole(rollouts: Rollouts, row: int, room: int) -> list[int]:
-    """Return which of a question's samples max_length_ratio did not cut: the others are half a sentence."""
-    sampled = zip(rollouts.tokens[row], rollouts.finish_reason[row], strict=True)
-    return [n for n, (ids, reason) in enumerate(sampled) if reason == "stop" or len(ids) >= room]
+def _whole(samples: Sequence[list[int]], most: int, room: int) -> list[int]:
+    """Return which samples max_length_ratio did not cut: the others are half a sentence, whose end may be forced."""
+    return [n for n, ids in enumerate(samples) if len(ids) < most or most == room]

@@ -6,11 +6,11 @@ from typing import Any
 from ..distributed import Ranks
 from .engine import RolloutEngine, Rollouts
 
-PEAKS = ("peak_slots", "pool_bytes")  # over processes the largest counts; other counters add up
+PEAKS = ("peak_slots", "pool_bytes", "copy_bytes")  # the largest counts; other counters add up
 
 
 def add_counters(total: dict[str, float], counted: Mapping[str, float]) -> None:
-    """Add one process's counters to those of others."""
+    """Add a rollout's counters to those of others, of this process or another."""
     for name, n in counted.items():
         total[name] = max(total.get(name, 0), n) if name in PEAKS else total.get(name, 0) + n
 

@@ -32,12 +32,11 @@ class Histories:
         self._settings, self._stops = settings, work.stop_ids
         self._biases = [(np.array(list(b)), np.array(list(b.values()), np.float32)) for b in work.logit_bias]
         self._copies = copies
-        # prompts share either the longest answer or the longest total
-        totals = {len(p) + n for p, n in zip(work.prompts, work.max_new, strict=True) if n > 0}
-        self._total = totals.pop() if len(totals) == 1 else None
-        self._max_new = max(work.max_new, default=0)
+        self._longest = [len(p) + n for p, n in zip(work.prompts, work.max_new, strict=True)]
         self._token_at = np.zeros(0, dtype=np.int64)  # of each slot of the pool
-        self._processors: dict[int, LogitsProcessorList] = {}
+        self._processors: dict[
+            tuple[int, int], LogitsProcessorList
+        ] = {}  # of a prompt's length and the longest total
 
     @property
     def idle(self) -> bool:
@@ -70,15 +69,18 @@ class Histories:
         return out
 
     def _processed(self, logits: torch.Tensor, plan: Any) -> torch.Tensor:
-        groups: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
-        for number, (history, generated) in enumerate(self._of(plan)):
-            groups.setdefault((len(history) - generated, len(history)), []).append((number, history))
+        groups: dict[tuple[int, int, int], list[tuple[int, np.ndarray]]] = {}
+        for number, ((history, generated), question) in enumerate(
+            zip(self._of(plan), plan["questions"], strict=True)
+        ):
+            key = len(history) - generated, self._longest[question // self._copies], len(history)
+            groups.setdefault(key, []).append((number, history))
         out = logits.clone()
-        for (prompt, _), rows in groups.items():
+        for (prompt, longest, _), rows in groups.items():
             numbers, histories = zip(*rows, strict=True)
             at = torch.tensor(numbers, device=logits.device)
             ids = torch.from_numpy(np.stack(histories)).to(logits.device)
-            out[at] = self._for(prompt, logits.device)(ids, logits[at])
+            out[at] = self._for(prompt, longest, logits.device)(ids, logits[at])
         return out
 
     def _of(self, plan: Any) -> list[tuple[np.ndarray, int]]:
@@ -95,13 +97,13 @@ class Histories:
             found.append((self._token_at[np.concatenate([prefix, suffix])], int(plan["draw_positions"][first])))
         return found
 
-    def _for(self, prompt: int, device: torch.device) -> LogitsProcessorList:
-        if prompt not in self._processors:
-            longest = self._total or prompt + self._max_new
-            self._processors[prompt] = processors(
+    def _for(self, prompt: int, longest: int, device: torch.device) -> LogitsProcessorList:
+        key = prompt, longest
+        if key not in self._processors:
+            self._processors[key] = processors(
                 self._settings, prompt=prompt, longest=longest, stops=self._stops, device=device
             )
-        return self._processors[prompt]
+        return self._processors[key]
 
 
 def settings_of(model: Any, *, sampling: bool, warned: set[str]) -> dict[str, Any]:

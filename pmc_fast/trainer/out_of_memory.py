@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..errors import PMCError
 from ..models.context import out_of_memory, release_memory
+from ..models.teacher import trains_adapters_alone
 from ..pmc.algorithm import PMC
 from ..pmc.batch import Loss
 from .base import BaseTrainer
@@ -109,6 +110,6 @@ class ThriftyTrainer(BaseTrainer):
     def _lighter(self) -> list[str]:
         parameters = list(self.model.parameters())
         lighter = ["bfloat16 parameters"] if any(p.dtype.itemsize > 2 for p in parameters) else []
-        if not all(p.requires_grad for p in parameters):  # an adapter: nothing is copied
-            return lighter
-        return [*lighter, *(["retain_loss 'nll'"] if self.retain_loss == "kl" else []), "LoRA"]
+        if self.retain_loss == "kl" and not trains_adapters_alone(self.model):  # else nothing is copied
+            lighter.append("retain_loss 'nll'")
+        return lighter + (["LoRA"] if all(p.requires_grad for p in parameters) else [])

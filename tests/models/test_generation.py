@@ -69,6 +69,17 @@ def test_greedy_answers_are_generates(model, name, length):
     assert engine(PROMPTS, **GREEDY | {"as_generate": False}, **length).tokens == plain
 
 
+def test_each_prompt_may_have_a_length_of_its_own(model):
+    """An end is forced where each one's answer is to end."""
+    model.generation_config.update(forced_eos_token_id=2)
+    lengths = [3 + 2 * (len(PROMPTS) - i) for i in range(len(PROMPTS))]
+    expected = [
+        [generated(model, p, do_sample=False, max_new_tokens=n)] for p, n in zip(PROMPTS, lengths, strict=True)
+    ]
+    assert sum(len(own) == n for [own], n in zip(expected, lengths, strict=True)) > 1
+    assert RolloutEngine(model)(PROMPTS, **GREEDY, max_new_tokens=lengths).tokens == expected
+
+
 @pytest.mark.parametrize(
     "change",
     [{"trie": False}, {"ngram_drafts": False}, {"max_rows": 3}, {"pool_tokens": 60}, {"pads": True}],

@@ -471,6 +471,7 @@ def test_the_reference_has_what_is_published_alone(tiny, tokenizer):
         ("resample_above", 0.1),
         ("rollout_batch_size", 8),
         ("question_dropout", 0.3),
+        ("max_length_ratio", 1.5),
         ("retain_loss", "kl"),
         ("retain_order", "shuffled"),
         ("retain_per_question", 2),
@@ -575,7 +576,7 @@ def test_tag_and_end_of_samples(tiny, tokenizer):
 
 
 def test_samples_are_cut_at_a_multiple_of_their_initial_answer(tiny, tokenizer, monkeypatch):
-    """They begin as without the cut, those that end before it are the same, and what was cut is not selected."""
+    """They begin as without the cut, and those that end before it are the same."""
     monkeypatch.setattr("pmc_fast.pmc.sampler.SHORTEST_CUT", 4)
     tiny.double()
     questions = [*QUESTIONS[:3], text_to_continue("Ann wrote")]
@@ -604,30 +605,31 @@ def test_what_was_cut_is_never_selected(tiny, tokenizer, monkeypatch, selection)
     tiny.double()
     how = {"selection": selection, "num_samples": 8, "max_length": 60, "store": "ids", "resample_above": 0.9}
     plain, pmc = core(tiny, tokenizer, **how), core(tiny, tokenizer, **how, max_length_ratio=1.0)
-    rollouts = []
     plain.prepare()
-    end = sampled(plain, monkeypatch).tokens[2][0][
-        5
-    ]  # what this model of random weights says there shall end an answer
+    said = sampled(plain, monkeypatch).tokens[2]
+    end = said[0][5]  # what this model of random weights says there shall end an answer
     plain = core(tiny, tokenizer, **how)
+    rollouts = []
     for of in (plain, pmc):
         of.encoder.stops = [*of.encoder.stops, end]
         of.prepare()
         of._initial_ids = [[5] * n for n in (1, 60, 12, 1)]  # one token: all samples are longer
-        of.reward = half
+        of.reward = lambda initial, texts, min_len: np.array([[1 / (1 + len(text)) for text in own] for own in texts])
         rollouts.append(sampled(of, monkeypatch))
     whole, again = rollouts
     assert again.asked == [[0, 1, 2, 3], [0, 3]]
-    kept = [[own[0] for own in pmc.store.answer(i)] for i in range(4)]
-    ended = set(pmc.encoder.stops)
-    for i, answers in enumerate(kept):
-        room = 60 - len(pmc.prompts[i])
-        assert all(ids in whole.tokens[i] for ids in answers)
-        assert all(set(ids[-1:]) & ended or len(ids) == room for ids in answers)
-    assert kept[0] == [own[0] for own in plain.store.answer(0)]
-    if selection == "soft":  # all of those that were not cut
-        fit = [ids for ids in whole.tokens[2] if len(ids) < 12 or (ids[-1] in ended and len(ids) == 12)]
-        assert {tuple(ids) for ids in kept[2]} == set(map(tuple, fit)) < set(map(tuple, whole.tokens[2]))
+    for i in (0, 1, 3):  # nothing is cut in the end
+        assert pmc.store.answer(i) == plain.store.answer(i)
+    fit = [ids for ids in whole.tokens[2] if len(ids) < 12]
+    kept = [ids for ids, _ in pmc.store.answer(2)]
+    assert 0 < len(fit) < 8
+    assert all(ids in fit for ids in kept)
+    lengths = [len(text) for text in pmc.encoder.samples(fit, QUESTIONS[2])]
+    if selection == "argmin":  # by this reward the longest, and cut ones are longer
+        assert kept == [fit[lengths.index(max(lengths))]]
+        assert plain.store.answer(2) != pmc.store.answer(2)
+    if selection == "soft":
+        assert {tuple(ids) for ids in kept} == set(map(tuple, fit))
 
 
 def sampled(pmc, monkeypatch):
