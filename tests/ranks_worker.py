@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 tests/ranks_worker.py MODEL OUT ddp fsdp
 
 import os
 import sys
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from pmc_fast.pmc import sampler
 QUESTIONS = ["Who wrote it?", "Where was the author born, and when was it?", "Why?", "Who?", "What is her cat's name?",
              "In which of the many towns of the old country did she write it?", "When?"]  # fmt: skip
 RETAIN = [Row(f"Is {n} even?", "It is." if n % 2 == 0 else "No, it is odd and no more than that.") for n in range(14)]
-SHORTEST_CUT = sampler.SHORTEST_CUT
 STEPS = [[0, 1, 2, 3], [4, 5, 6], [6, 2, 0, 5], [1], [3, 4]]  # of all processes together; one is left without
 
 
@@ -73,6 +73,12 @@ def whole(tensor):
 
 
 def run(path, case, part_size, wrap=lambda model: model):
+    """Take the steps of a case; with "cut" a process's samples may all be cut, and another's not."""
+    with mock.patch.object(sampler, "SHORTEST_CUT", 1 if "cut" in case else sampler.SHORTEST_CUT):
+        return take_steps(path, case, part_size, wrap)
+
+
+def take_steps(path, case, part_size, wrap):
     """Take the steps by plain gradient descent; return each step's gradients, the store and the counters."""
     groups = "groups" in case  # a mean each, of two questions at most, on one process as on two
     part_size, steps = (2, STEPS[:4]) if groups else (part_size, STEPS)
@@ -91,10 +97,6 @@ def run(path, case, part_size, wrap=lambda model: model):
         max_length_ratio=0.5 if "cut" in case else 0.0,
     )
     pmc = PMC(model, tokenizer, config, QUESTIONS, reward=some)
-    if "cut" in case:  # this process's samples may all be cut, the other's not, or it has none
-        sampler.SHORTEST_CUT = 1
-    else:
-        sampler.SHORTEST_CUT = SHORTEST_CUT
     if "before" in case:
         pmc.prepare()
     wrapped = wrap(model)

@@ -46,7 +46,7 @@ def test_two_processes_are_one(one, two, case):
             assert (made[name] - g).norm() <= 1e-5 * g.norm(), name
     for name in ("sampled_tokens", "cut_samples"):
         assert [c.get(name, 0) for c in ours["counters"]] == [c.get(name, 0) for c in theirs["counters"]]
-    if case.endswith("cut"):  # samples of some questions, and of no process's all, were sampled again
+    if case.endswith("cut"):  # which changes what is sampled
         plain = [c["sampled_tokens"] for c in one[""]["counters"]]
         assert [c["sampled_tokens"] for c in ours["counters"]] != plain
 

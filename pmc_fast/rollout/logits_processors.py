@@ -34,9 +34,8 @@ class Histories:
         self._copies = copies
         self._longest = [len(p) + n for p, n in zip(work.prompts, work.max_new, strict=True)]
         self._token_at = np.zeros(0, dtype=np.int64)  # of each slot of the pool
-        self._processors: dict[
-            tuple[int, int], LogitsProcessorList
-        ] = {}  # of a prompt's length and the longest total
+        # of a prompt's length and the longest total
+        self._processors: dict[tuple[int, int], LogitsProcessorList] = {}
 
     @property
     def idle(self) -> bool:
