@@ -205,9 +205,15 @@ def skip_table(suites: Suites) -> str:
     return "\n".join(lines)
 
 
-def _compared(make: Callable[[list[dict[str, Any]]], str]) -> Callable[[Suites], str]:
+COMPARISONS = (
+    "compare_methods",
+    "compare_epyc",
+)  # result files; the second is of settings that were tuned for the first
+
+
+def _compared(make: Callable[[list[dict[str, Any]]], str], suite: str = COMPARISONS[0]) -> Callable[[Suites], str]:
     def block(suites: Suites) -> str:
-        runs = suites.results("compare_methods")
+        runs = suites.results(suite)
         return make(runs) if runs else "Not measured yet: `python -m benchmarks.compare_methods`."
 
     return block
@@ -229,6 +235,8 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "methods": methods.time_table,
     "methods_trained": methods.train_table,
     **{name: _compared(make) for name, make in compare_report.TABLES.items()},
+    "compare_epyc": _compared(compare_report.final_table, COMPARISONS[1]),
+    "compare_epyc_intervals": _compared(compare_report.interval_table, COMPARISONS[1]),
 }
 
 
@@ -255,5 +263,6 @@ def rewrite() -> None:
         page.write_text(fill(page.read_text(encoding="utf-8"), suites), encoding="utf-8")
     if runs := suites.results("end_to_end"):
         end_to_end.plot(runs)
-    if runs := suites.results("compare_methods"):
-        compare_report.draw(runs, harness.RESULTS / "compare_methods.svg")
+    for suite in COMPARISONS:
+        if runs := suites.results(suite):
+            compare_report.draw(runs, harness.RESULTS / f"{suite}.svg")

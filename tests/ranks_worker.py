@@ -19,6 +19,7 @@ from pmc_fast.data import Row
 from pmc_fast.errors import PMCError
 from pmc_fast.models.packed_forward import causal_lm
 from pmc_fast.pmc import sampler
+from pmc_fast.rollout import RolloutEngine
 
 QUESTIONS = ["Who wrote it?", "Where was the author born, and when was it?", "Why?", "Who?", "What is her cat's name?",
              "In which of the many towns of the old country did she write it?", "When?"]  # fmt: skip
@@ -74,8 +75,15 @@ def whole(tensor):
 
 def run(path, case, part_size, wrap=lambda model: model):
     """Take the steps of a case; with "cut" a process's samples may all be cut, and another's not."""
-    with mock.patch.object(sampler, "SHORTEST_CUT", 1 if "cut" in case else sampler.SHORTEST_CUT):
-        return take_steps(path, case, part_size, wrap)
+    rollouts, real = [], RolloutEngine.__call__
+
+    def counted(self, prompts, **how):
+        rollouts.append(len(prompts))
+        return real(self, prompts, **how)
+
+    shortest = 1 if "cut" in case else sampler.SHORTEST_CUT
+    with mock.patch.object(sampler, "SHORTEST_CUT", shortest), mock.patch.object(RolloutEngine, "__call__", counted):
+        return take_steps(path, case, part_size, wrap) | {"rollouts": rollouts}
 
 
 def take_steps(path, case, part_size, wrap):

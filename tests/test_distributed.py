@@ -49,6 +49,8 @@ def test_two_processes_are_one(one, two, case):
     if case.endswith("cut"):  # which changes what is sampled
         plain = [c["sampled_tokens"] for c in one[""]["counters"]]
         assert [c["sampled_tokens"] for c in ours["counters"]] != plain
+        # the initial answers, a rollout a step, and where all samples of a question were cut, on any process, another one
+        assert len(ours["rollouts"]) == len(theirs["rollouts"]) > len(one[""]["rollouts"])
 
 
 @pytest.mark.parametrize("normalization", ["step", "micro_batch"])

@@ -200,7 +200,7 @@ def test_a_step_is_one_rollout_and_a_run_moves_the_weights(trainer_of, monkeypat
     (logged,) = [r for r in trainer.state.log_history if "collapse_loss" in r]
     assert logged["loss"] == pytest.approx(0.7 * logged["collapse_loss"] + 1.5 * logged["retain_loss"], rel=1e-4)
     assert logged["sampled_tokens"] > 0
-    assert 0 <= logged["cut_samples"] <= logged["sampled_tokens"]
+    assert 0 < logged["cut_samples"] <= logged["sampled_tokens"]
     assert not any(q in json.dumps(trainer.state.log_history) for q in QUESTIONS)
 
 
