@@ -237,6 +237,7 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     **{name: _compared(make) for name, make in compare_report.TABLES.items()},
     "compare_epyc": _compared(compare_report.final_table, COMPARISONS[1]),
     "compare_epyc_intervals": _compared(compare_report.interval_table, COMPARISONS[1]),
+    "compare_epyc_tuning": _compared(compare_report.tuning_table, COMPARISONS[1]),
 }
 
 
