@@ -205,13 +205,11 @@ def skip_table(suites: Suites) -> str:
     return "\n".join(lines)
 
 
-COMPARISONS = (
-    "compare_methods",
-    "compare_epyc",
-)  # result files; the second is of settings that were tuned for the first
+# result files; PMC and NPO run in the second with the settings that were tuned in the first
+COMPARISONS = ("compare_methods", "compare_epyc")
 
 
-def _compared(make: Callable[[list[dict[str, Any]]], str], suite: str = COMPARISONS[0]) -> Callable[[Suites], str]:
+def _compared(make: Callable[[list[dict[str, Any]]], str], suite: str) -> Callable[[Suites], str]:
     def block(suites: Suites) -> str:
         runs = suites.results(suite)
         return make(runs) if runs else "Not measured yet: `python -m benchmarks.compare_methods`."
@@ -234,10 +232,10 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "gpu": lambda suites: gpu_page.table(suites.documents.get("gpu")),
     "methods": methods.time_table,
     "methods_trained": methods.train_table,
-    **{name: _compared(make) for name, make in compare_report.TABLES.items()},
-    "compare_epyc": _compared(compare_report.final_table, COMPARISONS[1]),
-    "compare_epyc_intervals": _compared(compare_report.interval_table, COMPARISONS[1]),
-    "compare_epyc_tuning": _compared(compare_report.tuning_table, COMPARISONS[1]),
+    **{name: _compared(make, "compare_methods") for name, make in compare_report.TABLES.items()},
+    "compare_epyc": _compared(compare_report.final_table, "compare_epyc"),
+    "compare_epyc_intervals": _compared(compare_report.interval_table, "compare_epyc"),
+    "compare_epyc_tuning": _compared(compare_report.tuning_table, "compare_epyc"),
 }
 
 

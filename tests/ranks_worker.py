@@ -75,15 +75,13 @@ def whole(tensor):
 
 def run(path, case, part_size, wrap=lambda model: model):
     """Take the steps of a case; with "cut" a process's samples may all be cut, and another's not."""
-    rollouts, real = [], RolloutEngine.__call__
-
-    def counted(self, prompts, **how):
-        rollouts.append(len(prompts))
-        return real(self, prompts, **how)
-
     shortest = 1 if "cut" in case else sampler.SHORTEST_CUT
-    with mock.patch.object(sampler, "SHORTEST_CUT", shortest), mock.patch.object(RolloutEngine, "__call__", counted):
-        return take_steps(path, case, part_size, wrap) | {"rollouts": rollouts}
+    counted = {"autospec": True, "side_effect": RolloutEngine.__call__}
+    with (
+        mock.patch.object(sampler, "SHORTEST_CUT", shortest),
+        mock.patch.object(RolloutEngine, "__call__", **counted) as rollout,
+    ):
+        return take_steps(path, case, part_size, wrap) | {"rollouts": rollout.call_count}
 
 
 def take_steps(path, case, part_size, wrap):
