@@ -126,6 +126,13 @@ class Encoder:
                 self.tokenizer, question, prompt_format=self.format_of(question), start=start, **self._chat
             )
 
+    def question_prompt(self, start: str) -> list[int]:
+        """Return the ids from which a question that begins with `start` is sampled: a prompt, up to there."""
+        if self.format == "tags":
+            return self.tokenizer(QUESTION_TAG + start)["input_ids"]
+        before = chat_text(self.tokenizer, PROBE[0], None, **self._chat).rpartition(PROBE[0])[0]
+        return self.tokenizer(before + start, add_special_tokens=False)["input_ids"]
+
     def pair(self, question: Question, answer: str, *, where: str = "") -> Encoded:
         """Encode a question with its answer for training; `where` names them in errors."""
         with self._named(where, question):

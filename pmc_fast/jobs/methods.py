@@ -39,6 +39,11 @@ def checked_method(config: UnlearnConfig, forget: Sequence[Row], processes: int)
     if processes > 1 and (method is not None or config.max_seconds):
         what = f"method {config.method}" if method is not None else "max_seconds"
         raise PMCError(f"WORLD_SIZE is {processes}: {what} runs on one process")
+    weight = config.retain_weight if method is None else method.retain_weight
+    if config.rehearsal_pairs and not weight:
+        raise PMCError(
+            f"rehearsal_pairs is {config.rehearsal_pairs} and retain_weight 0: no pair would be kept; leave one of them out"
+        )
     if method is None:
         return None, []
     check_rows(method, forget, config.forget)

@@ -55,7 +55,13 @@ class PMCRun:
     ) -> None:
         questions = [plan.forget[i].question for i in plan.kept]
         self.trainer = _PMCTrainer(
-            loaded.model, arguments, questions, plan.retain, plan.config, plan.tokenizer, callbacks=[*callbacks]
+            loaded.model,
+            arguments,
+            questions,
+            plan.retain + plan.rehearsal,
+            plan.config,
+            plan.tokenizer,
+            callbacks=[*callbacks],
         )
 
     def share(self, held: Held, plan: Plan) -> None:
@@ -119,8 +125,9 @@ class MethodRun:
         read = (*(f.name for f in dataclasses.fields(SharedConfig)), *OF_RETAIN)
         config = PMCConfig(**{name: getattr(c, name) for name in read})
         self.trainer = _UnlearnTrainer(
-            loaded.model, arguments, rows, plan.retain, config, plan.tokenizer, method=method, callbacks=[*callbacks]
-        )
+            loaded.model, arguments, rows, plan.retain + plan.rehearsal, config, plan.tokenizer, method=method,
+            callbacks=[*callbacks],
+        )  # fmt: skip
         if plan.choice is not None:  # not in the config: a run that is resumed may find other memory
             self.trainer.task.max_tokens = plan.choice.max_tokens
         self.cut_answers = 0
