@@ -59,8 +59,8 @@ class UnlearnConfig(EvaluationConfig, PMCConfig, MethodConfig):
     )
     rehearsal_pairs: Count = option(
         0,
-        "extension: keep so many more pairs, which the untouched model writes itself: questions that begin with the first words of "
-        "RETAIN's, and its answers; they keep what no pair of RETAIN is about (0: off, as published)",
+        "extension: also keep so many pairs that the untouched model writes: questions that begin with the first word of one of "
+        "RETAIN's, and its answers; they are for what no pair of RETAIN is about (0: off, as published)",
     )
     output: Path = option("", "output directory, new or empty")
     num_epochs: Positive = option(30.0, "passes over the forget questions", aliases=["--epochs"])

@@ -1,5 +1,6 @@
 """Which forget questions a run's filter leaves out of training, the same ones when it is resumed; all are evaluated."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,12 @@ from ..config import UPCORE, Filter, UnlearnConfig
 from ..distributed import Ranks
 from ..evaluation import truths_of
 from ..methods import upcore
-from ..utils.files import digest
+from ..utils.files import digest, one_error, write_file
 from ..utils.text import row_numbers
 from . import known_forgotten
 from .evaluator import Evaluator
 from .plan import Plan
 from .progress import Stages
-from .remembered import directory_of, recall, remember
 
 FILE = "left_out.json"
 
@@ -71,14 +71,14 @@ def leave_out(
         return None
     key = _digest(plan, weights)
     with stages(f"filter {chosen.name}"):
-        known = recall(directory_of(c, checkpoints) / FILE, key) if c.resume else None
-        found = LeftOut(**known) if known else None
+        directory = checkpoints if c.resume in ("", "auto") else Path(c.resume).parent
+        found = _remembered(directory, key) if c.resume else None
         found = ranks.gather(found)[0]  # the first process's files count
         if found is None:
             found = _upcore(plan, model, chosen) if chosen.name == UPCORE else _known_forgotten(plan, evaluator)
         found = ranks.gather(found)[0]  # one list, however other processes round
         if c.checkpoint_steps and found.kept and ranks.rank == 0:
-            remember(checkpoints / FILE, key, asdict(found))
+            _remember(checkpoints, found, key)
     which = f" ({row_numbers(found.rows)})" if found.rows else ""
     stages.monitor.stage(f"  {len(found.rows)} of {found.questions} questions are left out{which}")
     if found.kept:
@@ -111,3 +111,18 @@ def settings_of(config: UnlearnConfig) -> list[Any]:
 def _digest(plan: Plan, weights: str) -> str:
     rows = [[row.question, row.answer, other] for row, other in zip(plan.forget, plan.paraphrases, strict=True)]
     return digest([rows, settings_of(plan.config), weights])
+
+
+def _remembered(directory: Path, key: str) -> LeftOut | None:
+    try:
+        content = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        return LeftOut(**content["found"]) if content["of"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: found again
+        return None
+
+
+def _remember(directory: Path, found: LeftOut, key: str) -> None:
+    """Keep what was found beside the run's checkpoints: row numbers and a hash."""
+    with one_error(str(directory / FILE)):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / FILE, json.dumps({"of": key, "found": asdict(found)}), private=True)

@@ -59,7 +59,6 @@ class Plan:
     dtype: torch.dtype  # of its checkpoint
     warnings: list[str] = field(default_factory=list)
     method: Method | None = None  # None: PMC
-    rehearsal: list[Row] = field(default_factory=list)  # pairs to keep that the untouched model wrote
     choice: Choice | None = None  # how its memory is bounded, where that is not as the settings say
 
     @property

@@ -16,7 +16,7 @@ from ..pmc.algorithm import PMC
 from ..pmc.reward import choose_scorer
 from ..trainer.arguments import PMCArguments
 from ..trainer.callbacks import TrainingClock
-from ..trainer.checkpointing import ResumableTrainer
+from ..trainer.checkpointing import REHEARSAL, ResumableTrainer
 from ..trainer.trainer import PMCTrainer
 from ..trainer.unlearn import UnlearnTrainer
 from ..utils.files import digest
@@ -55,13 +55,7 @@ class PMCRun:
     ) -> None:
         questions = [plan.forget[i].question for i in plan.kept]
         self.trainer = _PMCTrainer(
-            loaded.model,
-            arguments,
-            questions,
-            plan.retain + plan.rehearsal,
-            plan.config,
-            plan.tokenizer,
-            callbacks=[*callbacks],
+            loaded.model, arguments, questions, plan.retain, plan.config, plan.tokenizer, callbacks=[*callbacks]
         )
 
     def share(self, held: Held, plan: Plan) -> None:
@@ -125,9 +119,8 @@ class MethodRun:
         read = (*(f.name for f in dataclasses.fields(SharedConfig)), *OF_RETAIN)
         config = PMCConfig(**{name: getattr(c, name) for name in read})
         self.trainer = _UnlearnTrainer(
-            loaded.model, arguments, rows, plan.retain + plan.rehearsal, config, plan.tokenizer, method=method,
-            callbacks=[*callbacks],
-        )  # fmt: skip
+            loaded.model, arguments, rows, plan.retain, config, plan.tokenizer, method=method, callbacks=[*callbacks]
+        )
         if plan.choice is not None:  # not in the config: a run that is resumed may find other memory
             self.trainer.task.max_tokens = plan.choice.max_tokens
         self.cut_answers = 0
@@ -160,13 +153,14 @@ class MethodRun:
 
 
 class _FilteredTrainer(ResumableTrainer):
-    """A trainer whose checkpoints are of a run with the same filter."""
+    """A trainer whose checkpoints are of a run with the same filter and number of rehearsal pairs."""
 
     filter_settings: Sequence[Any] = ()  # of `filters.settings_of`
+    rehearsal_pairs = 0
 
     def _own_fingerprint(self) -> dict[str, Any]:
         own = {"filter": digest(self.filter_settings)} if self.filter_settings else {}
-        return super()._own_fingerprint() | own
+        return super()._own_fingerprint() | own | {REHEARSAL: digest(self.rehearsal_pairs)}
 
 
 class _PMCTrainer(_FilteredTrainer, PMCTrainer):

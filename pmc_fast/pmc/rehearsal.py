@@ -1,24 +1,20 @@
 """Pairs to keep that the untouched model writes itself: pseudo-rehearsal (Robins, Connection Science 7(2), 1995)."""
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-
-import regex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..data import Encoder, Question, Row, is_text
-from ..data.overlap import LONG, normalized
+from ..data.overlap import LONG, near, normalized
 from ..errors import PMCError
 from ..rollout import Rollouts
-from ..utils.words import count_words, end_of_words, says_nothing, unicode_units
+from ..utils.words import count_words, end_of_words, neighbours, says_nothing
 
 QUESTION_TOKENS, ANSWER_TOKENS = 32, 48  # at most, of what is written; what has not ended by then is left out
 BEGINNINGS = 64  # at most, the most frequent ones
 ROUNDS = 4  # of sampling, each of twice as many questions as are still missing
 TOP_P = 0.95
-_SENTENCE_END = regex.compile(r"[\p{Sentence_Terminal}؟;՞]+(?![\p{L}\p{N}])")
+TOLD = 0.5  # share of the words of an answer to be forgotten from which on another tells it
 
 
 def rehearsal_rows(
@@ -38,90 +34,106 @@ def rehearsal_rows(
 
     Parameters
     ----------
-    engine : RolloutEngine
-        Of the untouched model. Several processes call together, with the same arguments.
+    engine : RolloutEngine or SharedEngine
+        Of the untouched model. Several processes call a SharedEngine together, with the same arguments.
     encoder : Encoder
     count : int
-        Of the rows. Fewer are returned where the model writes too few that may be kept.
+        Of the rows. Fewer are returned where the model writes too few that may be kept, and none where `retain` has only texts to
+        be continued, which are no questions.
     forget : sequence of (question, str)
-        What is to be forgotten: questions with the model's own answers. A row that shares a word with them is left out, unless
-        `retain` has that word, too.
+        What is to be forgotten: questions with the model's own answers. Rows are left out that have a word of them which no row of
+        `retain` has, ask nearly the same, or tell half of such an answer.
     retain : sequence of Row
     seed : int
-
-    Raises
-    ------
-    PMCError
-        `retain` has only texts to be continued, which are no questions.
     """
     beginnings = _beginnings(retain)
-    if not beginnings:
-        raise PMCError(
-            "rehearsal_pairs needs retain questions, whose first words its own begin with, and all rows of retain are texts to be "
-            "continued: leave it out"
-        )
-    gone = set[str]().union(*(_units(_last_turn(q)) | _units(answer) for q, answer in forget))
-    gone -= set[str]().union(*(_units(_last_turn(row.question)) | _units(row.answer or "") for row in retain))
-    seen = {normalized(_last_turn(q)) for q in (*(q for q, _ in forget), *(row.question for row in retain))}
+    judge = _Judge(forget, retain)
     rows: list[Row] = []
-    for turn in range(ROUNDS):
+    for turn in range(ROUNDS if beginnings else 0):
         if (missing := count - len(rows)) <= 0:
             break
-        written = _questions(engine, encoder, beginnings, math.ceil(2 * missing / len(beginnings)), seed + turn)
-        questions = []
-        for question in written:
-            if (name := normalized(question)) not in seen and not _units(question) & gone:
-                seen.add(name)
-                questions.append(question)
-        answered = _answered(engine, encoder, questions)
-        rows += [row for row in answered if not _units(row.answer or "") & gone][:missing]
+        samples = math.ceil(2 * missing / len(beginnings))
+        written = _questions(engine, encoder, beginnings, samples, seed * ROUNDS + turn)
+        answered = _answered(engine, encoder, judge.new_questions(written))
+        rows += [row for row in answered if judge.may_be_said(row.answer or "")][:missing]
     return rows
+
+
+class _Judge:
+    """Says what may be kept."""
+
+    def __init__(self, forget: Sequence[tuple[Question, str]], retain: Sequence[Row]) -> None:
+        self.asked = [normalized(q) for q, _ in forget]
+        self.answers = [words for _, answer in forget if (words := neighbours(answer))]
+        known = set[str]().union(*(neighbours(f"{_all_turns(row.question)}\n{row.answer or ''}") for row in retain))
+        # words of what is to be forgotten that nothing to be kept has
+        self.gone = set[str]().union(*self.answers, *(neighbours(_all_turns(q)) for q, _ in forget)) - known
+        self.seen = {*self.asked, *(normalized(row.question) for row in retain)}
+
+    def new_questions(self, questions: Iterable[str]) -> list[str]:
+        """Return those that may be asked, each once."""
+        found: dict[str, str] = {}
+        for question in questions:
+            name = normalized(question)
+            if name not in self.seen and not neighbours(question) & self.gone:
+                self.seen.add(name)
+                found[name] = question
+        again = {b for _, b in near(self.asked, list(found))}
+        return [question for i, question in enumerate(found.values()) if i not in again]
+
+    def may_be_said(self, answer: str) -> bool:
+        words = neighbours(answer)
+        return not words & self.gone and all(len(words & told) < TOLD * len(told) for told in self.answers)
 
 
 def _questions(
     engine: Callable[..., Rollouts], encoder: Encoder, beginnings: Sequence[str], samples: int, seed: int
-) -> Iterable[str]:
+) -> Iterator[str]:
     """Yield questions that the model writes: one of each beginning, then another, ..."""
-    decode = partial(encoder.tokenizer.decode, skip_special_tokens=True)
     prompts = [encoder.question_prompt(begin) for begin in beginnings]
     made = engine(
-        prompts, num_samples=samples, temperature=1.0, top_k=0, top_p=TOP_P,
-        max_new_tokens=QUESTION_TOKENS, seed=seed, stop_ids=encoder.stops, as_generate=True,
+        prompts, num_samples=samples, temperature=1.0, top_k=0, top_p=TOP_P, max_new_tokens=QUESTION_TOKENS, seed=seed,
+        stop_ids=encoder.stops, as_generate=True,
     )  # fmt: skip
     for sample in range(samples):
-        for begin, prompt, tokens in zip(beginnings, prompts, made.tokens, strict=True):
-            # alone, some tokenizers leave out the space before the next word
-            before, text = decode(prompt), decode(prompt + tokens[sample])
-            question = _first_sentence(begin + text[len(before) :], whole=_ended(tokens[sample], encoder))
+        for begin, tokens in zip(beginnings, made.tokens, strict=True):
+            question = encoder.question(begin, tokens[sample])
             if count_words(question) >= LONG:
                 yield question
 
 
-def _first_sentence(text: str, *, whole: bool) -> str:
-    """Return a text up to the end of its first sentence or line; nothing if neither ends and the text is not `whole`."""
-    line, newline, _ = text.partition("\n")
-    if end := _SENTENCE_END.search(line):
-        return line[: end.end()].strip()
-    return line.strip() if newline or whole else ""
-
-
 def _answered(engine: Callable[..., Rollouts], encoder: Encoder, questions: Sequence[str]) -> list[Row]:
-    """Return questions with the model's greedy answers, where these end."""
-    room = encoder.max_length - ANSWER_TOKENS
-    asked = [(q, prompt) for q in questions if len(prompt := encoder.prompt(q)) <= room]
+    """Return questions with the model's greedy answers, where these end and can be trained on."""
+    asked = {q: prompt for q in questions if (prompt := _prompt(encoder, q))}
     if not asked:
         return []
     made = engine(
-        [prompt for _, prompt in asked], num_samples=1, temperature=0, max_new_tokens=ANSWER_TOKENS, stop_ids=encoder.stops,
-        as_generate=True,
+        list(asked.values()), num_samples=1, temperature=0, stop_ids=encoder.stops, as_generate=True,
+        max_new_tokens=[min(ANSWER_TOKENS, encoder.max_length - len(prompt)) for prompt in asked.values()],
     )  # fmt: skip
-    ended = [(q, ids) for (q, _), [ids] in zip(asked, made.tokens, strict=True) if _ended(ids, encoder)]
-    answers = encoder.answers([ids for _, ids in ended])
-    return [Row(q, answer) for (q, _), answer in zip(ended, answers, strict=True) if not says_nothing(answer)]
+    ended = {q: ids for q, [ids] in zip(asked, made.tokens, strict=True) if set(ids[-1:]) & set(encoder.stops)}
+    answers = encoder.answers(list(ended.values()))
+    return [Row(q, answer) for q, answer in zip(ended, answers, strict=True) if _trainable(encoder, q, answer)]
 
 
-def _ended(ids: Sequence[int], encoder: Encoder) -> bool:
-    return not set(encoder.stops).isdisjoint(ids[-1:])
+def _prompt(encoder: Encoder, question: str) -> list[int]:
+    """Return a question's prompt; nothing where it leaves no room for an answer, or reads as control tokens."""
+    try:
+        encoder.check_text("rehearsal", question)
+    except PMCError:
+        return []
+    prompt = encoder.prompt(question)
+    return prompt if len(prompt) < encoder.max_length else []
+
+
+def _trainable(encoder: Encoder, question: str, answer: str) -> bool:
+    if says_nothing(answer):
+        return False
+    try:
+        encoder.check_text("rehearsal", answer)
+        return not encoder.pair(question, answer).cut
+    except PMCError:
+        return False
 
 
 def _beginnings(retain: Sequence[Row]) -> list[str]:
@@ -135,8 +147,5 @@ def _last_turn(question: Question) -> str:
     return question if isinstance(question, str) else question[-1].content
 
 
-def _units(text: str) -> set[str]:
-    """Return a text's words; of scripts in which a character is one, two neighbours."""
-    units = unicode_units(text)
-    pairs = {a + b for a, b in itertools.pairwise(units) if len(a) == len(b) == 1 and not (a + b).isascii()}
-    return {u for u in units if len(u) > 1 or u.isascii()} | pairs
+def _all_turns(question: Question) -> str:
+    return question if isinstance(question, str) else "\n".join(turn.content for turn in question)

@@ -13,7 +13,6 @@ from pmc_fast.config.filters import parse_filter
 from pmc_fast.data import load_rows
 from pmc_fast.errors import PMCError
 from pmc_fast.jobs import filters
-from pmc_fast.jobs.remembered import recall, remember
 from pmc_fast.methods import upcore
 from tests.command_line import SECRET, cut_short, cut_short_methods, left_behind, replaced, run
 
@@ -87,11 +86,11 @@ def test_what_was_found_is_remembered_for_the_same_run(tmp_path):
     found = filters.LeftOut("upcore:0.5", [2], 3, "c")
     assert found.kept == [0, 2]
     key = filters._digest(base, "w")
-    file = tmp_path / "run" / filters.FILE
-    assert recall(file, key) is None
-    remember(file, key, dataclasses.asdict(found))
+    assert filters._remembered(tmp_path / "run", key) is None
+    filters._remember(tmp_path / "run", found, key)
+    [file] = (tmp_path / "run").iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
-    assert filters.LeftOut(**recall(file, key)) == found
+    assert filters._remembered(tmp_path / "run", key) == found
     others = [filters._digest(base, "another model's")]
     for settings in ({"seed": 1}, {"filter": "upcore:0.4"}, {"filter": "known_forgotten"}):
         base.config = dataclasses.replace(UnlearnConfig(filter="upcore:0.5"), **settings)
@@ -100,9 +99,9 @@ def test_what_was_found_is_remembered_for_the_same_run(tmp_path):
         base.config = UnlearnConfig(skip_known_forgotten=True, skip_threshold=threshold)
         others.append(filters._digest(base, "w"))
     assert len({key, *others}) == 7
-    assert all(recall(file, other) is None for other in others)
+    assert all(filters._remembered(tmp_path / "run", other) is None for other in others)
     file.write_text("{")
-    assert recall(file, key) is None
+    assert filters._remembered(tmp_path / "run", key) is None
 
 
 @pytest.mark.parametrize("method", ["pmc", "npo"])

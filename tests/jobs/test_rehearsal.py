@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from pmc_fast.config import UnlearnConfig
 from pmc_fast.data import Row
 from pmc_fast.jobs import rehearsal
 from pmc_fast.trainer.base import BaseTrainer
@@ -26,69 +25,100 @@ def asked(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The retain pairs of each question, in order."""
+    pairs, draw = [], BaseTrainer._draw_retain
+
+    def spied(self, questions):
+        pairs.extend(made := draw(self, questions))
+        return made
+
+    monkeypatch.setattr(BaseTrainer, "_draw_retain", spied)
+    return pairs
+
+
 def report_of(data, name="out"):
     return json.loads((data / name / "report.json").read_text())
 
 
+def with_method(arguments, method, **more):
+    return [*replaced(arguments, num_samples=2 if method == "pmc" else None, **more), "--method", method]
+
+
 @pytest.mark.parametrize("method", ["pmc", "npo"])
-def test_pairs_are_trained_on_and_not_evaluated(method, arguments, asked, data, monkeypatch, capsys):
-    trained = []
-    draw = BaseTrainer._draw_retain
-
-    def drawn(self, questions):
-        trained.append(len(self.retain))
-        return draw(self, questions)
-
-    monkeypatch.setattr(BaseTrainer, "_draw_retain", drawn)
-    words = [*replaced(arguments, num_samples=2 if method == "pmc" else None), "--method", method]
-    assert run([*words, "--rehearsal-pairs", "2", "--seed", "3"]) == 0
-    assert set(trained) == {8}
+def test_pairs_are_trained_on_and_not_evaluated(method, arguments, asked, drawn, data, tokenizer, capsys):
+    words = with_method(arguments, method, rehearsal_pairs=2, seed=3, epochs=2, retain_order="shuffled")
+    assert run([*words, "--log-text"]) == 0
+    texts = [tokenizer.decode(s.input_ids) for [s] in drawn]
+    assert len(set(texts)) == 8  # all six and both, each once
+    assert sum("odd" in text for text in texts) == 2
     [call] = asked
     assert (call["count"], call["seed"], len(call["retain"])) == (2, 3, 6)
-    assert [q for q, _ in call["forget"]] == [f"What is fact {i}?" for i in range(4)]
-    assert not any(SECRET in y for _, y in call["forget"])  # the model's own answers: PMC is told no others
+    told = [y for _, y in call["forget"][4:]]
+    assert [q for q, _ in call["forget"][:4]] == [f"What is fact {i}?" for i in range(4)]
+    assert not any(SECRET in y for _, y in call["forget"][:4])  # the model's own answers
+    assert told == ([] if method == "pmc" else [f"{SECRET} {i}" for i in range(4)])  # PMC is told no others
     made = report_of(data)
     assert (made["retain_rows"], made["rehearsal_rows"], made["settings"]["rehearsal_pairs"]) == (6, 2, 2)
     assert made["after"]["sets"]["retain"]["rows"] == 6
-    assert "Is 7 odd?" not in json.dumps(made) + capsys.readouterr().err
+    assert "odd" not in json.dumps(made) + capsys.readouterr().err
     assert not (data / "out.checkpoints").exists()
 
 
 def test_fewer_pairs_are_said(arguments, asked, data, capsys):
+    assert run([*arguments, "--rehearsal-pairs", "3", "--dry-run"]) == 0
+    assert "pairs of" in (shown := capsys.readouterr().out)
+    assert ", and 3 that the model writes" in shown
     assert run([*arguments, "--rehearsal-pairs", "3"]) == 0
-    text = "rehearsal_pairs is 3 and the model wrote 2 that may be kept"
+    text = "rehearsal_pairs is 3 and the model wrote 2"
     assert text in capsys.readouterr().err
     assert any(text in warning for warning in report_of(data)["warnings"])
 
 
+def test_a_model_that_writes_none_keeps_the_given_ones(arguments, drawn, data):
+    """The tiny model's weights are random: its words have no end."""
+    assert run([*arguments, "--rehearsal-pairs", "2", "--no-evaluate"]) == 0
+    made = report_of(data)
+    assert made["rehearsal_rows"] == 0
+    assert "the model wrote 0" in " ".join(made["warnings"])
+    assert len(drawn) == 4
+
+
 @pytest.mark.parametrize("method", ["pmc", "npo"])
-def test_a_resumed_run_has_the_same_pairs(method, arguments, asked, data, monkeypatch, capsys):
-    longer = replaced(arguments, epochs="4", num_samples=2 if method == "pmc" else None, rehearsal_pairs=2)
-    longer += ["--checkpoint-steps", "1", "--no-evaluate", "--method", method]
+def test_a_resumed_run_has_the_same_pairs(method, arguments, asked, drawn, data, monkeypatch, capsys):
+    longer = with_method(arguments, method, epochs=4, rehearsal_pairs=2)
+    longer += ["--checkpoint-steps", "1", "--no-evaluate"]
     (cut_short if method == "pmc" else cut_short_methods)(longer, monkeypatch)
-    file = data / "out.checkpoints" / rehearsal.FILE
-    assert file.stat().st_mode & 0o777 == 0o600
-    checkpoint = str(data / "out.checkpoints/checkpoint-2")
-    fewer = replaced(longer, rehearsal_pairs=1, output=data / "two")
-    assert run([*fewer, "--resume", checkpoint]) == 2
-    assert "belongs to another run: its retain rows differ" in capsys.readouterr().err
+    for other in (1, 0):
+        checkpoint = str(data / "out.checkpoints/checkpoint-2")
+        changed = replaced(longer, rehearsal_pairs=other, output=data / "two")
+        assert run([*changed, "--resume", checkpoint]) == 2
+        assert "belongs to another run: its number of rehearsal pairs differ" in capsys.readouterr().err
     count = len(asked)
+    del drawn[:]
     assert run([*longer, "--resume", "auto"]) == 0
     assert len(asked) == count  # not written again
+    assert report_of(data)["rehearsal_rows"] == 2
+    resumed = [*drawn]
+    del drawn[:]
     assert run(replaced(longer, output=data / "whole")) == 0
+    assert drawn[-len(resumed) :] == resumed
     losses = [[r["loss"] for r in report_of(data, name)["history"]] for name in ("out", "whole")]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("method", ["pmc", "npo"])
-def test_pairs_that_would_not_be_kept_are_refused(method, arguments, capsys):
-    words = replaced(arguments, num_samples=2 if method == "pmc" else None, rehearsal_pairs=2, retain_weight=0)
-    assert run([*words, "--method", method]) == 2
-    assert "rehearsal_pairs is 2 and retain_weight 0: no pair would be kept" in capsys.readouterr().err
+def test_nothing_is_written_where_no_pair_is_trained_on(method, arguments, asked, capsys):
+    assert run(with_method(arguments, method, rehearsal_pairs=2, retain_weight=0)) == 0
+    assert (
+        "rehearsal_pairs is 2 and retain_weight 0: no pair is trained on, and none is written"
+        in capsys.readouterr().err
+    )
+    assert asked == []
 
 
 def test_without_the_option_nothing_is_written(arguments, asked, data):
-    assert UnlearnConfig().rehearsal_pairs == 0
     assert run([*arguments, "--no-evaluate"]) == 0
     assert asked == []
     assert report_of(data)["rehearsal_rows"] == 0
