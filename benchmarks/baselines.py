@@ -1,5 +1,5 @@
-"""What `benchmarks.compare_methods` compares, behind one signature: `prepare()`, once and on the clock, `initial_answers` then, and
-`backward(indices, kept)`, an optimizer step's gradients on some forget questions and some retain pairs.
+"""What `benchmarks.compare_methods` compares, behind one signature: `prepare()`, once and on the clock, and `backward(indices,
+kept)`, an optimizer step's gradients on some forget questions and some retain pairs.
 """
 
 import dataclasses
@@ -24,10 +24,6 @@ class Collapse:
         self.pmc = PMC(model, tokenizer, PMCConfig(**config.algorithm()), [row.question for row in forget])
         self.encoder, self.engine = self.pmc.encoder, self.pmc.engine
 
-    @property
-    def initial_answers(self) -> list[str]:
-        return self.pmc.initial_answers
-
     def prepare(self) -> None:
         self.pmc.prepare()
 
@@ -50,7 +46,6 @@ class Baseline(Unlearner):
         parameters: dict[str, Any] = {key: value for key, value in setting.items() if key in own}
         super().__init__(model, tokenizer, config, method(**parameters), forget)
         self.engine = RolloutEngine(model)
-        self.initial_answers = [row.answer or "" for row in forget]  # what the taught model says
 
 
 def make(

@@ -16,7 +16,8 @@ after it.
 
 **Tuning.** Every setting of a method's grid runs once, seed 0, on the demo's 20 questions, for TUNING seconds. The best by RULE
 then runs at every budget and with every seed on 20 other questions, with other pairs to retain, of a model that was taught those
-(`finetuned_model("heldout")`). With --settings-of, methods that were tuned in another file, on another machine, take its choice.
+(`finetuned_model("heldout")`). Methods of LONGER_GRIDS are tuned again at a longer budget, whose best one runs there. With
+--settings-of, methods that were tuned in another file, on another machine, take its choice.
 
 All but PMC, IDK and the retain pairs alone train on the answers to be forgotten.
 
@@ -41,12 +42,11 @@ import torch
 
 from examples.demo_model import Task, finetuned_model
 from pmc_fast.config import PRESETS, UnlearnConfig
-from pmc_fast.data import Encoder, Row
+from pmc_fast.data import Encoder
 from pmc_fast.errors import NotFiniteError
 from pmc_fast.evaluation import evaluate, greedy_answers, mean_nlls, sampling_attack, summarize
 from pmc_fast.models import loading
 from pmc_fast.models.packed_forward import PackedPass
-from pmc_fast.pmc.rehearsal import rehearsal_rows
 from pmc_fast.pmc.schedule import RetainDraws, Schedule, micro_batches
 from pmc_fast.report.environment import commit
 from pmc_fast.utils.malloc import keep_freed_memory
@@ -67,31 +67,28 @@ EXTENSIONS: dict[str, Any] = {  # of "pmc_fast"; "pmc" is as published, with the
     name: PRESETS["fast"][name]
     for name in (
         "num_samples", "temperature", "answer_penalty", "resample_above", "selection", "rollout_batch_size", "question_dropout",
-        "max_length_ratio", "retain_loss", "rehearsal_pairs",
+        "max_length_ratio", "retain_loss",
     )
 }  # fmt: skip
-REHEARSED = EXTENSIONS["rehearsal_pairs"]
 GRIDS: Grids = {
     "pmc_fast": [
         {"learning_rate": lr, "retain_weight": w} for lr, w in ((1.5e-4, 5.0), (2e-4, 5.0), (1.5e-4, 3.0))
     ],
     "pmc": [{"learning_rate": 1e-4, "retain_weight": w} for w in (1.25, 3.0)],
     "npo": [
-        {"learning_rate": lr, "retain_weight": w, "beta": 0.5, "retain_loss": "kl", "rehearsal_pairs": n}
-        for lr, w, n in ((1e-4, 3.0, 0), (1e-4, 3.0, REHEARSED), (2e-4, 5.0, REHEARSED))
+        {"learning_rate": lr, "retain_weight": w, "beta": 0.5, "retain_loss": kind}
+        for lr, w, kind in ((1e-4, 3.0, "nll"), (1e-4, 3.0, "kl"), (2e-4, 5.0, "kl"))
     ],
     "simnpo": [
-        {"learning_rate": lr, "retain_weight": w, "beta": b, "retain_loss": kind, "rehearsal_pairs": n}
-        for lr, w, b, kind, n in (
-            (5e-5, 1.25, 2.5, "nll", 0), (5e-5, 1.25, 2.5, "kl", REHEARSED), (1e-4, 3.0, 4.5, "kl", REHEARSED),
-        )
+        {"learning_rate": lr, "retain_weight": w, "beta": b, "retain_loss": kind}
+        for lr, w, b, kind in ((5e-5, 1.25, 2.5, "nll"), (5e-5, 3.0, 4.5, "kl"), (1e-4, 3.0, 4.5, "kl"))
     ],
     "grad_diff": [
         {"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-5, 1.25), (2e-5, 3.0), (2e-5, 8.0), (5e-5, 8.0))
     ],
     "idk": [
-        {"learning_rate": lr, "retain_weight": w, "retain_loss": "kl", "rehearsal_pairs": n}
-        for lr, w, n in ((1e-4, 3.0, 0), (1e-4, 3.0, REHEARSED), (1e-4, 5.0, REHEARSED))
+        {"learning_rate": lr, "retain_weight": w, "retain_loss": kind}
+        for lr, w, kind in ((1e-4, 1.25, "nll"), (5e-5, 3.0, "kl"), (1e-4, 3.0, "kl"))
     ],
     "retain_only": [{"learning_rate": 5e-5}],
     "flat": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((2e-5, 0.0), (5e-5, 3.0))],
@@ -99,8 +96,17 @@ GRIDS: Grids = {
     "icu": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((1e-5, 0.5), (2e-5, 3.0))],
     "eul": [{"learning_rate": lr, "retain_weight": w} for lr, w in ((2e-5, 1.0), (5e-5, 1.0), (5e-5, 3.0))],
 }  # fmt: skip
+# by budget; written after the tuning with TUNING seconds
+LONGER_GRIDS: dict[float, Grids] = {
+    480.0: {
+        "pmc_fast": [{"learning_rate": lr, "retain_weight": 5.0} for lr in (1.5e-4, 2e-4)],
+        "npo": [
+            {"learning_rate": lr, "retain_weight": w, "beta": 0.5, "retain_loss": "kl"}
+            for lr, w in ((1e-4, 3.0), (2e-4, 5.0))
+        ],
+    },
+}
 ABLATED: list[dict[str, Any]] = [  # what is put in place of some of EXTENSIONS
-    {"rehearsal_pairs": 0},
     {"retain_loss": "nll"},
     {"question_dropout": 0.0},
     {"selection": "argmin"},
@@ -185,14 +191,12 @@ class TimedRun(Run):
 
     def train(self) -> None:
         c, task = self.config, self.task
-        optimizer = optimizer_of(self)
+        kept = [task.encoder.pair(row.question, row.answer or "") for row in self.retain]
+        optimizer, draws = optimizer_of(self), RetainDraws.of(c, len(kept))
         warmup = Schedule.plan(c, len(self.forget)).steps_per_epoch
         self.start()
         task.prepare()
-        rows = self.retain + self.rehearsal()
         self.stop()
-        kept = [task.encoder.pair(row.question, row.answer or "") for row in rows]
-        draws = RetainDraws.of(c, len(kept))
         prepared = self.seconds
         self.resume()
         for step, [indices] in enumerate(micro_batches(c, len(self.forget)), start=1):
@@ -209,16 +213,6 @@ class TimedRun(Run):
             self.stop()
             self.history.append({"step": step, "loss": loss})
             self.resume()
-
-    def rehearsal(self) -> list[Row]:
-        """Return the pairs that the untouched model writes, if the run has any."""
-        c, task = self.config, self.task
-        if not c.rehearsal_pairs:
-            return []
-        forget = list(zip([row.question for row in self.forget], task.initial_answers, strict=True))
-        return rehearsal_rows(
-            task.engine, task.encoder, c.rehearsal_pairs, forget=forget, retain=self.retain, seed=c.seed
-        )
 
     def run(self) -> dict[str, Any]:
         diverged = None
@@ -253,12 +247,13 @@ def untouched(task: Task) -> Plan:
     return Plan("retain_only", {}, 0, 0.0, task)
 
 
-def tuning_plans(methods: Sequence[str]) -> Iterator[Plan]:
-    """Yield every setting's run with TUNING seconds: the first ones of all methods first."""
-    for turn in range(max(map(len, GRIDS.values()))):
-        for method in methods:
-            for setting in GRIDS[method][turn : turn + 1]:
-                yield Plan(method, setting, 0, TUNING, "demo", attack=False)
+def tuning_plans(methods: Sequence[str], budgets: Iterable[float] = ()) -> Iterator[Plan]:
+    """Yield every setting's run with TUNING seconds, and those of LONGER_GRIDS: the first ones of all methods first."""
+    for budget, grids in {TUNING: GRIDS, **LONGER_GRIDS}.items():
+        for turn in range(max(map(len, grids.values()))):
+            for method in methods if budget == TUNING or budget in budgets else ():
+                for setting in grids.get(method, [])[turn : turn + 1]:
+                    yield Plan(method, setting, 0, budget, "demo", attack=False)
 
 
 def final_plans(
@@ -367,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
     elsewhere = measured(o.settings_of) if o.settings_of else []
     facts = {
         "settings_of": o.settings_of.name if o.settings_of else None,
-        "grids": GRIDS,
+        "grids": GRIDS, "longer_grids": {f"{budget:g}": grids for budget, grids in LONGER_GRIDS.items()},
         "extensions": EXTENSIONS, "general": GENERAL, "retain_order": RETAIN_ORDER, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
         "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
     }  # fmt: skip
@@ -380,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
             if o.ablate:
                 run_all(ablation_plans(measured(o.json)))
             else:
-                run_all(tuning_plans([m for m in o.methods if chosen(elsewhere, m, TUNING) is None]))
+                run_all(tuning_plans([m for m in o.methods if chosen(elsewhere, m, TUNING) is None], o.budgets))
                 if not o.tune:
                     run_all(final_plans(o.methods, o.seeds, o.budgets, measured(o.json), elsewhere))
     results = measured(o.json)

@@ -49,7 +49,7 @@ def trials(results: Sequence[Result], method: str, budget: float) -> list[Result
 
 def tuning_runs(results: Sequence[Result], method: str, budget: float) -> list[Result]:
     """Return the runs of a method's grid at a budget: those that set nothing else."""
-    tuned = TUNED if method == EXTENDED else TUNED | {"retain_loss", "rehearsal_pairs"}
+    tuned = TUNED if method == EXTENDED else TUNED | {"retain_loss"}
     return [r for r in trials(results, method, budget) if set(r["setting"]) <= tuned]
 
 

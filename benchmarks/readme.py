@@ -205,9 +205,13 @@ def skip_table(suites: Suites) -> str:
     return "\n".join(lines)
 
 
-def _compared(make: Callable[[list[dict[str, Any]]], str]) -> Callable[[Suites], str]:
+# result files; PMC and NPO run in the second with the settings that were tuned in the first
+COMPARISONS = ("compare_methods", "compare_epyc")
+
+
+def _compared(make: Callable[[list[dict[str, Any]]], str], suite: str) -> Callable[[Suites], str]:
     def block(suites: Suites) -> str:
-        runs = suites.results("compare_methods")
+        runs = suites.results(suite)
         return make(runs) if runs else "Not measured yet: `python -m benchmarks.compare_methods`."
 
     return block
@@ -228,7 +232,10 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "gpu": lambda suites: gpu_page.table(suites.documents.get("gpu")),
     "methods": methods.time_table,
     "methods_trained": methods.train_table,
-    **{name: _compared(make) for name, make in compare_report.TABLES.items()},
+    **{name: _compared(make, "compare_methods") for name, make in compare_report.TABLES.items()},
+    "compare_epyc": _compared(compare_report.final_table, "compare_epyc"),
+    "compare_epyc_intervals": _compared(compare_report.interval_table, "compare_epyc"),
+    "compare_epyc_tuning": _compared(compare_report.tuning_table, "compare_epyc"),
 }
 
 
@@ -255,5 +262,6 @@ def rewrite() -> None:
         page.write_text(fill(page.read_text(encoding="utf-8"), suites), encoding="utf-8")
     if runs := suites.results("end_to_end"):
         end_to_end.plot(runs)
-    if runs := suites.results("compare_methods"):
-        compare_report.draw(runs, harness.RESULTS / "compare_methods.svg")
+    for suite in COMPARISONS:
+        if runs := suites.results(suite):
+            compare_report.draw(runs, harness.RESULTS / f"{suite}.svg")

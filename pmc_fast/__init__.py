@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from .models.packed_forward import PackedPass
     from .ops import gather_logps, weighted_nll
     from .pmc.algorithm import PMC
-    from .pmc.rehearsal import rehearsal_rows
     from .pmc.reward import rouge_l_recall
     from .rollout import RolloutEngine
     from .trainer.arguments import PMCArguments
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PMC", "PMCArguments", "PMCConfig", "PMCError", "PMCTrainer", "PackedPass", "RolloutEngine", "Row",
-    "UnlearnTrainer", "collate", "encode_pair", "evaluate", "gather_logps", "load_rows", "rehearsal_rows", "rouge_l_recall", "weighted_nll",
+    "UnlearnTrainer", "collate", "encode_pair", "evaluate", "gather_logps", "load_rows", "rouge_l_recall", "weighted_nll",
 ]  # fmt: skip
 _MODULES = {
     "config": ["PMCConfig"],
@@ -32,7 +31,6 @@ _MODULES = {
     "models.packed_forward": ["PackedPass"],
     "ops": ["gather_logps", "weighted_nll"],
     "pmc.algorithm": ["PMC"],
-    "pmc.rehearsal": ["rehearsal_rows"],
     "pmc.reward": ["rouge_l_recall"],
     "rollout": ["RolloutEngine"],
     "trainer.arguments": ["PMCArguments"],

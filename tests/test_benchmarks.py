@@ -218,6 +218,8 @@ def test_plans_name_each_run_once():
     assert [p.method for p in tuning[:3]] == ["npo", "idk", "npo"]
     assert [p.setting for p in tuning if p.method == "npo"] == compare_methods.GRIDS["npo"]
     assert all(p.find(made) is not None for p in tuning if p.method == "npo")
+    longer = [p for p in compare_methods.tuning_plans(["npo", "idk"], [480.0]) if p not in tuning]
+    assert [(p.method, p.budget) for p in longer] == [("npo", 480.0)] * 2  # no method of another grid
     final = list(compare_methods.final_plans(["npo", "idk"], [0, 1], [240.0, 480.0], made))
     assert [(p.seed, p.budget) for p in final] == [
         (0, 240.0),
@@ -284,9 +286,8 @@ def test_methods_are_compared_and_what_is_there_is_not_repeated(small_task, tmp_
 def test_compared_settings_are_valid(small_task):
     """Before hours of runs: each one's settings, and PMC's with each extension left out."""
     changes = [{}, *compare_methods.ABLATED]
-    plans = [
-        compare_methods.Plan(method, own, 0, 1.0) for method, grid in compare_methods.GRIDS.items() for own in grid
-    ]
+    grids = [*compare_methods.GRIDS.items(), *(i for of in compare_methods.LONGER_GRIDS.values() for i in of.items())]
+    plans = [compare_methods.Plan(method, own, 0, 1.0) for method, grid in grids for own in grid]
     plans += [compare_methods.Plan("pmc_fast", change, 0, 1.0) for change in changes]
     for plan in plans:
         config = compare_methods.config_of(plan)
@@ -309,31 +310,6 @@ def test_a_run_ends_with_its_budget_and_its_rate(small_task, monkeypatch):
     assert made["steps"] == 4  # a fifth would end at 10 s
     assert rates == pytest.approx([1e-3 * (i + 1) / 5 * (1 - 2 * i / 9) for i in range(4)])
     assert made["curve"][-1]["step"] == 4
-
-
-@pytest.mark.parametrize("method", ["pmc_fast", "npo"])
-def test_runs_keep_what_the_untouched_model_writes(method, small_task, monkeypatch):
-    plan = compare_methods.Plan(method, {"learning_rate": 1e-3, "rehearsal_pairs": 2}, 1, 20.0, attack=False)
-    run, asked, drawn = compare_methods.TimedRun(plan), [], []
-
-    def written(engine, encoder, count, **given):
-        asked.append({"count": count, **given})
-        return [Row("Is it?", "It is."), Row("Are you?", "I am.")]
-
-    def backward(indices, kept):
-        drawn.extend(kept)
-        run.seconds += 1.0
-        return 0.0
-
-    monkeypatch.setattr(compare_methods, "rehearsal_rows", written)
-    monkeypatch.setattr(run.task, "backward", backward)
-    monkeypatch.setattr(run, "stop", lambda: None)
-    run.train()
-    [given] = asked
-    assert (given["count"], given["seed"], given["retain"]) == (2, 1, run.retain)
-    assert [q for q, _ in given["forget"]] == [row.question for row in run.forget]
-    assert [y for _, y in given["forget"]] == list(run.task.initial_answers)
-    assert drawn[:62].count(run.task.encoder.pair("Is it?", "It is.")) == 1  # every pair once before any comes again
 
 
 def test_the_cards_table():

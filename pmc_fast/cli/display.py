@@ -82,8 +82,7 @@ def print_plan(plan: "Plan", output: str) -> dict[str, Any]:
         f"forget    {len(plan.forget)} questions of {c.forget}{_texts(plan.forget)}, {answered or 'none'} with an answer"
         + ("" if answered else ": the model's own first answers are taken for the truth")
     )
-    written = f", and {c.rehearsal_pairs} that the model writes" if c.rehearsal_pairs else ""
-    click.echo(f"retain    {len(plan.retain)} pairs of {c.retain}{_texts(plan.retain)}{written}")
+    click.echo(f"retain    {len(plan.retain)} pairs of {c.retain}{_texts(plan.retain)}")
     click.echo(f"evaluate  {', '.join(f'{e.name} ({len(e.rows)})' for e in plan.sets) or 'nothing'}")
     click.echo(f"prompts   {c.prompt_format}, prompt and answer at most {c.max_length} tokens")
     if method["name"] != "pmc":

@@ -33,7 +33,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "num_samples": 10, "temperature": 0.7, "top_p": 0.95, "answer_penalty": 8.0, "resample_above": 0.05,
         "selection": "likeliest", "rollout_batch_size": 20, "question_dropout": 0.3, "max_length_ratio": 1.5, "retain_loss": "kl",
-        "rehearsal_pairs": 24,
         "retain_order": "shuffled", "retain_weight": 5.0, "num_epochs": 12.0, "batch_size": 4, "gradient_accumulation_steps": 1,
         "learning_rate": 1.5e-4, "prompt_format": "tags",
     },
@@ -56,11 +55,6 @@ class UnlearnConfig(EvaluationConfig, PMCConfig, MethodConfig):
         None,
         "weight of the retain loss, lambda in the paper (unset: 1.25 for pmc, else the method's own)",
         aliases=["--lambda"],
-    )
-    rehearsal_pairs: Count = option(
-        0,
-        "extension: also keep so many pairs that the untouched model writes: questions that begin with the first word of one of "
-        "RETAIN's, and its answers; they are for what no pair of RETAIN is about (0: off, as published)",
     )
     output: Path = option("", "output directory, new or empty")
     num_epochs: Positive = option(30.0, "passes over the forget questions", aliases=["--epochs"])

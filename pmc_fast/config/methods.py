@@ -31,7 +31,6 @@ PMC_ALONE = tuple(
     for f in dataclasses.fields(PMCConfig)
     if f.name not in {"retain_weight", *OF_RETAIN, *(shared.name for shared in dataclasses.fields(SharedConfig))}
 )
-TUNED_FOR_PMC = ("retain_weight", "retain_loss", "rehearsal_pairs")  # of a preset: others have their paper's
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 
 
@@ -69,4 +68,4 @@ def without_pmc(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     method, unread = given["method"], of_pmc(filter_of(given))
     for name in unread:
         require(name not in given, name, given.get(name), f"left out with method {method}: it is a setting of PMC")
-    return {name: value for name, value in preset.items() if name not in (*unread, *TUNED_FOR_PMC)}
+    return {name: value for name, value in preset.items() if name not in (*unread, "retain_weight", "retain_loss")}

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
-import regex
-
 from ..config import PromptConfig
 from ..errors import PMCError
 from ..utils.labels import IGNORED
@@ -33,8 +31,6 @@ from .encoding import (
 )  # fmt: skip
 
 PROBE = ("Who did it?", "Ann did.")
-# up to the first end of a line or sentence; "Dr." and "U.S." end none
-_SENTENCE = regex.compile(r"(?V1)[^\n]*?(?:[\p{Sentence_Terminal}--.]+|(?<=\p{L}{3})\.(?![\p{L}\p{N}])|(?=\n))")
 NO_LIMIT = 1 << 20  # more tokens than the probe has
 
 
@@ -129,33 +125,6 @@ class Encoder:
             return encode_prompt(
                 self.tokenizer, question, prompt_format=self.format_of(question), start=start, **self._chat
             )
-
-    def question_prompt(self, start: str) -> list[int]:
-        """Return the ids from which a question that begins with `start` is sampled: a prompt, up to there."""
-        return self.tokenizer(self._around[0] + start, add_special_tokens=self.format == "tags")["input_ids"]
-
-    def question(self, start: str, sampled: Sequence[int]) -> str:
-        """Return the question that begins with `start` and goes on with ids that were sampled behind its `question_prompt`.
-
-        It ends with its first sentence or line, or where an answer would begin. If it has none of these ends, it is empty.
-        """
-        ends = {*self.stops, *control_tokens(self.tokenizer)}
-        size = next((i for i, token in enumerate(sampled) if token in ends), len(sampled))
-        prompt = self.question_prompt(start)
-        # alone, some tokenizers decode them without the space before the first word
-        before, text = (self.tokenizer.decode(ids) for ids in (prompt, prompt + list(sampled[:size])))
-        text, *behind = (start + text[len(before) :]).split(self._around[1], 1)
-        if sentence := _SENTENCE.match(text):
-            return sentence[0].strip()
-        return text.strip() if behind or size < len(sampled) else ""
-
-    @cached_property
-    def _around(self) -> tuple[str, str]:
-        """The text of a prompt before its question, and what begins the text behind it."""
-        if self.format == "tags":
-            return QUESTION_TAG, QUESTION_END
-        before, _, behind = chat_text(self.tokenizer, PROBE[0], None, **self._chat).rpartition(PROBE[0])
-        return before, next(iter(behind.split()), "\n")
 
     def pair(self, question: Question, answer: str, *, where: str = "") -> Encoded:
         """Encode a question with its answer for training; `where` names them in errors."""

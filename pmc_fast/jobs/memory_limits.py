@@ -52,8 +52,6 @@ def work_of(config: UnlearnConfig, lengths: Lengths, device: str) -> Work:
         trained, alone = len(method.answers), longest
         group = trained * longest
     retain, pairs = max(lengths.retain, default=longest), c.retain_per_question
-    if c.rehearsal_pairs:  # of lengths that are not known yet
-        retain = longest
     answer = _mean(lengths.answers or lengths.retain_answers)
     prompt = _mean(prompts)
     expected = questions * (prompt + trained * answer + pairs * _mean(lengths.retain)) if known else None

@@ -40,28 +40,13 @@ def checked_method(config: UnlearnConfig, forget: Sequence[Row], processes: int)
         what = f"method {config.method}" if method is not None else "max_seconds"
         raise PMCError(f"WORLD_SIZE is {processes}: {what} runs on one process")
     if method is None:
-        return None, [] if config.retain_weight else _without_rehearsal(config)
+        return None, []
     check_rows(method, forget, config.forget)
     check_retain_loss(method, config)
     warnings = [f"method {config.method} trains on the answers to be forgotten"] if method.told else []
     if not method.needs_retain:
         warnings.append(f"retain_weight is 0, as method {config.method} has it: {config.retain} is only evaluated")
-        warnings += _without_rehearsal(config)
     return method, warnings
-
-
-def trains_on_pairs(config: UnlearnConfig) -> bool:
-    """Return whether a run's loss has a part of pairs to keep."""
-    method = method_of(config)
-    return bool(config.retain_weight) if method is None else method.needs_retain
-
-
-def _without_rehearsal(config: UnlearnConfig) -> list[str]:
-    if not config.rehearsal_pairs:
-        return []
-    return [
-        f"rehearsal_pairs is {config.rehearsal_pairs} and retain_weight 0: no pair is trained on, and none is written"
-    ]
 
 
 def facts(config: UnlearnConfig) -> dict[str, Any]:

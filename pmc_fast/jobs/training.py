@@ -16,7 +16,7 @@ from ..pmc.algorithm import PMC
 from ..pmc.reward import choose_scorer
 from ..trainer.arguments import PMCArguments
 from ..trainer.callbacks import TrainingClock
-from ..trainer.checkpointing import REHEARSAL, ResumableTrainer
+from ..trainer.checkpointing import ResumableTrainer
 from ..trainer.trainer import PMCTrainer
 from ..trainer.unlearn import UnlearnTrainer
 from ..utils.files import digest
@@ -153,14 +153,13 @@ class MethodRun:
 
 
 class _FilteredTrainer(ResumableTrainer):
-    """A trainer whose checkpoints are of a run with the same filter and number of rehearsal pairs."""
+    """A trainer whose checkpoints are of a run with the same filter."""
 
     filter_settings: Sequence[Any] = ()  # of `filters.settings_of`
-    rehearsal_pairs = 0
 
     def _own_fingerprint(self) -> dict[str, Any]:
         own = {"filter": digest(self.filter_settings)} if self.filter_settings else {}
-        return super()._own_fingerprint() | own | {REHEARSAL: digest(self.rehearsal_pairs)}
+        return super()._own_fingerprint() | own
 
 
 class _PMCTrainer(_FilteredTrainer, PMCTrainer):

@@ -34,7 +34,6 @@ from .memory_limits import Limits
 from .outputs import TrainingTarget, WholeModel
 from .plan import Plan, make_plan, require_inputs
 from .progress import Monitor, Silent, Stages
-from .rehearsal import rehearse
 from .trackers import Tracker
 from .training import MethodRun, PMCRun, ProgressCallback, is_step
 
@@ -130,14 +129,12 @@ def _run(plan: Plan, target: TrainingTarget, tracker: Tracker | None, stages: St
     progress = ProgressCallback(stages.monitor, plan.schedule.steps, clock)
     run = _made(plan, loaded, arguments, target, [clock, progress, *(x for x in (profiler, tracker) if x)])
     trainer = run.trainer
-    trainer.clock, trainer.filter_settings, trainer.rehearsal_pairs = clock, settings_of(c), c.rehearsal_pairs
+    trainer.clock, trainer.filter_settings = clock, settings_of(c)
     run.share(held, plan)
     if causal_lm(loaded.model) is loaded.model:  # no adapter, whose hash is another one
         trainer.weights_sha256 = weights  # not read twice
     resumed = trainer.find_checkpoint(plan.config.resume, warn=stages.monitor.warn)
     clock.before = run.prepare(plan, evaluator, resumed, stages)
-    if resumed is None:  # else the checkpoint has them
-        clock.before += rehearse(plan, trainer, evaluator, stages)
     if c.max_seconds is not None and clock.before >= c.max_seconds:
         raise PMCError(
             f"max_seconds is {c.max_seconds:g}, and what method {c.method} needs of the untouched model took {clock.before:.1f} s "
@@ -270,7 +267,6 @@ def _report(
         "models": {"before": {"source": config.model, "sha256": weights}},
         "questions": len(plan.forget),
         "retain_rows": len(plan.retain),
-        "rehearsal_rows": len(run.trainer.rehearsal),
         "data": data,
         "cut": {source: len(rows) for source, rows in plan.cut.items()} | {"initial answers": run.cut_answers},
         "truth_of_forget": "given answers" if all(r.answer for r in plan.forget) else "initial answers",

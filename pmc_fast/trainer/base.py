@@ -1,7 +1,7 @@
 """What trainers here share: arguments checked, batches of questions, draws of retain pairs, the optimizer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..config import PMCConfig
-from ..data import Encoded, Encoder, Row, sequences_of
+from ..data import Encoded
 from ..distributed import Ranks
 from ..errors import DivergedError, PMCError
 from ..models.teacher import SHARDED
@@ -91,8 +91,6 @@ class BaseTrainer(Trainer):
         if self.is_fsdp_enabled and config.retain_loss == "kl":
             raise PMCError(SHARDED)
         self.order_seed = config.seed
-        self.rehearsal: list[Encoded] = []
-        self._settings_of_draws = config
 
     def _check_given(
         self,
@@ -143,23 +141,7 @@ class BaseTrainer(Trainer):
 
     def _draw_retain(self, questions: int) -> list[list[Encoded]]:
         """Return the pairs to keep of each of so many questions of a micro-batch."""
-        pairs = self.retain + self.rehearsal
-        return [[pairs[i] for i in drawn] for drawn in self.retain_draws(questions)]
-
-    def add_rehearsal(self, rows: Sequence[Row]) -> None:
-        """Draw these pairs, too, which the untouched model wrote (`rehearsal_rows`): before training, in place of earlier ones.
-
-        Checkpoints hold them, and a run that is resumed has those of its checkpoint.
-        """
-        self._rehearse(sequences_of(rows, self._encoder, "rehearsal pairs"))
-
-    def _rehearse(self, pairs: list[Encoded]) -> None:
-        self.rehearsal = pairs
-        self.retain_draws = RetainDraws.of(self._settings_of_draws, len(self.retain) + len(pairs))
-
-    @property
-    def _encoder(self) -> Encoder:
-        raise NotImplementedError
+        return [[self.retain[i] for i in drawn] for drawn in self.retain_draws(questions)]
 
     def train_mode_of_optimizer(self) -> None:
         """Switch a schedule-free optimizer back from an evaluation."""

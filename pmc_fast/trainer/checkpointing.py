@@ -28,9 +28,6 @@ MANIFEST = "pmc_manifest.json"
 STATE = "pmc_state.json"
 ASIDE = ".unfinished"
 DTYPES = "parameters' dtypes"
-REHEARSAL = "number of rehearsal pairs"
-# what an older checkpoint was that does not say so: float32, unless its weights' hash says otherwise, without such pairs
-UNSAID = {DTYPES: digest({}), REHEARSAL: digest(0)}
 
 
 @contextmanager
@@ -105,8 +102,8 @@ def check_fingerprint(directory: Path, recorded: dict[str, Any], fingerprint: di
     """Refuse a checkpoint whose recorded fingerprint is not that of this run."""
     for name, value in fingerprint.items():
         if name not in recorded:
-            if value == UNSAID.get(name):
-                continue
+            if name == DTYPES and value == digest({}):
+                continue  # an older one, which was float32 unless its weights' hash says otherwise
             raise PMCError(f"checkpoint {directory} is of an older pmc_fast: it does not say of which {name} it is")
         if recorded[name] != value:
             raise PMCError(
@@ -214,11 +211,9 @@ class ResumableTrainer(ThriftyTrainer):
 
     def _own_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the Trainer's files, JSON-ready."""
-        written = [[s.input_ids, s.labels] for s in self.rehearsal]
-        return {"retain_draws": self.retain_draws.state_dict()} | ({"rehearsal": written} if written else {})
+        return {"retain_draws": self.retain_draws.state_dict()}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        self._rehearse([Encoded(*pair) for pair in state.get("rehearsal", [])])
         self.retain_draws.load_state_dict(state["retain_draws"])
 
     def _own_fingerprint(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..config import PMCConfig
-from ..data import Encoded, Encoder, questions_of
+from ..data import Encoded, questions_of
 from ..errors import NotFiniteError
 from ..pmc.algorithm import PMC
 from ..pmc.reward import Reward
@@ -115,10 +115,6 @@ class PMCTrainer(LoggingTrainer, EvaluatingTrainer, ResumableTrainer):
 
     def _encode_retain(self, dataset: Any) -> list[Encoded]:
         return self.pmc.encode_retain(dataset)
-
-    @property
-    def _encoder(self) -> Encoder:
-        return self.pmc.encoder
 
     def _share(self, count: int) -> slice:
         """Return this process's part of a batch of `count` questions; of a small one the last processes get none.

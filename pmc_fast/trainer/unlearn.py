@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..config import PMC_ALONE, PMCConfig, require_without_pmc
-from ..data import Encoded, Encoder, check_datasets, listed, rows_in, sequences_of
+from ..data import Encoded, check_datasets, listed, rows_in, sequences_of
 from ..data.datasets import check_sequences
 from ..distributed import Ranks
 from ..errors import NotFiniteError, PMCError
@@ -136,10 +136,6 @@ class UnlearnTrainer(ResumableTrainer):
         if not self.method.needs_retain:
             logger.warning(f"retain_dataset has no effect: {type(self.method).__name__}'s retain_weight is 0")
         return sequences
-
-    @property
-    def _encoder(self) -> Encoder:
-        return self.task.encoder
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any

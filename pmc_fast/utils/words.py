@@ -70,7 +70,6 @@ _CLUSTER = (
 _CHARACTER = rf"(?=[\p{{L}}\p{{N}}])(?=[{_CHARACTERS}])\X"
 _SPACED = rf"(?![{_CHARACTERS}{_CLUSTERS}])"
 _UNIT = regex.compile(rf"{_CLUSTER}|{_CHARACTER}|(?:{_SPACED}[\p{{L}}\p{{N}}]\p{{M}}*)+")
-_PART = regex.compile(rf"{_CLUSTER}|{_CHARACTER}")  # of a word, in scripts without spaces
 _WORD = regex.compile(
     rf"{_CLUSTER}|{_CHARACTER}|(?:{_SPACED}[^\s\u200b\u0f0b\u1361])+"
 )  # Tibetan's, Ethiopic's spaces
@@ -132,18 +131,6 @@ def parted(before: str, after: str) -> bool:
     There is none next to scripts without spaces and their punctuation, nor before punctuation that closes.
     """
     return not (_UNSPACED.match(before[-1:]) or _UNSPACED.match(after[:1]) or _CLOSES.match(after))
-
-
-def neighbours(text: str) -> set[str]:
-    """Return a text's words by `unicode_units`, stemmed; of scripts without spaces each two that stand side by side.
-
-    There a word of `unicode_units` is a character or cluster, which any text has. One that stands alone counts alone.
-    """
-    found: set[str] = set()
-    for spaced, group in itertools.groupby(unicode_units(text, stem=True), lambda unit: not _PART.fullmatch(unit)):
-        units = list(group)
-        found.update(units if spaced or len(units) == 1 else map("".join, itertools.pairwise(units)))
-    return found
 
 
 def without_words(text: str, rate: float, generator: np.random.Generator) -> str:
