@@ -1,6 +1,6 @@
 """The demo: a real language model forgets real facts.
 
-    python -m examples.demo             # 7 to 9 minutes on two cores
+    python -m examples.demo             # 5 to 9 minutes on two cores
     python -m examples.demo --short     # a few steps, to see that everything runs
 
 SmolLM2-135M-Instruct is first taught 80 question-answer pairs about invented authors (TOFU,
