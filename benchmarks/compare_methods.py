@@ -17,7 +17,7 @@ after it.
 **Tuning.** Every setting of a method's grid runs once, seed 0, on the demo's 20 questions, for TUNING seconds. The best by RULE
 then runs at every budget and with every seed on 20 other questions, with other pairs to retain, of a model that was taught those
 (`finetuned_model("heldout")`). Methods of LONGER_GRIDS are tuned again at a longer budget, whose best one runs there. With
---settings-of, methods that were tuned in another file, on another machine, take its choice.
+--settings-of, methods that were tuned in other files, on other machines, take what was chosen there.
 
 All but PMC, IDK and the retain pairs alone train on the answers to be forgotten.
 
@@ -355,13 +355,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="repeat runs that have been measured")
     parser.add_argument("--report", action="store_true", help="only print the tables and draw the plots")
     parser.add_argument(
-        "--settings-of", type=Path, help="a result file whose chosen settings are used, where it has any"
+        "--settings-of",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="result files whose chosen settings are used, where they have any",
     )
     parser.add_argument("--json", type=Path, default=RESULT, help="where results are; the plot goes beside it")
     o = parser.parse_args(arguments)
-    elsewhere = measured(o.settings_of) if o.settings_of else []
+    elsewhere = [result for path in o.settings_of for result in measured(path)]
     facts = {
-        "settings_of": o.settings_of.name if o.settings_of else None,
+        "settings_of": [path.name for path in o.settings_of],
         "grids": GRIDS, "longer_grids": {f"{budget:g}": grids for budget, grids in LONGER_GRIDS.items()},
         "extensions": EXTENSIONS, "general": GENERAL, "retain_order": RETAIN_ORDER, "rule": RULE, "tuning_s": TUNING, "workers": o.workers,
         "attack": ATTACK | {"max_length": ATTACK_LENGTH, "prefill": PREFILL},
