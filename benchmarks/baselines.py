@@ -32,7 +32,7 @@ class Collapse:
         self.pmc.model.train()
         loss = self.pmc.loss(step, kept).loss
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
 
 class Baseline(Unlearner):

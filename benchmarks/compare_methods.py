@@ -5,7 +5,8 @@
     python -m benchmarks.compare_methods --methods pmc_fast npo --seeds 0 --budgets 240
     python -m benchmarks.compare_methods --methods pmc_fast npo flat mollm icu eul --budgets 240 \\
         --json benchmarks/results/compare_more.json --settings-of benchmarks/results/compare_methods.json
-    python -m benchmarks.compare_methods --ablate         # PMC with each of its extensions left out
+    python -m benchmarks.compare_methods --ablate --json benchmarks/results/compare_extensions.json \\
+        --settings-of benchmarks/results/compare_methods.json    # PMC with each of its extensions left out
     python -m benchmarks.compare_methods --report         # tables and plots of what has been measured
 
 **Time.** A run has one core at a time, with one thread, and as many run at once as there are cores (--workers). Every two seconds they
@@ -273,11 +274,11 @@ def final_plans(
 
 
 def ablation_plans(results: Sequence[dict[str, Any]]) -> Iterator[Plan]:
-    """Yield the chosen setting of "pmc_fast" without one extension each, on the questions of the tuning."""
+    """Yield the chosen setting of "pmc_fast", whole and without one extension each, on the questions of the tuning."""
     setting = chosen(results, "pmc_fast", TUNING)
     if setting is None:
         raise SystemExit("no setting of pmc_fast was chosen yet: tune it first (--methods pmc_fast --tune)")
-    for change in ABLATED:
+    for change in ({}, *ABLATED):
         yield Plan("pmc_fast", setting | change, 0, TUNING, "demo", attack=False)
 
 
@@ -351,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="seconds of one core")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at once, a core each")
     parser.add_argument("--tune", action="store_true", help="only tune")
-    parser.add_argument("--ablate", action="store_true", help="only PMC without one extension each")
+    parser.add_argument("--ablate", action="store_true", help="only PMC, whole and without one extension each")
     parser.add_argument("--again", action="store_true", help="repeat runs that have been measured")
     parser.add_argument("--report", action="store_true", help="only print the tables and draw the plots")
     parser.add_argument(
@@ -377,7 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
         with harness.alone():
             run_all([untouched("demo"), untouched("heldout")])
             if o.ablate:
-                run_all(ablation_plans(measured(o.json)))
+                run_all(ablation_plans(elsewhere or measured(o.json)))
             else:
                 run_all(tuning_plans([m for m in o.methods if chosen(elsewhere, m, TUNING) is None], o.budgets))
                 if not o.tune:

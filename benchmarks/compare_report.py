@@ -216,12 +216,7 @@ def words(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in named)
 
 
-TABLES = {
-    "compare_methods": final_table,
-    "compare_intervals": interval_table,
-    "compare_tuning": tuning_table,
-    "compare_ablation": ablation_table,
-}
+TABLES = {"final": final_table, "intervals": interval_table, "tuning": tuning_table, "ablation": ablation_table}
 
 
 # --- plot
@@ -230,32 +225,58 @@ COLORS = {
     "pmc_fast": "C0", "pmc": "C9", "npo": "C2", "simnpo": "C8", "grad_diff": "C1", "idk": "C4", "retain_only": "C7",
     "flat": "C3", "mollm": "C5", "icu": "C6", "eul": "black",
 }  # fmt: skip
+BEFORE: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": ":"}
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw, for each budget, utility and leakage against quality; and quality against the budget."""
+    """Draw means of quality and utility against the budget; and for each budget utility and leakage against quality."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     made = budgets(results)
-    figure = Figure(figsize=(9, 3.5 * max(1, len(made))), layout="constrained")
-    panels = figure.subplots(max(1, len(made)), 2, squeeze=False)
-    for (useful, leaks), budget in zip(panels, made, strict=False):
+    figure = Figure(figsize=(9, 3.5 * (1 + len(made))), layout="constrained")
+    curves, *panels = figure.subplots(1 + len(made), 2, squeeze=False)
+    draw_curves(results, curves)
+    for (useful, leaks), budget in zip(panels, made, strict=True):
         for p in (r["curve"][-1] for r in before(results, "heldout")):
-            useful.axhline(p["utility"], color="black", linewidth=1, linestyle=":", label="before")
-        for method, label in LABELS.items():
-            for i, run in enumerate(sound(final_runs(results, method, budget))):
-                end, how = run["curve"][-1], {"color": COLORS[method], "label": None if i else label}
+            useful.axhline(p["utility"], **BEFORE)
+        for method in LABELS:
+            for run in sound(final_runs(results, method, budget)):
+                end, color = run["curve"][-1], COLORS[method]
                 marker = "x" if says_nothing(run) > MAX_DEGENERATE else "o"
-                useful.scatter(end["unlearn_quality"], end["utility"], marker=marker, **how)
-                leaks.scatter(end["unlearn_quality"], COLUMNS["worst of 20"][0](end), marker=marker, **how)
-        useful.set(title=f"{budget:.0f} s of one core", ylabel="utility (0-100)")
-        leaks.set(title=f"{budget:.0f} s of one core", ylabel="worst of 20 samples: mean recall")
-    for axes in panels.flat:
-        axes.set_xlabel("unlearn quality (0-100)")
+                useful.scatter(end["unlearn_quality"], end["utility"], marker=marker, color=color)
+                leaks.scatter(end["unlearn_quality"], COLUMNS["worst of 20"][0](end), marker=marker, color=color)
+        useful.set(title=f"{budget:.0f} s of one core", xlabel="unlearn quality (0-100)", ylabel="utility (0-100)")
+        leaks.set(title=f"{budget:.0f} s of one core", xlabel="unlearn quality (0-100)")
+        leaks.set_ylabel("worst of 20 samples: mean recall")
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+    handles, labels = curves[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, ncols=4, loc="outside upper center", fontsize=9)
     with rc_context({"svg.hashsalt": "pmc_fast"}):  # the same picture, the same file
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def draw_curves(results: Sequence[Result], curves: Sequence[Any]) -> None:
+    """Draw each method's mean over seeds of quality and of utility against the budget, with the range."""
+    for axes, name in zip(curves, ("unlearn quality", "utility"), strict=True):
+        value = COLUMNS[name][0]
+        for r in before(results, "heldout"):
+            axes.axhline(value(r["curve"][-1]), label="before", **BEFORE)
+        for method, label in LABELS.items():
+            ends = {
+                budget: [value(r["curve"][-1]) for r in runs]
+                for budget in budgets(results)
+                if (runs := sound(final_runs(results, method, budget)))
+            }
+            if ends:
+                means = [sum(of) / len(of) for of in ends.values()]
+                below = [mean - min(of) for mean, of in zip(means, ends.values(), strict=True)]
+                above = [max(of) - mean for mean, of in zip(means, ends.values(), strict=True)]
+                axes.errorbar(
+                    list(ends), means, [below, above], marker="o", capsize=2, color=COLORS[method], label=label
+                )
+        axes.set(xlabel="seconds of one core", ylabel=f"{name} (0-100)", xscale="log")
+        axes.set_xticks(budgets(results), labels=[f"{b:.0f}" for b in budgets(results)], minor=False)
+        axes.minorticks_off()

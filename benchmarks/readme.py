@@ -205,14 +205,20 @@ def skip_table(suites: Suites) -> str:
     return "\n".join(lines)
 
 
-# result files; PMC and NPO run in the second with the settings that were tuned in the first
-COMPARISONS = ("compare_methods", "compare_epyc")
+# files of compare_methods' results, and which of its tables are shown
+COMPARISONS = {
+    "compare_seven": ("final", "intervals", "tuning"),
+    "compare_epyc": ("final", "tuning"),
+    "compare_methods": ("final", "tuning"),
+    "compare_extensions": ("ablation",),
+}
 
 
-def _compared(make: Callable[[list[dict[str, Any]]], str], suite: str) -> Callable[[Suites], str]:
+def _compared(suite: str, table: str) -> Callable[[Suites], str]:
     def block(suites: Suites) -> str:
         runs = suites.results(suite)
-        return make(runs) if runs else "Not measured yet: `python -m benchmarks.compare_methods`."
+        make, file = compare_report.TABLES[table], f"benchmarks/results/{suite}.json"
+        return make(runs) if runs else f"Not measured yet: `python -m benchmarks.compare_methods --json {file}`."
 
     return block
 
@@ -232,10 +238,7 @@ BLOCKS: dict[str, Callable[[Suites], str]] = {
     "gpu": lambda suites: gpu_page.table(suites.documents.get("gpu")),
     "methods": methods.time_table,
     "methods_trained": methods.train_table,
-    **{name: _compared(make, "compare_methods") for name, make in compare_report.TABLES.items()},
-    "compare_epyc": _compared(compare_report.final_table, "compare_epyc"),
-    "compare_epyc_intervals": _compared(compare_report.interval_table, "compare_epyc"),
-    "compare_epyc_tuning": _compared(compare_report.tuning_table, "compare_epyc"),
+    **{f"{suite}_{table}": _compared(suite, table) for suite, tables in COMPARISONS.items() for table in tables},
 }
 
 
@@ -262,6 +265,6 @@ def rewrite() -> None:
         page.write_text(fill(page.read_text(encoding="utf-8"), suites), encoding="utf-8")
     if runs := suites.results("end_to_end"):
         end_to_end.plot(runs)
-    for suite in COMPARISONS:
-        if runs := suites.results(suite):
+    for suite, tables in COMPARISONS.items():
+        if "final" in tables and (runs := suites.results(suite)):
             compare_report.draw(runs, harness.RESULTS / f"{suite}.svg")

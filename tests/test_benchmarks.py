@@ -234,6 +234,10 @@ def test_plans_name_each_run_once():
     assert [(p.method, p.setting) for p in given] == [("npo", final[0].setting)]
     with pytest.raises(SystemExit, match="no setting of pmc_fast was chosen yet"):
         next(compare_methods.ablation_plans(made))
+    setting = compare_methods.GRIDS["pmc_fast"][0]
+    whole, *without = compare_methods.ablation_plans([result("pmc_fast", setting, compare_report.TUNING, 60.0, 60.0)])
+    assert whole.setting == setting
+    assert [p.setting for p in without] == [setting | change for change in compare_methods.ABLATED]
     mixed = [result("npo", {"beta": b}, 240.0, 60.0, 60.0, task="heldout") for b in (0.1, 0.5)]
     with pytest.raises(SystemExit, match="npo, 240 s: runs with several settings"):
         compare_report.final_runs(mixed, "npo", 240.0)
