@@ -378,14 +378,15 @@ def main(arguments: list[str] | None = None) -> None:
         with harness.alone():
             run_all([untouched("demo"), untouched("heldout")])
             if o.ablate:
-                run_all(ablation_plans(elsewhere or measured(o.json)))
+                run_all(ablation_plans(elsewhere if chosen(elsewhere, "pmc_fast", TUNING) else measured(o.json)))
             else:
                 run_all(tuning_plans([m for m in o.methods if chosen(elsewhere, m, TUNING) is None], o.budgets))
                 if not o.tune:
                     run_all(final_plans(o.methods, o.seeds, o.budgets, measured(o.json), elsewhere))
     results = measured(o.json)
     print("\n\n".join(table(results) for table in compare_report.TABLES.values()))
-    compare_report.draw(results, o.json.with_suffix(".svg"))
+    if compare_report.budgets(results):
+        compare_report.draw(results, o.json.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

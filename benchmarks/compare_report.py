@@ -271,9 +271,10 @@ def draw_curves(results: Sequence[Result], curves: Sequence[Any]) -> None:
                 if (runs := sound(final_runs(results, method, budget)))
             }
             if ends:
+                # equal values may have a mean that rounding puts beside them
                 means = [sum(of) / len(of) for of in ends.values()]
-                below = [mean - min(of) for mean, of in zip(means, ends.values(), strict=True)]
-                above = [max(of) - mean for mean, of in zip(means, ends.values(), strict=True)]
+                below = [max(0.0, mean - min(of)) for mean, of in zip(means, ends.values(), strict=True)]
+                above = [max(0.0, max(of) - mean) for mean, of in zip(means, ends.values(), strict=True)]
                 axes.errorbar(
                     list(ends), means, [below, above], marker="o", capsize=2, color=COLORS[method], label=label
                 )

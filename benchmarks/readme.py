@@ -217,8 +217,9 @@ COMPARISONS = {
 def _compared(suite: str, table: str) -> Callable[[Suites], str]:
     def block(suites: Suites) -> str:
         runs = suites.results(suite)
-        make, file = compare_report.TABLES[table], f"benchmarks/results/{suite}.json"
-        return make(runs) if runs else f"Not measured yet: `python -m benchmarks.compare_methods --json {file}`."
+        how = f"{'--ablate ' if table == 'ablation' else ''}--json benchmarks/results/{suite}.json"
+        missing = f"Not measured yet: `python -m benchmarks.compare_methods {how}`."
+        return compare_report.TABLES[table](runs) if runs else missing
 
     return block
 

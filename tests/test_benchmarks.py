@@ -206,6 +206,8 @@ def test_settings_are_chosen_among_runs_that_say_something_and_shown_on_other_qu
     assert ablated.startswith("| answer_penalty 0 | 9 | 98.0 |")
     # two questions: always forgotten, and half: a mean of 25 over the seeds, of each question 100 and 50
     assert "| 50.0 - 100.0 | 0.300 - 0.500 |" in compare_report.interval_table(made)
+    alike = [result("npo", good, final, 0.1, 0.1, task="heldout", seed=seed) for seed in range(3)]
+    compare_report.draw(alike, tmp_path / "alike.svg")  # their mean is above all of them by rounding
     for name in ("a.svg", "b.svg"):
         compare_report.draw(made, tmp_path / name)
     assert "<svg" in (tmp_path / "a.svg").read_text()
