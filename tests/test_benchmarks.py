@@ -289,6 +289,24 @@ def test_methods_are_compared_and_what_is_there_is_not_repeated(small_task, tmp_
         compare_methods.main(asked)
 
 
+def test_extensions_are_left_out_of_a_setting_that_was_chosen_elsewhere(small_task, tmp_path, monkeypatch):
+    for module in (compare_methods, compare_report):
+        monkeypatch.setattr(module, "TUNING", 0.2)
+    monkeypatch.setattr(compare_methods, "ABLATED", [{"question_dropout": 0.0}])
+    setting = compare_methods.GRIDS["pmc_fast"][1]
+    files = [tmp_path / name for name in ("others.json", "chosen.json")]
+    for file, of in zip(files, ("npo", "pmc_fast"), strict=True):
+        file.write_text(json.dumps({"results": [result(of, setting, 0.2, 60.0, 60.0)]}))
+    made = tmp_path / "made.json"
+    asked = ["--ablate", "--workers", "1", "--json", str(made), "--settings-of"]
+    with pytest.raises(SystemExit, match="no setting of pmc_fast was chosen yet"):
+        compare_methods.main([*asked, str(files[0])])
+    compare_methods.main([*asked, *map(str, files)])
+    ablated = [r["setting"] for r in json.loads(made.read_text())["results"] if r["method"] == "pmc_fast"]
+    assert ablated == [setting, setting | {"question_dropout": 0.0}]
+    assert not made.with_suffix(".svg").exists()  # nothing on other questions to draw
+
+
 def test_compared_settings_are_valid(small_task):
     """Before hours of runs: each one's settings, and PMC's with each extension left out."""
     changes = [{}, *compare_methods.ABLATED]
