@@ -260,6 +260,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 def draw_curves(results: Sequence[Result], curves: Sequence[Any]) -> None:
     """Draw each method's mean over seeds of quality and of utility against the budget, with the range."""
+    made = budgets(results)
     for axes, name in zip(curves, ("unlearn quality", "utility"), strict=True):
         value = COLUMNS[name][0]
         for r in before(results, "heldout"):
@@ -267,7 +268,7 @@ def draw_curves(results: Sequence[Result], curves: Sequence[Any]) -> None:
         for method, label in LABELS.items():
             ends = {
                 budget: [value(r["curve"][-1]) for r in runs]
-                for budget in budgets(results)
+                for budget in made
                 if (runs := sound(final_runs(results, method, budget)))
             }
             if ends:
@@ -279,5 +280,5 @@ def draw_curves(results: Sequence[Result], curves: Sequence[Any]) -> None:
                     list(ends), means, [below, above], marker="o", capsize=2, color=COLORS[method], label=label
                 )
         axes.set(xlabel="seconds of one core", ylabel=f"{name} (0-100)", xscale="log")
-        axes.set_xticks(budgets(results), labels=[f"{b:.0f}" for b in budgets(results)], minor=False)
+        axes.set_xticks(made, labels=[f"{b:.0f}" for b in made])
         axes.minorticks_off()
